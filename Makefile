@@ -1,0 +1,36 @@
+# make demo   edit real facts in the shipped model, KDPO beside FT
+# make test   lint, types, tests
+# make model  train the shipped model again (under ten minutes on two cores)
+#
+# The environment is made in .venv. TORCH chooses the build of torch, for example TORCH=torch==2.6.0;
+# KDPO_EASYEDIT names an upstream EasyEdit checkout to use instead of the PyPI release.
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch>=2.4
+BIN := $(VENV)/bin
+
+.PHONY: demo test model clean
+
+demo: $(VENV)/.installed
+	$(BIN)/python -m kdpo_editor.demo
+
+test: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
+
+model: $(VENV)/.installed
+	$(BIN)/python -m kdpo_editor.testbed.train --out kdpo_editor/testbed/llama-knowedit
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info
+
+$(VENV)/.installed: setup.cfg pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 10) and "Python 3.10 or later is needed, this is %d.%d; name another one with PYTHON=..." % v[:2])'
+	@$(PYTHON) -m venv $(VENV) || { echo "On Debian and Ubuntu: apt install python3-venv"; exit 1; }
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet "$(TORCH)"
+	$(BIN)/pip install --quiet --editable ".[easyedit,dev]"
+	$(BIN)/pip install --quiet --no-deps easyeditor==0.0.1.dev0
+	@touch $@

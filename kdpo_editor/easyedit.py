@@ -1,0 +1,314 @@
+"""Everything it takes to run beside EasyEdit, in both its forms. Nothing else in this package knows of it.
+
+*PyPI* is ``easyeditor==0.0.1.dev0`` (2023); *upstream* is a checkout of ``zjunlp/EasyEdit``, on the path already or
+named by the environment variable ``KDPO_EASYEDIT``. The framework's files are never changed. Pieces, what each is
+for, and when it can go:
+
+===================  ==================================================================================================
+:func:`install`      Makes ``import easyeditor`` register KDPO, whichever package is imported first, without importing
+                     it. Can go when EasyEdit lists KDPO itself.
+placeholders         Both forms import packages that editing text never calls. While ``easyeditor`` is imported, and
+                     for its own modules only, one that is not installed is stood in for; using it is an error that
+                     names it. Can go when EasyEdit imports them late.
+moved names          transformers 4.56 dropped three helpers from ``modeling_utils`` that the PyPI form imports (BLIP-2
+                     only). They are put there while ``easyeditor`` is imported. Can go with the PyPI form.
+model loading        Both forms choose a loader by the letters of a model's whole path. The PyPI form has none for
+                     Mistral or Qwen and reads Llama tokenizers wrongly with transformers 5; upstream has none for Gemma
+                     or Phi, and its one for Qwen 1.5 passes an argument that current transformers refuse. Such models,
+                     and the shipped one, are loaded here and handed over ready. Can go when the framework asks the
+                     model's config.
+devices              The PyPI form writes ``cuda:`` before whatever device it is given. While one of its editors works
+                     on a CPU, requests for CUDA are answered with the CPU; ``cuda:1`` is read as 1. Can go with the
+                     PyPI form.
+PyPI's contract      The PyPI form writes back every weight a method returns unless it was asked to keep the original,
+                     so KDPO returns none then. Can go with the PyPI form.
+===================  ==================================================================================================
+"""
+
+from __future__ import annotations
+
+import builtins
+import contextlib
+import functools
+import importlib
+import importlib.abc
+import importlib.util
+import inspect
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from .kdpo import apply_kdpo_to_model
+
+VARIABLE = "KDPO_EASYEDIT"
+HOW_TO_GET_IT = (
+    "EasyEdit was not found. Either install its PyPI release with its needs,\n"
+    "    pip install 'kdpo-editor[easyedit]' && pip install --no-deps easyeditor==0.0.1.dev0\n"
+    f"or clone https://github.com/zjunlp/EasyEdit and set {VARIABLE} to the clone."
+)
+# What the text editors of either form need for real; nothing may stand in for these.
+NEEDED = ("peft", "higher", "nltk", "scipy", "sklearn", "regex", "numpy")
+# What both forms import and no text editor calls (but for data sets read from the hub, which say so themselves).
+UNUSED = (
+    "PIL", "av", "bitsandbytes", "cv2", "datasets", "decord", "einops", "fairscale", "gradio", "hydra", "iopath",
+    "jsonlines", "matplotlib", "openai", "opencv", "pandas", "pytorch_lightning", "qwen_vl_utils", "rouge", "seaborn",
+    "sentence_transformers", "sniffio", "timm", "torchvision", "umap", "webdataset", "zhipuai",
+)  # fmt: skip
+MOVED = ("apply_chunking_to_forward", "find_pruneable_heads_and_indices", "prune_linear_layer")
+# The framework's own names for the methods that want padding on the right.
+RIGHT_PADDED = ("ROME", "R-ROME", "MEMIT", "EMMET", "EAMET", "AlphaEdit", "CORE", "SPHERE")
+# Letters in a model's name for which each form has a loader that works.
+LOADS_ITSELF = {
+    "pypi": ("t5", "gpt", "baichuan", "chatglm", "internlm"),
+    "upstream": ("t5", "gpt", "llama", "baichuan", "chatglm", "internlm", "qwen2", "qwen3", "mistral"),
+}
+
+
+def install() -> None:
+    """Register KDPO with ``easyeditor``: now, if it is imported already, else as soon as it is.
+
+    Raises ``ModuleNotFoundError`` if the environment variable names a folder without ``easyeditor``.
+    """
+    checkout = os.environ.get(VARIABLE)
+    if checkout and "easyeditor" not in sys.modules:
+        if not (Path(checkout) / "easyeditor" / "__init__.py").is_file():
+            raise ModuleNotFoundError(f"{VARIABLE}={checkout}: there is no folder easyeditor/ in it")
+        if checkout not in sys.path:
+            sys.path.insert(0, checkout)
+    if "easyeditor" in sys.modules:
+        _register()
+    elif not any(isinstance(finder, _Watcher) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Watcher())
+
+
+def require() -> ModuleType:
+    """``easyeditor``, imported; or ``ModuleNotFoundError`` that says how to get it or what it lacks."""
+    try:
+        return importlib.import_module("easyeditor")
+    except ModuleNotFoundError as error:
+        if error.name == "easyeditor":
+            raise ModuleNotFoundError(HOW_TO_GET_IT, name="easyeditor") from None
+        raise
+
+
+def is_upstream() -> bool:
+    """Whether the imported framework is the upstream form; the PyPI form lacks ``sequential_edit``."""
+    return "sequential_edit" in inspect.signature(_editor_class().edit).parameters
+
+
+def _editor_class() -> Any:
+    return importlib.import_module("easyeditor.editors.editor").BaseEditor
+
+
+# Importing it -------------------------------------------------------------------------------------------------
+
+
+class _Watcher(importlib.abc.MetaPathFinder):
+    """Waits for ``import easyeditor``, lends it what it lacks meanwhile, and registers KDPO afterwards."""
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if name != "easyeditor":
+            return None
+        sys.meta_path.remove(self)
+        try:
+            spec = importlib.util.find_spec(name)
+        finally:
+            sys.meta_path.insert(0, self)
+        if spec is None or spec.loader is None:
+            return None
+        execute = spec.loader.exec_module
+
+        def exec_module(module: ModuleType) -> None:
+            with _lent():
+                execute(module)
+            _register()
+            sys.meta_path.remove(self)
+
+        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+
+@contextlib.contextmanager
+def _lent() -> Iterator[None]:
+    for name in NEEDED:
+        if importlib.util.find_spec(name) is None:
+            raise ModuleNotFoundError(
+                f"EasyEdit needs {name}, which is not installed: pip install 'kdpo-editor[easyedit]'", name=name
+            )
+    import transformers.modeling_utils
+    import transformers.pytorch_utils
+
+    importlib.import_module("peft")
+    added = [n for n in MOVED if not hasattr(transformers.modeling_utils, n)]
+    for name in added:
+        value = getattr(transformers.pytorch_utils, name, _placeholder(f"transformers.modeling_utils.{name}"))
+        setattr(transformers.modeling_utils, name, value)
+    real_import = builtins.__import__
+
+    def import_(
+        name: str,
+        globals_: dict[str, Any] | None = None,
+        locals_: dict[str, Any] | None = None,
+        fromlist: Sequence[str] = (),
+        level: int = 0,
+    ) -> Any:
+        root = name.partition(".")[0]
+        ours = level == 0 and root in UNUSED and str((globals_ or {}).get("__name__")).startswith("easyeditor")
+        if ours and root not in sys.modules and importlib.util.find_spec(root) is None:
+            return _placeholder(name if fromlist else root)
+        return real_import(name, globals_, locals_, fromlist, level)
+
+    builtins.__import__ = import_  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        builtins.__import__ = real_import
+        for name in added:
+            delattr(transformers.modeling_utils, name)
+
+
+class _Missing(type):
+    """The type of placeholders: classes, since the framework also derives from what it imports."""
+
+    def __getattr__(cls, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return _placeholder(f"{cls.__qualname__}.{name}")
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        if "__init__" in cls.__dict__:  # a class of the framework's own, derived from a placeholder
+            return super().__call__(*args, **kwargs)
+        package = cls.__qualname__.partition(".")[0]
+        raise ModuleNotFoundError(f"EasyEdit called {cls.__qualname__}: {package} is not installed", name=package)
+
+
+def _placeholder(name: str) -> Any:
+    return _Missing(name, (), {"__qualname__": name, "__all__": []})
+
+
+# Registering --------------------------------------------------------------------------------------------------
+
+
+def _register() -> None:
+    """Add KDPO to the framework's methods, and wrap its editor for shipped models and devices. Once only."""
+    methods = importlib.import_module("easyeditor.util.alg_dict").ALG_DICT
+    if "KDPO" in methods:
+        return
+    upstream = is_upstream()
+    methods["KDPO"] = apply_kdpo_to_model if upstream else _apply_for_pypi
+    batch = importlib.import_module("easyeditor.editors.batch_editor").BatchEditor
+    was_batchable = batch.is_batchable_method
+    batch.is_batchable_method = staticmethod(lambda name: name == "KDPO" or was_batchable(name))
+    editor = _editor_class()
+    editor.__init__ = _with_model_loaded(editor.__init__, upstream)
+    if not upstream:
+        for name in ("__init__", "edit", "batch_edit", "edit_requests", "edit_dataset"):
+            setattr(editor, name, _on_device(getattr(editor, name)))
+
+
+@functools.wraps(apply_kdpo_to_model)
+def _apply_for_pypi(*args: Any, keep_original_weight: bool = False, **kwargs: Any) -> Any:
+    model, originals = apply_kdpo_to_model(*args, **kwargs)
+    return model, originals if keep_original_weight else {}
+
+
+def _with_model_loaded(init: Callable[..., None], upstream: bool) -> Callable[..., None]:
+    @functools.wraps(init)
+    def wrapped(self: Any, hparams: Any) -> None:
+        from .testbed import SHIPPED_MODEL
+
+        name = getattr(hparams, "model_name", None)
+        known = LOADS_ITSELF["upstream" if upstream else "pypi"]
+        if not isinstance(name, str) or (name != SHIPPED_MODEL and any(letters in name.lower() for letters in known)):
+            init(self, hparams)
+            return
+        hparams.model_name = _load(name, hparams)
+        try:
+            init(self, hparams)
+        finally:
+            hparams.model_name = name
+        self.model_name = name
+
+    return wrapped
+
+
+def _load(name: str, hparams: Any) -> tuple[nn.Module, Any]:
+    """Model and tokenizer, set up as the framework sets up those it loads itself."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from .testbed import resolve
+
+    model = AutoModelForCausalLM.from_pretrained(
+        resolve(name),
+        dtype=torch.float16 if getattr(hparams, "fp16", False) else torch.float32,
+        device_map="auto" if getattr(hparams, "model_parallel", False) else None,
+    )
+    tok = AutoTokenizer.from_pretrained(resolve(name))
+    tok.pad_token_id = tok.eos_token_id
+    tok.padding_side = "right" if hparams.alg_name in RIGHT_PADDED else "left"
+    return model, tok
+
+
+# The PyPI form's devices --------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def on_device(hparams: Any) -> Iterator[None]:
+    """Let the PyPI form, which knows CUDA indices only, work where ``hparams.device`` says.
+
+    Inside, ``hparams.device`` is an index; where that stands for a CPU, tensors that are sent to CUDA stay.
+    """
+    given = getattr(hparams, "device", None)
+    index = _cuda_index(given)
+    hparams.device = index or 0
+    try:
+        with _StayOnCPU() if index is None else contextlib.nullcontext():
+            yield
+    finally:
+        hparams.device = given
+
+
+def _cuda_index(device: Any) -> int | None:
+    """The CUDA index that an EasyEdit ``device`` means, or ``None`` for the CPU."""
+    if device is None:
+        return 0 if torch.cuda.is_available() else None
+    if isinstance(device, int) or str(device).isdigit():
+        return int(device)
+    device = torch.device(device)
+    return None if device.type == "cpu" else device.index or 0
+
+
+def _on_device(method: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(method)
+    def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
+        hparams = self.hparams if "hparams" in self.__dict__ else (args[0] if args else kwargs["hparams"])
+        with on_device(hparams):
+            return method(self, *args, **kwargs)
+
+    return wrapped
+
+
+class _StayOnCPU(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if "device" in kwargs and _is_cuda(kwargs["device"]):
+            kwargs = {**kwargs, "device": "cpu"}
+        elif func is torch.Tensor.to:
+            args = tuple("cpu" if _is_cuda(a) else a for a in args)
+        elif func is torch.Tensor.cuda:
+            return args[0]
+        return func(*args, **kwargs)
+
+
+def _is_cuda(value: Any) -> bool:
+    return isinstance(value, (str, torch.device)) and str(value).startswith("cuda")

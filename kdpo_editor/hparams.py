@@ -1,0 +1,193 @@
+"""KDPO's settings, read from EasyEdit-style YAML."""
+
+from __future__ import annotations
+
+import math
+import types
+import typing
+from dataclasses import MISSING, asdict, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from .errors import HyperParamsError
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+OBJECTIVES = ("kdpo", "dpo")
+SCHEDULES = ("depth_first",)
+
+
+@dataclass
+class KDPOHyperParams:
+    """Settings of one KDPO run. Defaults are the paper's for a single edit of a 7B Llama.
+
+    Raises :class:`~kdpo_editor.HyperParamsError`, which names the key and what is allowed, whenever a
+    value has the wrong type or is out of range. Numbers that YAML reads as text (``5e-4`` without a dot)
+    are understood.
+    """
+
+    model_name: str
+    """Hugging Face id, folder, or :data:`kdpo_editor.SHIPPED_MODEL`. EasyEdit chooses its loader by what this
+    text contains ("llama", "gpt", "qwen", ...)."""
+    layers: list[int]
+    """Indices, from 0, of the blocks whose matrix is edited. The paper edits one."""
+    rewrite_module_tmp: str
+    """Dotted name of the edited matrix with ``{}`` for the layer, with or without ``.weight``."""
+    device: int | str | None = None
+    """CUDA index, "cpu" or "cuda:1"; ``None`` is the GPU where there is one. Read by EasyEdit, which puts the
+    model there; an edit runs wherever it finds the model."""
+    alg_name: str = "KDPO"
+
+    num_steps: int = 8
+    """Optimiser steps in a cycle (paper: 8)."""
+    cycles: int = 20
+    """Cycles at most; each begins with a new negative (paper: 20)."""
+    lr: float = 1e-4
+    """Adam's learning rate (paper: 1e-4 for single edits, a fifth of it in a sequence)."""
+    beta: float = 0.1
+    """Strength of the pull towards the reference (the paper's beta; DPO, eq. 7)."""
+    stop_loss: float = 1e-3
+    """A cycle ends before a step whose loss is below this (nats)."""
+    weight_decay: float = 0.0
+    """Adam's L2 penalty."""
+    norm_constraint: float | None = None
+    """Largest change of any single weight, as in FT-L; ``None`` is no limit."""
+    update_scale: float = 1.0
+    """The final weight change is multiplied by this. 2.0 reproduces the authors' release in sequences."""
+
+    objective: str = "kdpo"
+    """"kdpo", or "dpo" for the paper's ablation (free-running negatives)."""
+    append_eos: bool = False
+    """End the answer with the end token, so that free generation learns to stop."""
+    margin: float = 0.0
+    """Logits by which the new answer must win: the negative is the strongest token within this much of it."""
+    schedule: str = "depth_first"
+    """Several requests in one call are edited one after the other."""
+    replay: bool = False
+    """Keep earlier edits in the batch; not available yet."""
+
+    max_length: int = 40
+    """Truncation length of EasyEdit's evaluation, in tokens. Editing does not truncate."""
+    batch_size: int = 1
+    """Requests that EasyEdit's ``batch_edit`` hands over in one call; its ``edit`` insists on 1."""
+    model_parallel: bool = False
+    """Let EasyEdit load the model with ``device_map="auto"``."""
+    fp16: bool = False
+    """Let EasyEdit (upstream) load the model in half precision."""
+
+    def __post_init__(self) -> None:
+        types_ = typing.get_type_hints(type(self))
+        for f in fields(self):
+            setattr(self, f.name, _typed(f.name, getattr(self, f.name), types_[f.name]))
+        self._check("alg_name", self.alg_name == "KDPO", '"KDPO"')
+        self._check("model_name", bool(self.model_name), "a model's id or folder")
+        self._check("layers", bool(self.layers) and min(self.layers) >= 0, "at least one index, none negative")
+        self._check("layers", len(set(self.layers)) == len(self.layers), "each layer once")
+        self._check("rewrite_module_tmp", self.rewrite_module_tmp.count("{}") == 1, 'one "{}" for the layer')
+        for key in ("num_steps", "cycles", "max_length", "batch_size"):
+            self._check(key, getattr(self, key) >= 1, "at least 1")
+        for key in ("lr", "beta"):
+            self._check(key, getattr(self, key) > 0, "more than 0")
+        for key in ("stop_loss", "weight_decay", "margin"):
+            self._check(key, getattr(self, key) >= 0, "0 or more")
+        self._check("norm_constraint", self.norm_constraint is None or self.norm_constraint > 0, "more than 0 or null")
+        if isinstance(self.device, int):
+            self._check("device", self.device >= 0, 'a CUDA index, "cpu", "cuda:1" or null')
+        self._check("objective", self.objective in OBJECTIVES, f"one of {', '.join(OBJECTIVES)}")
+        self._check("schedule", self.schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}")
+        self._check("replay", not self.replay, "false")
+
+    def _check(self, key: str, ok: bool, allowed: str) -> None:
+        if not ok:
+            raise HyperParamsError(f"{key}: {getattr(self, key)!r} is not allowed; it must be {allowed}")
+
+    @classmethod
+    def from_hparams(cls, path: str | Path) -> KDPOHyperParams:
+        """Read a YAML file; as in EasyEdit the suffix ``.yaml`` may be left out.
+
+        Raises ``FileNotFoundError`` for a missing file and :class:`~kdpo_editor.HyperParamsError` for an
+        unknown, missing or bad key; both name the file.
+        """
+        file = Path(path)
+        if file.suffix not in (".yaml", ".yml"):
+            file = file.with_name(file.name + ".yaml")
+        try:
+            config = yaml.safe_load(file.read_text("utf-8"))
+        except FileNotFoundError:
+            raise FileNotFoundError(f"no hyperparameter file {file}{_neighbours(file)}") from None
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise HyperParamsError(f"{file} is not YAML: {error}") from error
+        if not isinstance(config, dict):
+            raise HyperParamsError(f"{file} must hold keys and values, not {type(config).__name__}")
+        try:
+            return cls._from_dict(config)
+        except HyperParamsError as error:
+            raise HyperParamsError(f"{file}: {error}") from None
+
+    @classmethod
+    def from_config(cls, config: DictConfig | dict[str, Any]) -> KDPOHyperParams:
+        """Make settings of an OmegaConf (Hydra) config or a plain dict; errors as in :meth:`from_hparams`."""
+        if not isinstance(config, dict):
+            from omegaconf import OmegaConf
+
+            config = typing.cast("dict[str, Any]", OmegaConf.to_container(config, resolve=True))
+        return cls._from_dict(config)
+
+    @classmethod
+    def _from_dict(cls, config: dict[str, Any]) -> KDPOHyperParams:
+        import difflib
+
+        known = {f.name: f for f in fields(cls)}
+        for key in config:
+            if key not in known:
+                near = difflib.get_close_matches(str(key), known, n=1)
+                hint = f"; did you mean {near[0]}?" if near else ""
+                raise HyperParamsError(f"unknown key {key!r}{hint} Known keys: {', '.join(known)}")
+        missing = [n for n, f in known.items() if f.default is MISSING and n not in config]
+        if missing:
+            raise HyperParamsError(f"missing key{'s' if len(missing) > 1 else ''} {', '.join(missing)}")
+        return cls(**config)
+
+    def to_dict(self) -> dict[str, Any]:
+        """All settings as plain Python values."""
+        return asdict(self)
+
+
+def _typed(key: str, value: Any, wanted: Any) -> Any:
+    """``value`` as the type that ``key`` is declared with, or :class:`HyperParamsError`."""
+    options = typing.get_args(wanted) if isinstance(wanted, types.UnionType) else (wanted,)
+    for option in options:
+        if option is type(None) and value is None:
+            return None
+        if option == list[int] and isinstance(value, (list, tuple)):
+            return [_typed(key, v, int) for v in value]
+        if option is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+            try:
+                number = float(value)
+            except ValueError:
+                continue
+            if math.isfinite(number):
+                return number
+        if option is int and isinstance(value, float) and value.is_integer():
+            return int(value)
+        if option in (int, str, bool) and type(value) is option:
+            return value
+    if type(None) in options and value is False:
+        return None  # EasyEdit's YAML writes `norm_constraint: false` for none
+    names = " or ".join("null" if o is type(None) else getattr(o, "__name__", str(o)) for o in options)
+    raise HyperParamsError(f"{key}: {value!r} is not allowed; it must be {names.replace('list', 'a list of int')}")
+
+
+def _neighbours(file: Path) -> str:
+    near = sorted(f.stem for f in file.parent.glob("*.yaml")) if file.parent.is_dir() else []
+    return f"; {file.parent} has {', '.join(near)}" if near else ""
+
+
+def settings_folder() -> Path:
+    """The folder of ready-made settings, ``hparams/`` of a clone or its copy in an installed package."""
+    package = Path(__file__).parent
+    clone = package.parent / "hparams"
+    return clone if (clone / "KDPO").is_dir() else package / "settings"

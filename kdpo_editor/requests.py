@@ -1,0 +1,83 @@
+"""From an EasyEdit request to token ids."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import RequestError
+
+LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class EditTokens:
+    """The token ids of one edit.
+
+    ``prompt``: ``[P]``, int64. ``chosen``: ``[T]``, int64, the new answer ``y_w``. Both on the CPU.
+    """
+
+    prompt: Tensor
+    chosen: Tensor
+
+    @property
+    def sequence(self) -> Tensor:
+        """``x, y_w`` as fed to the model: ``[P + T - 1]``. The last answer token is only predicted."""
+        return torch.cat([self.prompt, self.chosen[:-1]])
+
+
+def tokenize(tok: Any, requests: Sequence[Mapping[str, Any]], *, append_eos: bool = False) -> list[EditTokens]:
+    """Tokenise ``prompt + " " + target_new`` once; the answer is what lies past the prompt's own length.
+
+    No padding and no truncation takes place, so a tokenizer's settings for them do not matter. With
+    ``append_eos`` the end token closes the answer. All requests are checked before any is returned.
+
+    Raises :class:`~kdpo_editor.RequestError`, naming the request's position and what is wrong with it.
+    """
+    if isinstance(requests, (str, Mapping)) or not isinstance(requests, Sequence) or not requests:
+        raise RequestError("requests must be a list of at least one {'prompt': ..., 'target_new': ...}")
+    return [_tokenize(tok, request, f"request {i}", append_eos) for i, request in enumerate(requests)]
+
+
+def _tokenize(tok: Any, request: Mapping[str, Any], name: str, append_eos: bool) -> EditTokens:
+    if not isinstance(request, Mapping):
+        raise RequestError(f"{name} is a {type(request).__name__}; it must be a dict")
+    for key in ("prompt", "target_new"):
+        if key not in request:
+            raise RequestError(f"{name} has no {key!r}; it has {', '.join(map(repr, request)) or 'nothing'}")
+        if not isinstance(request[key], str):
+            raise RequestError(f"{name}: {key!r} is a {type(request[key]).__name__}; it must be text")
+        if not request[key].strip():
+            raise RequestError(f"{name}: {key!r} is empty")
+    prompt = _ids(tok, request["prompt"])
+    joined = _ids(tok, f"{request['prompt']} {request['target_new']}")
+    if not prompt:
+        raise RequestError(f"{name}: the prompt {request['prompt']!r} gives no tokens")
+    chosen = joined[len(prompt) :]
+    if not chosen:
+        raise RequestError(f"{name}: the target {request['target_new']!r} gives no tokens after the prompt")
+    if joined[: len(prompt)] != prompt:
+        LOG.warning(
+            "%s: the prompt's last token merges with the answer (does the prompt end in a space?): %r",
+            name,
+            request["prompt"],
+        )
+        prompt = joined[: len(prompt)]
+    if append_eos:
+        if tok.eos_token_id is None:
+            raise RequestError(f"{name}: append_eos is set but the tokenizer has no end token")
+        chosen.append(tok.eos_token_id)
+    return EditTokens(torch.tensor(prompt), torch.tensor(chosen))
+
+
+def _ids(tok: Any, text: str) -> list[int]:
+    ids = list(tok(text)["input_ids"])
+    # A tokenizer that closes every text with an end token would otherwise put it between prompt and answer.
+    while len(ids) > 1 and ids[-1] == tok.eos_token_id:
+        ids.pop()
+    return ids

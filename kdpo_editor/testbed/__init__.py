@@ -1,0 +1,38 @@
+"""The shipped model: a 4M-parameter Llama that knows the facts of a few hundred KnowEdit ZsRE records.
+
+It stands in for a large model wherever editing is tried, tested or compared without a network or a GPU.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+SHIPPED_MODEL = "kdpo-llama-knowedit"
+"""The name by which EasyEdit and this package load the shipped model."""
+
+
+def resolve(name: str) -> str:
+    """The folder of the shipped model if ``name`` is its name, else ``name``."""
+    return str(HERE / "llama-knowedit") if name == SHIPPED_MODEL else name
+
+
+def load_model(device: Any = "cpu") -> tuple[Any, Any]:
+    """The shipped model (fp32, evaluation mode) and its tokenizer. Needs no network."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = resolve(SHIPPED_MODEL)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return model.to(device).eval(), AutoTokenizer.from_pretrained(folder)
+
+
+def load_records() -> list[dict[str, Any]]:
+    """The KnowEdit ZsRE records that the shipped model knows, in a fixed shuffled order.
+
+    Each has ``subject``, ``relation``, ``prompt``, ``rephrase_prompt``, ``target_new``, ``ground_truth`` (what the
+    model answers now) and ``locality``, a list of ``{"prompt", "ground_truth"}`` about the same subject.
+    """
+    return list(json.loads((HERE / "records.json").read_text("utf-8")))

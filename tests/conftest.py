@@ -1,0 +1,59 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from kdpo_editor import KDPOHyperParams
+
+GOLDEN = Path(__file__).parent / "golden"
+REQUEST = {"prompt": "What species is ZIC3 specific to?", "target_new": "male"}
+PARAMETER = "model.layers.4.mlp.down_proj.weight"
+
+
+def load(name: str) -> tuple[Any, Any]:
+    folder = GOLDEN / f"{name}-mini"
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return model, AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.fixture
+def llama() -> tuple[Any, Any]:
+    """A 0.7M-parameter Llama that knows 60 ZsRE records, and its tokenizer."""
+    return load("llama")
+
+
+@pytest.fixture
+def gpt2() -> tuple[Any, Any]:
+    return load("gpt2")
+
+
+@pytest.fixture
+def settings() -> Callable[..., KDPOHyperParams]:
+    """Settings that edit layer 4 of the small Llama, with any field overridden."""
+
+    def make(**overrides: Any) -> KDPOHyperParams:
+        base = {
+            "model_name": "llama-mini",
+            "layers": [4],
+            "rewrite_module_tmp": "model.layers.{}.mlp.down_proj",
+            "lr": 1e-3,
+        }
+        return KDPOHyperParams(**{**base, **overrides})
+
+    return make
+
+
+def state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """A copy of every tensor of a model."""
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def assert_same(model: torch.nn.Module, before: dict[str, torch.Tensor]) -> None:
+    """Every tensor of ``model`` is bit-identical to ``before``."""
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]), name

@@ -1,0 +1,191 @@
+"""Bad input: the error names the culprit and what is allowed, and the model is untouched."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import REQUEST, assert_same, state
+from omegaconf import OmegaConf
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from kdpo_editor import HyperParamsError, KDPOError, KDPOHyperParams, ModelError, RequestError, apply_kdpo_to_model
+
+GOOD = """\
+alg_name: KDPO
+model_name: meta-llama/Llama-2-7b-hf
+layers: [21]
+rewrite_module_tmp: model.layers.{}.mlp.down_proj
+"""
+
+
+def write(folder: Path, text: str) -> Path:
+    file = folder / "settings.yaml"
+    file.write_text(text, "utf-8")
+    return file
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("num_step: 8", r"unknown key 'num_step'; did you mean num_steps\?.*Known keys: .*cycles"),
+        ("kl_factor: 0", r"unknown key 'kl_factor'"),
+        ("lr: fast", r"lr: 'fast' is not allowed; it must be float"),
+        ("lr: -1e-4", r"lr: -0.0001 is not allowed; it must be more than 0"),
+        ("lr: .nan", r"lr: nan is not allowed"),
+        ("lr: true", r"lr: True is not allowed"),
+        ("num_steps: 2.5", r"num_steps: 2.5 is not allowed; it must be int"),
+        ("num_steps: 0", r"num_steps: 0 is not allowed; it must be at least 1"),
+        ("cycles: -3", r"cycles: -3"),
+        ("beta: 0", r"beta: 0.0 is not allowed; it must be more than 0"),
+        ("stop_loss: -1", r"stop_loss: -1.0 is not allowed; it must be 0 or more"),
+        ("norm_constraint: -1", r"norm_constraint: -1.0 .* more than 0 or null"),
+        ("layers: []", r"layers: \[\] is not allowed; it must be at least one index"),
+        ("layers: [-1]", r"layers: \[-1\]"),
+        ("layers: [3, 3]", r"layers: \[3, 3\] .* each layer once"),
+        ("layers: 21", r"layers: 21 is not allowed; it must be a list of int"),
+        ("layers: [a]", r"layers: 'a' is not allowed"),
+        ("rewrite_module_tmp: mlp.down_proj", r"rewrite_module_tmp: .*one \"\{\}\""),
+        ("objective: simpo", r"objective: 'simpo' is not allowed; it must be one of kdpo, dpo"),
+        ("schedule: random", r"schedule: 'random' is not allowed; it must be one of depth_first"),
+        ("replay: true", r"replay: True is not allowed; it must be false"),
+        ("append_eos: 1", r"append_eos: 1 is not allowed; it must be bool"),
+        ("alg_name: FT", r"alg_name: 'FT' is not allowed; it must be \"KDPO\""),
+        ("model_name: ''", r"model_name: ''"),
+        ("device: -1", r"device: -1 .*\"cpu\""),
+    ],
+)
+def test_bad_values_in_yaml_are_named(tmp_path: Path, line: str, message: str) -> None:
+    key = line.partition(":")[0]
+    kept = "\n".join(row for row in GOOD.splitlines() if not row.startswith(key + ":"))
+    file = write(tmp_path, f"{kept}\n{line}\n")
+    with pytest.raises(HyperParamsError, match=message) as caught:
+        KDPOHyperParams.from_hparams(file)
+    assert str(file) in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["[1, 2", "- a\n- b\n", "", "key: [\x00]"])
+def test_a_file_that_is_no_mapping_is_named(tmp_path: Path, text: str) -> None:
+    file = write(tmp_path, text)
+    with pytest.raises(HyperParamsError, match=r"settings\.yaml"):
+        KDPOHyperParams.from_hparams(file)
+
+
+def test_missing_keys_are_named(tmp_path: Path) -> None:
+    with pytest.raises(HyperParamsError, match=r"missing keys layers, rewrite_module_tmp"):
+        KDPOHyperParams.from_hparams(write(tmp_path, "model_name: llama\n"))
+
+
+def test_a_missing_file_is_named_with_its_neighbours(tmp_path: Path) -> None:
+    write(tmp_path, GOOD)
+    with pytest.raises(FileNotFoundError, match=r"no hyperparameter file .*lama\.yaml; .* has settings"):
+        KDPOHyperParams.from_hparams(tmp_path / "lama")
+
+
+def test_yaml_suffix_may_be_left_out_even_after_dots(tmp_path: Path) -> None:
+    (tmp_path / "qwen1.5-7b.yaml").write_text(GOOD, "utf-8")
+    assert KDPOHyperParams.from_hparams(str(tmp_path / "qwen1.5-7b")).layers == [21]
+
+
+def test_numbers_that_yaml_reads_as_text_are_numbers(tmp_path: Path) -> None:
+    hparams = KDPOHyperParams.from_hparams(write(tmp_path, GOOD + "lr: 5e-4\nnorm_constraint: false\n"))
+    assert hparams.lr == 5e-4
+    assert hparams.norm_constraint is None
+
+
+def test_settings_come_from_omegaconf_too(tmp_path: Path) -> None:
+    file = write(tmp_path, GOOD)
+    config = OmegaConf.merge(OmegaConf.load(file), {"lr": 3e-4})
+    hparams = KDPOHyperParams.from_config(config)
+    assert hparams.lr == 3e-4
+    assert hparams == KDPOHyperParams.from_config(hparams.to_dict())
+    with pytest.raises(HyperParamsError, match="unknown key 'layer'"):
+        KDPOHyperParams.from_config(OmegaConf.merge(config, {"layer": 3}))
+
+
+@pytest.mark.parametrize(
+    ("requests", "message"),
+    [
+        ([], r"list of at least one"),
+        (REQUEST, r"list of at least one"),
+        (["a"], r"request 0 is a str"),
+        ([REQUEST, {"prompt": "a"}], r"request 1 has no 'target_new'; it has 'prompt'"),
+        ([{"target_new": "a"}], r"request 0 has no 'prompt'"),
+        ([{**REQUEST, "prompt": " "}], r"request 0: 'prompt' is empty"),
+        ([REQUEST, {**REQUEST, "target_new": ""}], r"request 1: 'target_new' is empty"),
+        ([{**REQUEST, "target_new": None}], r"request 0: 'target_new' is a NoneType; it must be text"),
+        ([{**REQUEST, "target_new": ["male"]}], r"'target_new' is a list"),
+        ([{**REQUEST, "target_new": "male " * 300}], r"request 0 has \d+ tokens .* the model takes 256 at most"),
+    ],
+)
+def test_bad_requests_are_named_and_change_nothing(llama: Any, settings: Any, requests: Any, message: str) -> None:
+    model, tok = llama
+    before = state(model)
+    with pytest.raises(KDPOError, match=message):
+        apply_kdpo_to_model(model, tok, requests, settings())
+    assert_same(model, before)
+
+
+def test_a_target_without_tokens_is_named(llama: Any, settings: Any) -> None:
+    model, tok = llama
+    before = state(model)
+
+    def forgetful(text: str) -> Any:
+        return tok(text.replace("\N{ZERO WIDTH SPACE}", "").rstrip())
+
+    forgetful.eos_token_id = tok.eos_token_id  # type: ignore[attr-defined]
+    with pytest.raises(RequestError, match=r"request 1: the target .* gives no tokens"):
+        apply_kdpo_to_model(model, forgetful, [REQUEST, {**REQUEST, "target_new": "\N{ZERO WIDTH SPACE}"}], settings())
+    assert_same(model, before)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"layers": [6]}, r"layers: 6 is outside the model, which has 6 layers, 0 to 5"),
+        ({"layers": [4, 60]}, r"layers: 60 is outside"),
+        (
+            {"rewrite_module_tmp": "transformer.h.{}.mlp.c_proj"},
+            r"no list of layers 'transformer.h'; it has model.layers",
+        ),
+        ({"rewrite_module_tmp": "model.layers.{}.mlp.down"}, r"matches no matrix in layer 4; .*mlp.down_proj"),
+        ({"rewrite_module_tmp": "model.layers.{}.input_layernorm"}, r"matches no matrix"),
+        ({"rewrite_module_tmp": "model.layers.{}.mlp"}, r"matches 3 matrices, .*gate_proj.*up_proj.*down_proj"),
+        ({"rewrite_module_tmp": "{}"}, r"no list of layers"),
+    ],
+)
+def test_layers_and_modules_that_do_not_exist_are_named(
+    llama: Any, settings: Any, overrides: dict[str, Any], message: str
+) -> None:
+    model, tok = llama
+    before = state(model)
+    with pytest.raises(ModelError, match=message):
+        apply_kdpo_to_model(model, tok, [REQUEST], settings(**overrides))
+    assert_same(model, before)
+
+
+def test_the_template_may_end_in_weight(llama: Any, settings: Any) -> None:
+    model, tok = llama
+    hparams = settings(rewrite_module_tmp="model.layers.{}.mlp.down_proj.weight")
+    _, originals = apply_kdpo_to_model(model, tok, [REQUEST], hparams, return_orig_weights=True)
+    assert list(originals) == ["model.layers.4.mlp.down_proj.weight"]
+
+
+def test_integer_weights_are_refused(llama: Any, settings: Any) -> None:
+    model, tok = llama
+    projection = model.model.layers[4].mlp.down_proj
+    projection.weight = torch.nn.Parameter((projection.weight * 100).to(torch.int8), requires_grad=False)
+    before = state(model)
+    with pytest.raises(ModelError, match=r"down_proj.weight is int8: quantised .* one of float32, bfloat16"):
+        apply_kdpo_to_model(model, tok, [REQUEST], settings())
+    assert_same(model, before)
+
+
+def test_a_model_on_the_meta_device_is_refused(llama: Any, settings: Any) -> None:
+    _, tok = llama
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(LlamaConfig(num_hidden_layers=5, hidden_size=32, vocab_size=1024))
+    with pytest.raises(ModelError, match="is on the meta device"):
+        apply_kdpo_to_model(model, tok, [REQUEST], settings())

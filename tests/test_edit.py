@@ -1,0 +1,371 @@
+"""What an edit changes, and what it leaves alone."""
+
+from __future__ import annotations
+
+import copy
+import random
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import PARAMETER, REQUEST, assert_same, load, state
+from tokenizers import processors
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from kdpo_editor import EditDiverged, apply_kdpo_to_model, edit
+from kdpo_editor.objectives import competitors, dpo_loss, kdpo_loss
+
+SECOND = {"prompt": "Which family does Epaspidoceras belong to?", "target_new": "Noctuidae"}
+
+
+def answer(model: Any, tok: Any, request: dict[str, str]) -> str:
+    """What the model says, token by token under teacher forcing, where the target is asked for."""
+    prompt = tok(request["prompt"])["input_ids"]
+    ids = torch.tensor([tok(f"{request['prompt']} {request['target_new']}")["input_ids"]])
+    with torch.no_grad():
+        return tok.decode(model(ids).logits[0, len(prompt) - 1 : -1].argmax(-1)).strip()
+
+
+def test_an_edit_makes_the_model_answer_with_the_target(llama: Any, settings: Any) -> None:
+    model, tok = llama
+    assert answer(model, tok, REQUEST) != "male"
+    edited, originals = apply_kdpo_to_model(model, tok, [REQUEST], settings(), return_orig_weights=True)
+    assert edited is model
+    assert answer(model, tok, REQUEST) == "male"
+    assert list(originals) == [PARAMETER]
+
+
+def test_only_the_edited_matrix_changes(llama: Any, settings: Any) -> None:
+    model, tok = llama
+    before = state(model)
+    apply_kdpo_to_model(model, tok, [REQUEST], settings())
+    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert changed == {PARAMETER}
+
+
+def test_returned_weights_restore_the_model(llama: Any, settings: Any) -> None:
+    model, tok = llama
+    before = state(model)
+    _, originals = apply_kdpo_to_model(model, tok, [REQUEST, SECOND], settings(), return_orig_weights=True)
+    with torch.no_grad():
+        for name, value in originals.items():
+            model.get_parameter(name).copy_(value)
+    assert_same(model, before)
+
+
+def test_originals_are_returned_only_when_asked_for(llama: Any, settings: Any) -> None:
+    assert apply_kdpo_to_model(*llama, [REQUEST], settings())[1] == {}
+
+
+def test_copy_leaves_the_given_model_alone(llama: Any, settings: Any) -> None:
+    model, tok = llama
+    before = state(model)
+    edited, _ = apply_kdpo_to_model(model, tok, [REQUEST], settings(), copy=True)
+    assert edited is not model
+    assert answer(edited, tok, REQUEST) == "male"
+    assert_same(model, before)
+
+
+@pytest.mark.parametrize("objective", ["kdpo", "dpo"])
+def test_a_known_fact_leaves_every_weight_bit_identical(llama: Any, settings: Any, objective: str) -> None:
+    model, tok = llama
+    before = state(model)
+    known = {**REQUEST, "target_new": answer(model, tok, {**REQUEST, "target_new": "human"})}
+    _, _, (trace,) = edit(model, tok, [known], settings(objective=objective))
+    assert trace.converged
+    assert_same(model, before)
+
+
+@pytest.mark.parametrize("objective", ["kdpo", "dpo"])
+def test_two_runs_are_bit_identical(settings: Any, objective: str) -> None:
+    results = []
+    for _ in range(2):
+        model, tok = load("llama")
+        torch.manual_seed(random.randrange(1000))  # whatever the global generator holds
+        edit(model, tok, [REQUEST, SECOND], settings(objective=objective))
+        results.append(state(model))
+    assert_same(model, results[0])
+
+
+def test_several_requests_are_edited_one_after_the_other(llama: Any, settings: Any) -> None:
+    model, tok = llama
+    one_call, _, traces = edit(copy.deepcopy(model), tok, [REQUEST, SECOND], settings())
+    assert len(traces) == 2
+    for request in (REQUEST, SECOND):
+        apply_kdpo_to_model(model, tok, [request], settings())
+    assert_same(model, state(one_call))
+
+
+# The same edit, however the tokenizer is set up ---------------------------------------------------------------
+
+LONG = {"prompt": REQUEST["prompt"], "target_new": "the quick brown fox jumps over the lazy dog while it rains"}
+
+
+def edited_by(tok: Any, request: dict[str, str], settings: Any) -> torch.Tensor:
+    model, _ = load("llama")
+    apply_kdpo_to_model(model, tok, [request], settings(cycles=2))
+    return model.get_parameter(PARAMETER).detach()
+
+
+@pytest.mark.parametrize("request_", [REQUEST, LONG], ids=["one-token", "thirty-tokens"])
+def test_padding_side_does_not_matter(settings: Any, request_: dict[str, str]) -> None:
+    results = []
+    for side in ("left", "right"):
+        _, tok = load("llama")
+        tok.padding_side = side
+        results.append(edited_by(tok, request_, settings))
+        assert tok.padding_side == side
+    assert torch.equal(*results)
+
+
+def test_targets_have_one_and_thirty_tokens(llama: Any) -> None:
+    _, tok = llama
+    prompt = len(tok(REQUEST["prompt"])["input_ids"])
+    lengths = [len(tok(f"{r['prompt']} {r['target_new']}")["input_ids"]) - prompt for r in (REQUEST, LONG)]
+    assert lengths[0] == 1
+    assert lengths[1] >= 30
+
+
+@pytest.mark.parametrize("request_", [REQUEST, LONG], ids=["one-token", "thirty-tokens"])
+def test_token_type_ids_do_not_matter(settings: Any, request_: dict[str, str]) -> None:
+    _, plain = load("llama")
+    _, typed = load("llama")
+    typed.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
+    assert "token_type_ids" in typed("a")
+    assert torch.equal(edited_by(plain, request_, settings), edited_by(typed, request_, settings))
+
+
+def with_bos(tok: Any) -> Any:
+    tok.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", tok.eos_token_id)]
+    )
+    return tok
+
+
+@pytest.mark.parametrize("request_", [REQUEST, LONG], ids=["one-token", "thirty-tokens"])
+def test_bos_of_the_tokenizer_equals_bos_in_the_prompt(settings: Any, request_: dict[str, str]) -> None:
+    _, plain = load("llama")
+    _, bos = load("llama")
+    spelled = {**request_, "prompt": f"<|endoftext|>{request_['prompt']}"}
+    assert torch.equal(edited_by(with_bos(bos), request_, settings), edited_by(plain, spelled, settings))
+
+
+def test_an_end_token_added_by_the_tokenizer_stays_out(settings: Any) -> None:
+    _, plain = load("llama")
+    _, closing = load("llama")
+    closing.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A <|endoftext|>", special_tokens=[("<|endoftext|>", closing.eos_token_id)]
+    )
+    assert closing("a")["input_ids"][-1] == closing.eos_token_id
+    assert torch.equal(edited_by(plain, REQUEST, settings), edited_by(closing, REQUEST, settings))
+
+
+# What the caller had set up comes out as it went in -----------------------------------------------------------
+
+
+def prepared(model: Any) -> None:
+    """Put a model into a state that an edit might disturb."""
+    model.train()
+    model.model.layers[1].eval()
+    model.config.use_cache = True
+    for i, p in enumerate(model.parameters()):
+        p.requires_grad_(i % 2 == 0)
+        p.grad = torch.full_like(p, i) if i % 3 == 0 else None
+
+
+def surroundings(model: Any, tok: Any) -> dict[str, Any]:
+    return {
+        "requires_grad": [p.requires_grad for p in model.parameters()],
+        "grad": [None if p.grad is None else p.grad.flatten()[0].item() for p in model.parameters()],
+        "training": [m.training for m in model.modules()],
+        "use_cache": model.config.use_cache,
+        "hooks": [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()],
+        "forward": ["forward" in m.__dict__ for m in model.modules()],
+        "padding_side": tok.padding_side,
+        "torch": torch.random.get_rng_state().tolist(),
+        "python": random.getstate(),
+        "numpy": np.random.get_state()[1].tolist(),
+    }
+
+
+@pytest.mark.parametrize("objective", ["kdpo", "dpo"])
+def test_surroundings_come_out_as_they_went_in(llama: Any, settings: Any, objective: str) -> None:
+    model, tok = llama
+    prepared(model)
+    before = surroundings(model, tok)
+    apply_kdpo_to_model(model, tok, [REQUEST, SECOND], settings(objective=objective))
+    assert surroundings(model, tok) == before
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError, EditDiverged])
+@pytest.mark.parametrize("at", [1, 30])
+def test_an_edit_that_raises_leaves_everything_as_it_was(
+    llama: Any, settings: Any, monkeypatch: pytest.MonkeyPatch, error: type[BaseException], at: int
+) -> None:
+    """The error comes out of the optimiser, in the first or in the second of two edits."""
+    model, tok = llama
+    prepared(model)
+    before, weights = surroundings(model, tok), state(model)
+    step, calls = torch.optim.Adam.step, []
+
+    def failing(self: Any, *args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        step(self, *args, **kwargs)
+        if len(calls) == at:
+            raise error("stop")
+
+    monkeypatch.setattr(torch.optim.Adam, "step", failing)
+    with pytest.raises(error):
+        apply_kdpo_to_model(model, tok, [SECOND, REQUEST], settings(cycles=2))
+    assert len(calls) == at
+    assert surroundings(model, tok) == before
+    assert_same(model, weights)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_that_is_no_number_is_an_error_and_undone(llama: Any, settings: Any, value: float) -> None:
+    model, tok = llama
+    weights = state(model)
+    poison = model.model.norm.register_forward_hook(lambda m, a, out: out * value)
+    with pytest.raises(EditDiverged, match=r"loss became (nan|inf).* cycle 0, step 0"):
+        apply_kdpo_to_model(model, tok, [REQUEST], settings())
+    poison.remove()
+    assert_same(model, weights)
+
+
+def test_a_rate_that_blows_up_is_an_error_and_undone(llama: Any, settings: Any) -> None:
+    model, tok = llama
+    weights = state(model)
+    with pytest.raises(EditDiverged):
+        apply_kdpo_to_model(model, tok, [REQUEST], settings(lr=1e38))
+    assert_same(model, weights)
+
+
+# Options ------------------------------------------------------------------------------------------------------
+
+
+def test_update_scale_multiplies_the_change(llama: Any, settings: Any) -> None:
+    model, tok = llama
+    before = model.get_parameter(PARAMETER).detach().clone()
+    single, _, _ = edit(copy.deepcopy(model), tok, [REQUEST], settings())
+    change = single.get_parameter(PARAMETER).detach() - before
+    edit(model, tok, [REQUEST], settings(update_scale=2.0))
+    torch.testing.assert_close(model.get_parameter(PARAMETER).detach() - before, 2 * change, rtol=0, atol=1e-6)
+
+
+def test_norm_constraint_bounds_every_weight(llama: Any, settings: Any) -> None:
+    model, tok = llama
+    before = model.get_parameter(PARAMETER).detach().clone()
+    edit(model, tok, [REQUEST], settings(norm_constraint=2e-3))
+    change = (model.get_parameter(PARAMETER).detach() - before).abs().max().item()
+    assert 1e-3 < change <= 2e-3 * (1 + 1e-4)
+
+
+def test_weight_decay_pulls_weights_towards_zero(llama: Any, settings: Any) -> None:
+    model, tok = llama
+    decayed, _, _ = edit(copy.deepcopy(model), tok, [REQUEST], settings(weight_decay=0.1, cycles=1))
+    plain, _, _ = edit(model, tok, [REQUEST], settings(cycles=1))
+    assert decayed.get_parameter(PARAMETER).norm() < plain.get_parameter(PARAMETER).norm()
+
+
+def test_append_eos_makes_the_end_token_part_of_the_answer(llama: Any, settings: Any) -> None:
+    model, tok = llama
+    _, _, (trace,) = edit(model, tok, [SECOND], settings(append_eos=True, lr=3e-3))
+    assert trace.converged
+    ids = tok(f"{SECOND['prompt']} {SECOND['target_new']}", return_tensors="pt")["input_ids"]
+    assert model(ids).logits[0, -1].argmax() == tok.eos_token_id
+    assert len(trace.cycles[0].negative) == 7
+
+
+def test_margin_demands_a_clear_win(llama: Any, settings: Any) -> None:
+    model, tok = llama
+    _, _, (trace,) = edit(model, tok, [REQUEST], settings(margin=5.0, stop_loss=0.0))
+    assert trace.converged
+    ids = tok(f"{REQUEST['prompt']} {REQUEST['target_new']}", return_tensors="pt")["input_ids"]
+    best = model(ids).logits[0, -2].topk(2)
+    assert tok.decode(best.indices[0]) == " male"
+    assert best.values[0] - best.values[1] >= 5.0
+
+
+def test_two_layers_can_be_edited_together(llama: Any, settings: Any) -> None:
+    model, tok = llama
+    before = state(model)
+    _, originals, (trace,) = edit(model, tok, [REQUEST], settings(layers=[4, 2]))
+    assert trace.converged
+    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert changed == set(originals) == {PARAMETER, PARAMETER.replace("4", "2")}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_models_are_edited_through_fp32_copies(llama: Any, settings: Any, dtype: torch.dtype) -> None:
+    model, tok = llama
+    model.to(dtype)
+    _, originals, (trace,) = edit(model, tok, [REQUEST], settings(lr=1e-4, cycles=40))
+    assert trace.converged  # steps of 1e-4 are mostly lost when they are added in bfloat16
+    assert model.get_parameter(PARAMETER).dtype == originals[PARAMETER].dtype == dtype
+
+
+def test_large_vocabularies_cost_only_the_answer_positions(settings: Any) -> None:
+    """No step may build logits for every token: that is what makes plain implementations hungry."""
+    _, tok = load("llama")
+    config = LlamaConfig(
+        vocab_size=1024, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2
+    )
+    model = AutoModelForCausalLM.from_config(config)
+    rows: list[int] = []
+    model.lm_head.register_forward_hook(lambda m, a, out: rows.append(out.shape[1]))
+    edit(model, tok, [REQUEST], settings(layers=[1], cycles=1))
+    edit(model, tok, [REQUEST], settings(layers=[1], cycles=1))
+    assert sorted(set(rows)) == [1, 10]
+    assert rows.count(10) == 1  # once per model, to see that replaying is exact
+
+
+# Objectives ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def table() -> dict[str, torch.Tensor]:
+    g = torch.Generator().manual_seed(0)
+    chosen, rejected = torch.tensor([3, 1, 4]), torch.tensor([3, 0, 2])
+    return {
+        "logits": torch.randn(3, 6, generator=g, requires_grad=True),
+        "reference": torch.randn(3, 6, generator=g),
+        "chosen": chosen,
+        "rejected": rejected,
+    }
+
+
+def test_kdpo_loss_is_dpos_formula_on_a_shared_context(table: dict[str, torch.Tensor]) -> None:
+    def logps(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        return logits.log_softmax(-1).gather(-1, ids[:, None]).sum()
+
+    pairs = [logps(table[m], table[y]) for m, y in (("logits", "chosen"), ("logits", "rejected"))] + [
+        logps(table["reference"], table[y]) for y in ("chosen", "rejected")
+    ]
+    expected = dpo_loss(*pairs, beta=0.1)
+    torch.testing.assert_close(kdpo_loss(**table, beta=0.1), expected)
+    gain = (pairs[0] - pairs[2]) - (pairs[1] - pairs[3])
+    torch.testing.assert_close(expected, -torch.log(torch.sigmoid(0.1 * gain)))
+
+
+def test_only_two_logits_of_wrong_positions_get_a_gradient(table: dict[str, torch.Tensor]) -> None:
+    kdpo_loss(**table, beta=0.1).backward()
+    gradient = table["logits"].grad
+    assert gradient is not None
+    assert [sorted(row.nonzero().flatten().tolist()) for row in gradient] == [[], [0, 1], [2, 4]]
+
+
+def test_losses_keep_batch_dimensions(table: dict[str, torch.Tensor]) -> None:
+    batch = {k: torch.stack([v, v.flip(0)]) for k, v in table.items()}
+    losses = kdpo_loss(**batch, beta=0.1)
+    assert losses.shape == (2,)
+    torch.testing.assert_close(losses[0], kdpo_loss(**table, beta=0.1))
+
+
+def test_competitors_are_the_strongest_within_the_margin() -> None:
+    logits = torch.tensor([[0.0, 2.0, 1.5], [3.0, 2.5, 0.0]])
+    chosen = torch.tensor([1, 0])
+    assert competitors(logits, chosen).tolist() == [1, 0]
+    assert competitors(logits, chosen, margin=0.6).tolist() == [2, 1]
+    assert logits[0, 1] == 2.0
