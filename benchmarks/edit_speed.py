@@ -23,7 +23,7 @@ from kdpo_editor.hparams import settings_folder
 from kdpo_editor.testbed import load_model, load_records
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from plain import plain_kdpo  # noqa: E402
+from plain import plain_kdpo
 
 
 def main() -> None:
@@ -54,8 +54,8 @@ def main() -> None:
 
         tok.pad_token = tok.eos_token
         losses: list[int] = []
-        backward = torch.Tensor.backward
-        torch.Tensor.backward = lambda *a, **k: (losses.append(1), backward(*a, **k))[1]  # type: ignore[method-assign]
+        backward = torch.autograd.backward
+        torch.autograd.backward = lambda *a, **k: (losses.append(1), backward(*a, **k))[1]
         try:
             with quietly():
                 if easyedit.is_upstream():
@@ -64,7 +64,7 @@ def main() -> None:
                     with easyedit.on_device(ft):
                         apply_ft_to_model(model, tok, [record], ft)
         finally:
-            torch.Tensor.backward = backward  # type: ignore[method-assign]
+            torch.autograd.backward = backward
         return len(losses)
 
     form = "upstream" if easyedit.is_upstream() else "PyPI"

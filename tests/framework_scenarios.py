@@ -187,10 +187,10 @@ def rivals() -> dict[str, Any]:
         )
         editor = BaseEditor.from_hparams(hparams)
         before = weight(editor)
-        metrics, _, _ = editor.edit(**inputs(RECORDS[:20]), **kept(True))
+        metrics, _, _ = editor.edit(**inputs(RECORDS[:8]), **kept(True))
         out[name] = {"restored": torch.equal(before, weight(editor)), **scores(metrics)}
     editor = BaseEditor.from_hparams(kdpo())
-    metrics, _, _ = editor.edit(**inputs(RECORDS[:20]), **kept(True))
+    metrics, _, _ = editor.edit(**inputs(RECORDS[:8]), **kept(True))
     out["KDPO"] = scores(metrics)
     return out
 
