@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 OBJECTIVES = ("kdpo", "dpo")
-SCHEDULES = ("depth_first",)
+SCHEDULES = ("depth_first", "breadth_first")
 
 
 @dataclass
@@ -65,7 +65,9 @@ class KDPOHyperParams:
     margin: float = 0.0
     """Logits by which the new answer must win: the negative is the strongest token within this much of it."""
     schedule: str = "depth_first"
-    """Several requests in one call are edited one after the other."""
+    """"depth_first" edits several requests of one call one after the other, "breadth_first" all at once."""
+    memory_budget: float = 2e9
+    """Bytes of captured inputs and reference logits in one mini-batch of "breadth_first"."""
     replay: bool = False
     """Keep earlier edits in the batch; not available yet."""
 
@@ -89,7 +91,7 @@ class KDPOHyperParams:
         self._check("rewrite_module_tmp", self.rewrite_module_tmp.count("{}") == 1, 'one "{}" for the layer')
         for key in ("num_steps", "cycles", "max_length", "batch_size"):
             self._check(key, getattr(self, key) >= 1, "at least 1")
-        for key in ("lr", "beta"):
+        for key in ("lr", "beta", "memory_budget"):
             self._check(key, getattr(self, key) > 0, "more than 0")
         for key in ("stop_loss", "weight_decay", "margin"):
             self._check(key, getattr(self, key) >= 0, "0 or more")
@@ -98,6 +100,8 @@ class KDPOHyperParams:
             self._check("device", self.device >= 0, 'a CUDA index, "cpu", "cuda:1" or null')
         self._check("objective", self.objective in OBJECTIVES, f"one of {', '.join(OBJECTIVES)}")
         self._check("schedule", self.schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}")
+        one_by_one = self.schedule == "depth_first" or self.objective != "dpo"
+        self._check("schedule", one_by_one, "depth_first where objective is dpo")
         self._check("replay", not self.replay, "false")
 
     def _check(self, key: str, ok: bool, allowed: str) -> None:

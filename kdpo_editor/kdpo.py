@@ -20,12 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .ablation import OwnAnswerRound
+from .adam import Adam
+from .batches import Batch, Round, make_batches
 from .errors import EditDiverged, ModelError
 from .hparams import KDPOHyperParams
-from .objectives import answer_logps, competitors, dpo_loss, kdpo_loss
 from .requests import EditTokens, tokenize
-from .suffix import Suffix, greedy
-from .weights import blocks_name, find_matrices, only_training, restore
+from .suffix import Suffix
+from .weights import blocks_name, find_matrices, only_training
 
 LOG = logging.getLogger(__name__)
 
@@ -95,61 +97,83 @@ def edit(
         model = copying.deepcopy(model)
         weights = find_matrices(model, hparams)
     originals = {name: w.detach().clone() for name, w in weights.items()}
-    suffix = Suffix(model, blocks_name(hparams), min(hparams.layers))
+    first = min(hparams.layers)
+    module = next(iter(find_matrices(model, hparams, [first]))).rpartition(".")[0]
+    suffix = Suffix(model, blocks_name(hparams), first, module)
     with only_training(model, weights, originals):
-        traces = [edit_fact(suffix, weights, tokens, hparams) for tokens in edits]
+        if hparams.schedule == "breadth_first":
+            traces = optimise(suffix, weights, edits, hparams)
+        else:
+            traces = [trace for one in edits for trace in optimise(suffix, weights, [one], hparams)]
     missed = sum(not trace.converged for trace in traces)
     if missed:
         LOG.info("%d of %d edits did not reach their target within %d cycles", missed, len(traces), hparams.cycles)
     return model, originals, traces
 
 
-def edit_fact(
-    suffix: Suffix, weights: dict[str, nn.Parameter], tokens: EditTokens, hparams: KDPOHyperParams
-) -> EditTrace:
-    """Optimise ``weights`` in place until the model answers ``tokens.prompt`` with ``tokens.chosen``."""
-    start = {name: w.detach().clone() for name, w in weights.items()}
-    adam = Adam(list(weights.values()), hparams)
-    chosen = tokens.chosen.to(suffix.device)
-    positions = torch.arange(len(tokens.prompt) - 1, len(tokens.sequence))
-    context, logits = suffix.capture(tokens.sequence.unsqueeze(0), positions)
-    logits = logits[0].to(suffix.device)
-    reference = logits.detach()
-    trace = EditTrace()
+def optimise(
+    suffix: Suffix, weights: dict[str, nn.Parameter], edits: list[EditTokens], hparams: KDPOHyperParams
+) -> list[EditTrace]:
+    """Optimise ``weights`` in place until the model answers each prompt of ``edits`` with its chosen answer.
+
+    One edit is the paper's procedure. Several share the optimiser and its steps, in mini-batches; those that are won
+    are skipped for the cycle and looked at again in the next.
+    """
+    keep = hparams.objective == "dpo" or hparams.update_scale != 1.0
+    start = {name: w.detach().clone() for name, w in weights.items()} if keep else {}
+    adam = Adam(list(weights.values()), hparams.lr, hparams.weight_decay, hparams.norm_constraint)
+    batches = make_batches(suffix, edits, hparams.memory_budget)
+    alone = len(batches) == 1
+    wait = _host_waits(suffix.device)
+    traces = [EditTrace() for _ in edits]
+
+    def look() -> list[Round | OwnAnswerRound]:
+        """What remains to be done, by batch; marks what does not."""
+        for trace in traces:
+            trace.converged = True
+        rounds: list[Round | OwnAnswerRound] = []
+        for batch in batches:
+            remaining = batch.remaining(suffix, hparams.margin)
+            if remaining is not None:
+                for member in remaining.members:
+                    traces[member].converged = False
+                if hparams.objective == "dpo":
+                    rounds.append(OwnAnswerRound(suffix, batch, edits[0].prompt, weights, start))
+                else:
+                    rounds.append(remaining)
+        return rounds
 
     for number in range(hparams.cycles):
         if number > 0:
-            logits = suffix.replay(context)[0].to(suffix.device)
-        negative = competitors(logits.detach(), chosen, hparams.margin)
-        if torch.equal(negative, chosen):
+            _replay(suffix, batches, graph=alone)
+        rounds = look()
+        if not rounds:
             break
-        if hparams.objective == "dpo":
-            rejected = OwnAnswer(suffix, weights, start, tokens.prompt.to(suffix.device), len(chosen))
-            negative = rejected.ids
-        cycle = Cycle(negative.tolist())
-        trace.cycles.append(cycle)
+        cycles = [[Cycle(negative) for negative in r.negatives] for r in rounds]
+        done = [False] * len(rounds)
+        seen: list[list[Tensor]] = [[] for _ in rounds]
         for step in range(hparams.num_steps):
-            if step > 0:
-                logits = suffix.replay(context)[0].to(suffix.device)
-            if hparams.objective == "dpo":
-                loss = dpo_loss(
-                    answer_logps(logits, chosen),
-                    rejected.logps(),
-                    answer_logps(reference, chosen),
-                    rejected.reference_logps,
-                    hparams.beta,
-                )
-            else:
-                loss = kdpo_loss(logits, reference, chosen, negative, hparams.beta)
-            cycle.losses.append(loss.item())
-            if not cycle.losses[-1] < float("inf"):
-                raise EditDiverged(f"the loss became {cycle.losses[-1]} in cycle {number}, step {step}")
-            if cycle.losses[-1] < hparams.stop_loss:
-                break
-            adam.step(loss)
-            if hparams.norm_constraint is not None:
-                _stay_near(weights, start, hparams.norm_constraint)
-            trace.steps += 1
+            for i, current in enumerate(rounds):
+                if done[i]:
+                    continue
+                losses = current.losses(hparams.beta, use_first=alone and step == 0)
+                seen[i].append(losses.detach())
+                live = losses.detach() >= hparams.stop_loss
+                if wait:
+                    _check_finite(losses, number)
+                    done[i] = not live.any()
+                    if done[i]:
+                        continue
+                # The sum over edits: Adam does not mind its scale, and one edit stays exactly the paper's.
+                adam.step((losses * live).sum(), skip=None if wait else ~live.any())
+        for current, started, steps in zip(rounds, cycles, seen, strict=True):
+            table = torch.stack(steps)
+            _check_finite(table, number)
+            for member, cycle, losses in zip(current.members, started, table.T.tolist(), strict=True):
+                taken = next((n for n, loss in enumerate(losses) if loss < hparams.stop_loss), len(losses))
+                cycle.losses = losses[: taken + 1]
+                traces[member].cycles.append(cycle)
+                traces[member].steps += taken
 
     with torch.no_grad():
         if hparams.update_scale != 1.0:
@@ -157,64 +181,27 @@ def edit_fact(
                 w.copy_(start[name] + hparams.update_scale * (w - start[name]))
         if not all(torch.isfinite(w).all() for w in weights.values()):
             raise EditDiverged("the edited weights became NaN or infinite")
-        final = suffix.replay(context)[0].to(suffix.device)
-        trace.converged = torch.equal(competitors(final, chosen, hparams.margin), chosen)
-    return trace
+        if rounds or hparams.update_scale != 1.0:
+            _replay(suffix, batches, graph=False)
+            look()
+    return traces
 
 
-class Adam:
-    """Adam on matrices of any floating dtype; half-precision ones are stepped through fp32 copies."""
-
-    def __init__(self, weights: list[nn.Parameter], hparams: KDPOHyperParams) -> None:
-        self.weights = weights
-        half = [w.dtype in (torch.float16, torch.bfloat16) for w in weights]
-        self.masters = [w.detach().float() if h else w for w, h in zip(weights, half, strict=True)]
-        self.optimizer = torch.optim.Adam(self.masters, lr=hparams.lr, weight_decay=hparams.weight_decay, fused=True)
-
-    def step(self, loss: Tensor) -> None:
-        """Backpropagate ``loss`` and take one step; gradients are gone afterwards."""
-        gradients = torch.autograd.grad(loss, self.weights)
-        for master, gradient in zip(self.masters, gradients, strict=True):
-            master.grad = gradient.to(master.dtype)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        with torch.no_grad():
-            for weight, master in zip(self.weights, self.masters, strict=True):
-                if weight is not master:
-                    weight.copy_(master)
+def _host_waits(device: torch.device) -> bool:
+    """Whether losses are read as they come; on a GPU, steps that should not be taken are masked there instead."""
+    return device.type != "cuda"
 
 
-class OwnAnswer:
-    """The ablation's negative (``objective: dpo``): what the model answers by itself, scored after its own prefix."""
-
-    def __init__(
-        self,
-        suffix: Suffix,
-        weights: dict[str, nn.Parameter],
-        start: dict[str, Tensor],
-        prompt: Tensor,
-        length: int,
-    ) -> None:
-        self.suffix = suffix
-        self.ids = greedy(suffix.model, prompt, length)
-        sequence = torch.cat([prompt, self.ids[:-1]])
-        positions = torch.arange(len(prompt) - 1, len(sequence))
-        with torch.no_grad():
-            self.context, _ = suffix.capture(sequence.unsqueeze(0), positions)
-            now = {name: w.detach().clone() for name, w in weights.items()}
-            restore(weights, start)
-            self.reference_logps = self.logps()
-            restore(weights, now)
-
-    def logps(self) -> Tensor:
-        """``log pi(y_l | x)`` under the weights as they are now, summed; a scalar, fp32."""
-        return answer_logps(self.suffix.replay(self.context)[0].to(self.ids.device), self.ids)
+def _replay(suffix: Suffix, batches: list[Batch], graph: bool) -> None:
+    with torch.set_grad_enabled(graph):
+        for batch in batches:
+            batch.logits = suffix.replay(batch.captured).to(suffix.device)
 
 
-@torch.no_grad()
-def _stay_near(weights: dict[str, nn.Parameter], start: dict[str, Tensor], most: float) -> None:
-    for name, w in weights.items():
-        w.clamp_(start[name] - most, start[name] + most)
+def _check_finite(losses: Tensor, cycle: int) -> None:
+    if not torch.isfinite(losses).all():
+        worst = losses[~torch.isfinite(losses)].flatten()[0].item()
+        raise EditDiverged(f"the loss became {worst} in cycle {cycle}")
 
 
 def _check_lengths(model: nn.Module, edits: list[EditTokens]) -> None:

@@ -6,7 +6,6 @@ log-probabilities are fp32 (nats); token ids are int64.
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -36,27 +35,27 @@ def answer_logps(logits: Tensor, answer: Tensor) -> Tensor:
     return logits.log_softmax(-1).gather(-1, answer.unsqueeze(-1)).squeeze(-1).sum(-1)
 
 
-def kdpo_loss(logits: Tensor, reference: Tensor, chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
+def kdpo_loss(pairs: Tensor, reference: Tensor, beta: float, mask: Tensor | None = None) -> Tensor:
     """KDPO's loss (paper, eq. 4), where both answers are read from one forward pass.
 
     ``-log sigmoid(beta * sum_t [(z_w - z_l) - (z_ref_w - z_ref_l)])``
 
     Both answers share their context, so the softmax's normaliser is the same for both and cancels: logits serve
-    as well as log-probabilities, and only two of them per position get a gradient. Positions where
-    ``chosen == rejected`` contribute exactly nothing.
+    as well as log-probabilities, and only two of them per position are needed. Positions where chosen and
+    rejected token are the same contribute exactly nothing.
 
     Args:
-        logits: ``[..., T, V]`` of the policy.
-        reference: ``[..., T, V]`` logits or log-probabilities of the reference, without gradient.
-        chosen, rejected: ``[..., T]``.
+        pairs: ``[..., T, 2]``, the policy's logits of the chosen and of the rejected token.
+        reference: ``[..., T, 2]``, the same of the reference, without gradient.
         beta: strength of the pull towards the reference.
+        mask: ``[..., T]`` bool, false where an answer is padded.
 
     Returns:
         ``[...]``, the loss of each answer pair.
     """
-    pair = torch.stack([chosen, rejected], -1)
-    policy, ref = logits.gather(-1, pair), reference.gather(-1, pair)
-    gain = (policy[..., 0] - policy[..., 1]) - (ref[..., 0] - ref[..., 1])
+    gain = (pairs[..., 0] - pairs[..., 1]) - (reference[..., 0] - reference[..., 1])
+    if mask is not None:
+        gain = gain.masked_fill(~mask, 0.0)
     return F.softplus(-beta * gain.sum(-1))
 
 

@@ -1,18 +1,20 @@
 """Run a model once, then only the part of it that an edit can change.
 
-Blocks below the first edited one never change, and under teacher forcing neither does what they are fed. So one
-forward pass captures the arguments of every block from the first edited one up; later passes call only those
-blocks, the final norm and the head, and the last two only where an answer is read.
+What comes before the first edited matrix never changes, and under teacher forcing neither does what it is fed. So one
+forward pass captures the input of that matrix, what its block adds its output to, and the arguments of every block
+above; later passes compute one matrix product, those blocks, the final norm, and of the head only what is asked
+for: all logits of the answer positions, or just two of each. Where a block does more with the matrix's output than
+add it (Gemma-2 normalises it first), replay begins at that block instead.
 
 Nothing here knows the name of an architecture. What follows the last block inside the module that holds the
 blocks is seen by watching one pass; head, bias, logit scaling and soft-capping are the model's own, because its
-own ``forward`` is called with that module's result put in. The first replay on a model is compared with
-its full forward, and a model that differs is refused.
+own ``forward`` is called with that module's result put in. All this is tried once per model, by disturbing the edited
+matrix's output and comparing with the full forward; a model for which it does not hold is refused.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -24,40 +26,80 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 
 from .errors import ModelError
 
-# Models whose replay was compared with the full forward already, and from which blocks on.
-_VERIFIED: WeakKeyDictionary[nn.Module, set[int]] = WeakKeyDictionary()
+# For models that were examined: by edited module, whether replay may begin at the matrix.
+_EXAMINED: WeakKeyDictionary[nn.Module, dict[str, bool]] = WeakKeyDictionary()
 
 
 @dataclass
 class Captured:
     """What one pass over ``[B, L]`` token ids left behind.
 
-    ``hidden``: ``[B, L, D]``, input of the first edited block, model dtype, without gradient.
-    ``arguments``: for each block from there on, its other positional and keyword arguments.
-    ``positions``: ``[T]``, where logits are read.
+    ``hidden``: ``[B, L, D]``, model dtype, without gradient: what the first edited block adds its matrix's output to,
+    or, where ``inner`` is ``None``, that block's input.
+    ``inner``: ``[B, L, F]``, the matrix's input.
+    ``arguments``: the other positional and keyword arguments of each block that remains to be run.
+    ``positions``: ``[B, T]`` int64, where logits are read.
     """
 
     hidden: Tensor
+    inner: Tensor | None
     arguments: list[tuple[tuple[Any, ...], dict[str, Any]]]
     positions: Tensor
 
+    def rows(self, kept: Tensor) -> Captured:
+        """Those rows of the batch whose indices, int64, are in ``kept``."""
+        size = self.hidden.shape[0]
+
+        def take(value: Any) -> Any:
+            if isinstance(value, tuple):
+                return tuple(take(v) for v in value)
+            # Anything per row is at least a matrix; some (ALiBi) hold rows times heads.
+            if not isinstance(value, Tensor) or value.ndim < 2 or value.shape[0] % size or size == 1:
+                return value
+            if value.shape[0] == size:
+                return value[kept.to(value.device)]
+            return value.unflatten(0, (size, -1))[kept.to(value.device)].flatten(0, 1)
+
+        arguments = [(take(args), {k: take(v) for k, v in kwargs.items()}) for args, kwargs in self.arguments]
+        return Captured(take(self.hidden), take(self.inner), arguments, take(self.positions))
+
+    @property
+    def nbytes(self) -> int:
+        """Memory held by the captured inputs; arguments are shared or small."""
+        return sum(t.nbytes for t in (self.hidden, self.inner) if t is not None)
+
+
+@dataclass
+class HeadRows:
+    """The head's rows for some tokens: ``weight`` ``[B, T, K, D]`` and ``bias`` ``[B, T, K]`` or ``None``."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """Logits ``[B, T, K]`` of hidden states ``[B, T, D]``."""
+        logits = (self.weight @ hidden.unsqueeze(-1)).squeeze(-1)
+        return logits if self.bias is None else logits + self.bias
+
 
 class Suffix:
-    """The blocks from ``first`` up of a causal language model, to be captured once and replayed often.
+    """The part of a causal language model from one matrix up, to be captured once and replayed often.
 
     Args:
-        model: a decoder-only ``transformers`` model with a language-model head.
+        model: a decoder-only ``transformers`` model with a language-model head, in evaluation mode.
         blocks_name: dotted name of its list of blocks, such as ``model.layers``.
         first: index of the first block that may change.
+        module_name: dotted name of the module whose weight is edited in that block.
     """
 
-    def __init__(self, model: nn.Module, blocks_name: str, first: int) -> None:
+    def __init__(self, model: nn.Module, blocks_name: str, first: int, module_name: str) -> None:
         self.model = model
         blocks = model.get_submodule(blocks_name)
         assert isinstance(blocks, nn.ModuleList)
         self.holder = model.get_submodule(blocks_name.rpartition(".")[0])
         self.blocks = list(blocks)[first:]
-        self.first = first
+        self.module_name = module_name
+        self.module = model.get_submodule(module_name)
         self._after: list[nn.Module] = []
 
     @property
@@ -71,22 +113,54 @@ class Suffix:
         """Run the whole model over ``ids`` once.
 
         With gradients enabled and only edited matrices requiring them, the graph begins at the first edited
-        matrix, so this pass serves as the first optimiser step's forward too.
+        matrix, so this pass serves as the first optimiser step's forward too. Rows may be padded on the right with
+        any token: under a causal mask nothing before it sees it.
 
         Args:
             ids: ``[B, L]`` int64.
-            positions: ``[T]`` int64; logits are read there.
+            positions: ``[B, T]`` int64; logits are read there.
 
         Returns:
             What was captured, and the logits ``[B, T, V]`` in fp32.
 
         Raises:
-            ModelError: a block is fed something that the edit would change, or replaying does not give what
-                the full forward gave.
+            ModelError: replaying does not give what the full forward gives.
         """
         ids, positions = ids.to(self.device), positions.to(self.device)
+        known = _EXAMINED.setdefault(self.model, {})
+        if self.module_name not in known:
+            known[self.module_name] = self._examine(ids[:1])
+        return self._run(ids, positions, inside=known[self.module_name])
+
+    def replay(self, captured: Captured, head_rows: HeadRows | None = None) -> Tensor:
+        """Logits that the whole model would give with its weights as they are now, in fp32.
+
+        ``[B, T, V]``, or ``[B, T, K]`` where :meth:`head_rows` chose ``K`` tokens of each position.
+        """
+        blocks = self.blocks
+        hidden = captured.hidden
+        if captured.inner is not None:
+            hidden = hidden + self.module(captured.inner).view(hidden.shape)
+            blocks = blocks[1:]
+        for block, (args, kwargs) in zip(blocks, captured.arguments, strict=True):
+            hidden = _hidden(block(hidden, *args, **kwargs))
+        hidden = _at(hidden, captured.positions)
+        for module in self._after:
+            hidden = module(hidden)
+        return self._logits(hidden, head_rows)
+
+    def head_rows(self, tokens: Tensor) -> HeadRows | None:
+        """The part of the head that scores ``tokens`` ``[B, T, K]``, or ``None`` if this head cannot be divided."""
+        head = self.model.get_output_embeddings()  # type: ignore[operator]
+        if type(head) is not nn.Linear or "forward" in head.__dict__:
+            return None
+        tokens = tokens.to(head.weight.device)
+        return HeadRows(head.weight[tokens], None if head.bias is None else head.bias[tokens])
+
+    def _run(self, ids: Tensor, positions: Tensor, inside: bool) -> tuple[Captured, Tensor]:
         calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         after: list[nn.Module] = []
+        kept: dict[str, Tensor] = {}
         with ExitStack() as hooks:
 
             def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -96,76 +170,114 @@ class Suffix:
                 if len(calls) == len(self.blocks):
                     after.append(module)
 
+            def set_aside(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+                kept["inner"], kept["output"] = args[0].detach(), output
+                return torch.zeros_like(output)
+
+            def put_back(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+                rest = _hidden(output).detach()
+                # Some blocks (OPT) flatten rows and positions for their matrices.
+                kept["rest"], kept["inner"] = rest, kept["inner"].reshape(*rest.shape[:2], -1)
+                whole = rest + kept["output"].view(rest.shape)
+                return (whole, *output[1:]) if isinstance(output, tuple) else whole
+
             for block in self.blocks:
                 hooks.callback(block.register_forward_pre_hook(keep, with_kwargs=True).remove)
             for child in self.holder.children():
                 if not isinstance(child, nn.ModuleList):
                     hooks.callback(child.register_forward_hook(note).remove)
+            if inside:
+                hooks.callback(self.module.register_forward_hook(set_aside).remove)
+                hooks.callback(self.blocks[0].register_forward_hook(put_back).remove)
             output = self.holder(input_ids=ids, use_cache=False, return_dict=True).last_hidden_state
-        if len(calls) != len(self.blocks):
+        if len(calls) != len(self.blocks) or (inside and "rest" not in kept):
             raise ModelError(f"{len(self.blocks)} blocks were to run once each, but {len(calls)} calls were seen")
         self._after = after
-        hidden = None
-        arguments = []
-        for i, (args, kwargs) in enumerate(calls):
-            if args:
-                own, args = args[0], args[1:]
-            else:
-                own = kwargs.pop("hidden_states")
-            if any(isinstance(v, Tensor) and v.requires_grad for v in (*args, *kwargs.values())):
-                raise ModelError(
-                    f"block {self.first + i} is fed more than hidden states by the edited layer; such models "
-                    "cannot be edited"
-                )
-            if i == 0:
-                hidden = own.detach()
-            arguments.append((args, kwargs))
-        assert hidden is not None
-        captured = Captured(hidden, arguments, positions)
-        logits = self._head(output[:, positions.to(output.device)])
-        if self.first not in _VERIFIED.setdefault(self.model, set()):
-            self._verify(ids, captured)
-            _VERIFIED[self.model].add(self.first)
-        return captured, logits
+        inputs, arguments = [], []
+        for args, kwargs in calls:
+            inputs.append(args[0] if args else kwargs.pop("hidden_states"))
+            arguments.append((args[1:], kwargs))
+        if inside:
+            captured = Captured(kept["rest"], kept["inner"], arguments[1:], positions)
+        else:
+            captured = Captured(inputs[0].detach(), None, arguments, positions)
+        return captured, self._logits(_at(output, positions), None)
 
-    def replay(self, captured: Captured) -> Tensor:
-        """The logits ``[B, T, V]``, fp32, that the whole model would give with its weights as they are now."""
-        hidden = captured.hidden
-        for block, (args, kwargs) in zip(self.blocks, captured.arguments, strict=True):
-            output = block(hidden, *args, **kwargs)
-            hidden = output[0] if isinstance(output, tuple) else output
-        hidden = hidden[:, captured.positions.to(hidden.device)]
-        for module in self._after:
-            hidden = module(hidden)
-        return self._head(hidden)
-
-    def _head(self, hidden: Tensor) -> Tensor:
+    def _logits(self, hidden: Tensor, head_rows: HeadRows | None) -> Tensor:
         """Logits of final hidden states, through whatever the model's own forward does after its blocks."""
-        with _answering(self.holder, BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden)):
+        output = BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden)
+        with ExitStack() as patches:
+            patches.enter_context(_forward_is(self.holder, lambda *args, **kwargs: output))
+            if head_rows is not None:
+                head = self.model.get_output_embeddings()  # type: ignore[operator]
+                patches.enter_context(_forward_is(head, head_rows))
             logits: Tensor = self.model(inputs_embeds=hidden, use_cache=False, return_dict=True).logits
         return logits.float()
 
     @torch.no_grad()
-    def _verify(self, ids: Tensor, captured: Captured) -> None:
-        full = self.model(input_ids=ids, use_cache=False, return_dict=True).logits
-        full = full[:, captured.positions.to(full.device)].float()
-        replayed = self.replay(captured).to(full.device)
-        # Rounding alone: the same operations on the same numbers, but for the shapes of the last ones.
-        scale = full.nan_to_num(0.0, 0.0, 0.0).abs().max().clamp(min=1.0).item()
-        tolerance = 32 * torch.finfo(next(self.model.parameters()).dtype).eps * scale
-        if not torch.allclose(full, replayed, rtol=0.0, atol=tolerance, equal_nan=True):
-            worst = (full - replayed).abs().max()
-            raise ModelError(
-                f"{type(self.model).__name__}: replaying blocks {self.first} and up gives logits that differ from "
-                f"the full forward by {worst:.3g}; this architecture cannot be edited"
-            )
+    def _examine(self, ids: Tensor) -> bool:
+        """Whether replay may begin at the edited matrix; :class:`ModelError` if it is not exact from its block either.
+
+        The matrix's output is disturbed after the capture, so that everything it feeds must answer for itself.
+        """
+        positions = torch.arange(ids.shape[1], device=ids.device).unsqueeze(0)
+        disturbance: list[Tensor] = []
+
+        def disturb(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+            if not disturbance:
+                noise = torch.randn(output.shape, generator=torch.Generator().manual_seed(0))
+                scale = output.detach().float().std().nan_to_num(1.0, 1.0, 1.0).item() + 1e-6
+                disturbance.append((3 * scale * noise).to(output))
+            return output + disturbance[0].view(output.shape)
+
+        worst = float("inf")
+        for inside in (True, False):
+            try:
+                captured, before = self._run(ids, positions, inside)
+            except ModelError:
+                if inside:
+                    continue
+                raise
+            handle = self.module.register_forward_hook(disturb)
+            try:
+                full = self.model(input_ids=ids, use_cache=False, return_dict=True).logits.float()
+                replayed = self.replay(captured).to(full.device)
+                pair = torch.stack([positions % full.shape[-1], full.argmax(-1).to(positions.device)], -1)
+                rows = self.head_rows(pair)
+                part = self.replay(captured, rows).to(full.device) if rows is not None else None
+            finally:
+                handle.remove()
+            half = next(self.model.parameters()).dtype in (torch.float16, torch.bfloat16)
+            # What rounding may cost: a share of the change, and of the numbers themselves.
+            change = (full - before.to(full.device)).norm().nan_to_num()
+            allowed = (0.05 if half else 1e-3) * change + (2e-2 if half else 1e-5) * full.nan_to_num().norm()
+            error = (full - replayed).nan_to_num().norm()
+            if part is not None:
+                error = torch.maximum(error, (full.gather(-1, pair.to(full.device)) - part).nan_to_num().norm())
+            if error <= allowed:
+                return inside
+            worst = min(worst, (error / change).item())
+        raise ModelError(
+            f"{type(self.model).__name__}: replaying what lies above {self.module_name} differs from the full forward "
+            f"(by {worst:.2g} of the change); this architecture cannot be edited"
+        )
+
+
+def _hidden(output: Any) -> Tensor:
+    hidden: Tensor = output[0] if isinstance(output, tuple) else output
+    return hidden
+
+
+def _at(hidden: Tensor, positions: Tensor) -> Tensor:
+    """``[B, L, D]`` at ``[B, T]`` to ``[B, T, D]``."""
+    return hidden.gather(1, positions.to(hidden.device).unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
 
 
 @contextmanager
-def _answering(module: nn.Module, output: Any) -> Iterator[None]:
-    """While inside, ``module`` returns ``output`` whatever it is called with."""
+def _forward_is(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """While inside, ``module`` does ``forward`` instead of its own."""
     own = module.__dict__.get("forward")
-    module.__dict__["forward"] = lambda *args, **kwargs: output
+    module.__dict__["forward"] = forward
     try:
         yield
     finally:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -14,21 +14,31 @@ from .hparams import KDPOHyperParams
 EDITABLE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def find_matrices(model: nn.Module, hparams: KDPOHyperParams) -> dict[str, nn.Parameter]:
-    """The matrix of each of ``hparams.layers``, by parameter name.
+def find_matrices(
+    model: nn.Module, hparams: KDPOHyperParams, layers: Sequence[int] | None = None
+) -> dict[str, nn.Parameter]:
+    """The matrix of each of ``layers`` (by default ``hparams.layers``), by parameter name.
 
     Raises:
-        ModelError: the template names no list of blocks, a layer lies outside it, or the name matches no
-            matrix or several; or the matrix is quantised or not in memory.
+        ModelError: the model is an encoder-decoder or quantised, or the layer a mixture of experts; the template
+            names no list of blocks, a layer lies outside it, or the name matches no matrix or several; or the
+            matrix is quantised or not in memory.
     """
     name = hparams.rewrite_module_tmp
+    config = getattr(model, "config", None)
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelError(f"{type(model).__name__} is an encoder-decoder; only decoder-only models can be edited")
+    if getattr(model, "is_quantized", False):
+        raise ModelError(f"{type(model).__name__} was loaded quantised; load it in floating point to edit it")
     blocks = find_blocks(model, hparams)
     found = {}
-    for layer in hparams.layers:
+    for layer in hparams.layers if layers is None else layers:
         if layer >= len(blocks):
             raise ModelError(
                 f"layers: {layer} is outside the model, which has {len(blocks)} layers, 0 to {len(blocks) - 1}"
             )
+        if any(n.rpartition(".")[2] == "experts" for n, _ in blocks[layer].named_modules()):
+            raise ModelError(f"layer {layer} of {type(model).__name__} is a mixture of experts, which cannot be edited")
         wanted = name.format(layer).removesuffix(".weight")
         matches = {
             n: p for n, p in model.named_parameters() if p.ndim >= 2 and (n == wanted or n.startswith(wanted + "."))

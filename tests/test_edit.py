@@ -228,7 +228,7 @@ def test_a_loss_that_is_no_number_is_an_error_and_undone(llama: Any, settings: A
     model, tok = llama
     weights = state(model)
     poison = model.model.norm.register_forward_hook(lambda m, a, out: out * value)
-    with pytest.raises(EditDiverged, match=r"loss became (nan|inf).* cycle 0, step 0"):
+    with pytest.raises(EditDiverged, match=r"loss became (nan|inf).* in cycle 0"):
         apply_kdpo_to_model(model, tok, [REQUEST], settings())
     poison.remove()
     assert_same(model, weights)
@@ -306,19 +306,83 @@ def test_half_precision_models_are_edited_through_fp32_copies(llama: Any, settin
     assert model.get_parameter(PARAMETER).dtype == originals[PARAMETER].dtype == dtype
 
 
-def test_large_vocabularies_cost_only_the_answer_positions(settings: Any) -> None:
-    """No step may build logits for every token: that is what makes plain implementations hungry."""
+def test_a_step_computes_two_logits_an_answer_position(settings: Any) -> None:
+    """Only the pass that reads off the negatives sees the vocabulary, and that only where the answer is."""
     _, tok = load("llama")
     config = LlamaConfig(
         vocab_size=1024, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2
     )
     model = AutoModelForCausalLM.from_config(config)
-    rows: list[int] = []
-    model.lm_head.register_forward_hook(lambda m, a, out: rows.append(out.shape[1]))
-    edit(model, tok, [REQUEST], settings(layers=[1], cycles=1))
-    edit(model, tok, [REQUEST], settings(layers=[1], cycles=1))
-    assert sorted(set(rows)) == [1, 10]
-    assert rows.count(10) == 1  # once per model, to see that replaying is exact
+    shapes: list[tuple[int, ...]] = []
+    edit(model, tok, [REQUEST], settings(layers=[1], cycles=1))  # the first edit of a model examines it
+    model.lm_head.register_forward_hook(lambda m, a, out: shapes.append(tuple(out.shape)))
+    _, _, (trace,) = edit(model, tok, [REQUEST], settings(layers=[1], cycles=2, lr=1e-6, stop_loss=0.0))
+    assert not trace.converged
+    whole, pairs = (1, 1, 1024), (1, 1, 2)
+    assert shapes == [whole, *[pairs] * 7] * 2 + [whole]
+
+
+# Several edits at once ----------------------------------------------------------------------------------------
+
+
+def test_breadth_first_with_one_request_equals_depth_first(llama: Any, settings: Any) -> None:
+    model, tok = llama
+    one, _, (deep,) = edit(copy.deepcopy(model), tok, [SECOND], settings())
+    two, _, (broad,) = edit(model, tok, [SECOND], settings(schedule="breadth_first"))
+    assert deep == broad
+    assert_same(one, state(two))
+
+
+THIRD = {"prompt": "What is the capital of the old country by the sea?", "target_new": "Noctuidae of the north"}
+
+
+@pytest.mark.parametrize("budget", [2e9, 1.0], ids=["one-batch", "a-batch-each"])
+def test_breadth_first_edits_all_requests(llama: Any, settings: Any, budget: float) -> None:
+    model, tok = llama
+    requests = [SECOND, REQUEST, THIRD]
+    _, _, traces = edit(model, tok, requests, settings(schedule="breadth_first", memory_budget=budget))
+    assert all(t.converged for t in traces)
+    for request in requests:
+        assert answer(model, tok, request) == request["target_new"]
+    assert [len(t.cycles[0].negative) for t in traces] == [6, 1, 11]
+
+
+def test_first_losses_of_a_batch_equal_those_of_single_edits(llama: Any, settings: Any) -> None:
+    """Padding, other rows and the split into batches change nothing before the first step."""
+    model, tok = llama
+    requests = [SECOND, REQUEST, THIRD]
+    _, _, single = edit(copy.deepcopy(model), tok, requests[:1], settings())
+    for budget in (2e9, 1.0):
+        hparams = settings(schedule="breadth_first", memory_budget=budget, cycles=1, num_steps=1)
+        _, _, traces = edit(copy.deepcopy(model), tok, requests, hparams)
+        assert traces[0].cycles[0].negative == single[0].cycles[0].negative
+        if budget > 1:
+            assert [t.cycles[0].losses[0] for t in traces] == pytest.approx([np.log(2)] * 3)
+
+
+def test_a_won_edit_is_left_out_and_looked_at_again(llama: Any, settings: Any) -> None:
+    model, tok = llama
+    known = {**REQUEST, "target_new": answer(model, tok, {**REQUEST, "target_new": "human"})}
+    _, _, traces = edit(model, tok, [known, SECOND], settings(schedule="breadth_first"))
+    assert traces[0].cycles == []
+    assert traces[1].converged
+    assert len(traces[1].cycles) >= 1
+
+
+def test_steps_masked_on_the_device_equal_steps_not_taken(
+    llama: Any, settings: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU the host does not wait for the loss; the same edit comes out."""
+    from kdpo_editor import kdpo
+
+    model, tok = llama
+    hparams = settings(schedule="breadth_first", stop_loss=0.05)
+    waited, _, first = edit(copy.deepcopy(model), tok, [SECOND, REQUEST], hparams)
+    monkeypatch.setattr(kdpo, "_host_waits", lambda device: False)
+    masked, _, second = edit(model, tok, [SECOND, REQUEST], hparams)
+    assert first == second
+    assert any(len(c.losses) < 8 for t in first for c in t.cycles), "no step was ever masked"
+    assert_same(waited, state(masked))
 
 
 # Objectives ---------------------------------------------------------------------------------------------------
@@ -336,6 +400,11 @@ def table() -> dict[str, torch.Tensor]:
     }
 
 
+def shared_context_loss(table: dict[str, torch.Tensor], mask: torch.Tensor | None = None) -> torch.Tensor:
+    pair = torch.stack([table["chosen"], table["rejected"]], -1)
+    return kdpo_loss(table["logits"].gather(-1, pair), table["reference"].gather(-1, pair), 0.1, mask)
+
+
 def test_kdpo_loss_is_dpos_formula_on_a_shared_context(table: dict[str, torch.Tensor]) -> None:
     def logps(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         return logits.log_softmax(-1).gather(-1, ids[:, None]).sum()
@@ -344,13 +413,13 @@ def test_kdpo_loss_is_dpos_formula_on_a_shared_context(table: dict[str, torch.Te
         logps(table["reference"], table[y]) for y in ("chosen", "rejected")
     ]
     expected = dpo_loss(*pairs, beta=0.1)
-    torch.testing.assert_close(kdpo_loss(**table, beta=0.1), expected)
+    torch.testing.assert_close(shared_context_loss(table), expected)
     gain = (pairs[0] - pairs[2]) - (pairs[1] - pairs[3])
     torch.testing.assert_close(expected, -torch.log(torch.sigmoid(0.1 * gain)))
 
 
 def test_only_two_logits_of_wrong_positions_get_a_gradient(table: dict[str, torch.Tensor]) -> None:
-    kdpo_loss(**table, beta=0.1).backward()
+    shared_context_loss(table).backward()
     gradient = table["logits"].grad
     assert gradient is not None
     assert [sorted(row.nonzero().flatten().tolist()) for row in gradient] == [[], [0, 1], [2, 4]]
@@ -358,9 +427,15 @@ def test_only_two_logits_of_wrong_positions_get_a_gradient(table: dict[str, torc
 
 def test_losses_keep_batch_dimensions(table: dict[str, torch.Tensor]) -> None:
     batch = {k: torch.stack([v, v.flip(0)]) for k, v in table.items()}
-    losses = kdpo_loss(**batch, beta=0.1)
+    losses = shared_context_loss(batch)
     assert losses.shape == (2,)
-    torch.testing.assert_close(losses[0], kdpo_loss(**table, beta=0.1))
+    torch.testing.assert_close(losses[0], shared_context_loss(table))
+
+
+def test_padding_costs_nothing(table: dict[str, torch.Tensor]) -> None:
+    shorter = {k: v[:2] for k, v in table.items()}
+    mask = torch.tensor([True, True, False])
+    torch.testing.assert_close(shared_context_loss(table, mask), shared_context_loss(shorter))
 
 
 def test_competitors_are_the_strongest_within_the_margin() -> None:

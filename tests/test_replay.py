@@ -1,4 +1,4 @@
-"""The replayed suffix gives what the full forward gives."""
+"""The replayed suffix gives what the full forward gives, on every architecture people edit."""
 
 from __future__ import annotations
 
@@ -8,13 +8,16 @@ import pytest
 import torch
 import transformers
 from plain import plain_kdpo
+from torch import nn
 
 from kdpo_editor import ModelError, edit
 from kdpo_editor.suffix import Suffix, greedy
 
-COMMON = {"vocab_size": 97, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 LLAMA_LIKE = {
-    **COMMON,
+    "vocab_size": 97,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
     "hidden_size": 32,
     "intermediate_size": 64,
     "num_hidden_layers": 4,
@@ -22,107 +25,242 @@ LLAMA_LIKE = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 64,
 }
-ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "gpt2": ("GPT2", "transformer.h", {**COMMON, "n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 64}),
-    "llama": ("Llama", "model.layers", LLAMA_LIKE),
-    "qwen2": ("Qwen2", "model.layers", LLAMA_LIKE),
-    "mistral": ("Mistral", "model.layers", {**LLAMA_LIKE, "sliding_window": 4}),
-    "gemma2": ("Gemma2", "model.layers", {**LLAMA_LIKE, "head_dim": 8, "sliding_window": 4}),
+NO_GROUPS = {k: v for k, v in LLAMA_LIKE.items() if k != "num_key_value_heads"}
+GPT_LIKE = {"vocab_size": 97, "n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 64, "bos_token_id": 1}
+WINDOW = {"head_dim": 8, "sliding_window": 4}
+# Config class, list of blocks, edited matrix, settings, and whether replay begins at the matrix.
+ARCHITECTURES: dict[str, tuple[str, str, str, dict[str, Any], bool]] = {
+    "gpt2": ("GPT2", "transformer.h", "mlp.c_proj", GPT_LIKE, True),
+    "gptj": ("GPTJ", "transformer.h", "mlp.fc_out", {**GPT_LIKE, "rotary_dim": 4}, True),
+    "gpt_neox": ("GPTNeoX", "gpt_neox.layers", "mlp.dense_4h_to_h", NO_GROUPS, True),
+    "gpt_neo": (
+        "GPTNeo",
+        "transformer.h",
+        "mlp.c_proj",
+        {
+            "vocab_size": 97,
+            "hidden_size": 32,
+            "num_layers": 4,
+            "num_heads": 4,
+            "attention_types": [[["global", "local"], 2]],
+            "window_size": 4,
+            "max_position_embeddings": 64,
+        },
+        True,
+    ),
+    "opt": ("OPT", "model.decoder.layers", "fc2", {**NO_GROUPS, "ffn_dim": 64, "word_embed_proj_dim": 16}, True),
+    "bloom": (
+        "Bloom",
+        "transformer.h",
+        "mlp.dense_4h_to_h",
+        {"vocab_size": 97, "hidden_size": 32, "n_layer": 4, "n_head": 4},
+        True,
+    ),
+    "falcon": ("Falcon", "transformer.h", "mlp.dense_4h_to_h", {**NO_GROUPS, "alibi": True}, True),
+    "llama": ("Llama", "model.layers", "mlp.down_proj", LLAMA_LIKE, True),
+    "mistral": ("Mistral", "model.layers", "mlp.down_proj", {**LLAMA_LIKE, "sliding_window": 4}, True),
+    "qwen2": ("Qwen2", "model.layers", "mlp.down_proj", LLAMA_LIKE, True),
+    "qwen3": ("Qwen3", "model.layers", "mlp.down_proj", {**LLAMA_LIKE, "head_dim": 8}, True),
+    "gemma": ("Gemma", "model.layers", "mlp.down_proj", {**LLAMA_LIKE, "head_dim": 8}, True),
+    "gemma2": ("Gemma2", "model.layers", "mlp.down_proj", {**LLAMA_LIKE, **WINDOW}, False),
+    "gemma3": ("Gemma3Text", "model.layers", "mlp.down_proj", {**LLAMA_LIKE, **WINDOW}, False),
+    "phi": ("Phi", "model.layers", "mlp.fc2", LLAMA_LIKE, True),
+    "phi3": ("Phi3", "model.layers", "mlp.down_proj", LLAMA_LIKE, True),
+    "stablelm": ("StableLm", "model.layers", "mlp.down_proj", LLAMA_LIKE, True),
+    "olmo2": ("Olmo2", "model.layers", "mlp.down_proj", LLAMA_LIKE, False),
+    "cohere": ("Cohere", "model.layers", "mlp.down_proj", LLAMA_LIKE, True),
+    "granite": (
+        "Granite",
+        "model.layers",
+        "mlp.down_proj",
+        {**LLAMA_LIKE, "residual_multiplier": 0.3, "logits_scaling": 7.0},
+        False,
+    ),
 }
 
 
-def tiny(name: str) -> tuple[Any, str]:
-    family, blocks, settings = ARCHITECTURES[name]
+def tiny(name: str, dtype: torch.dtype = torch.float32) -> tuple[Any, str, str]:
+    family, blocks, matrix, settings, _ = ARCHITECTURES[name]
     torch.manual_seed(0)
     config = getattr(transformers, f"{family}Config")(**settings)
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
-    with torch.no_grad():  # logits of a size at which scaling and soft-capping show
-        model.get_output_embeddings().weight.mul_(20)
-    return model, blocks
+    with torch.no_grad():  # logits of a size at which scaling and soft-capping show, and blocks that matter
+        for p in model.parameters():
+            p.mul_(3) if p.ndim == 2 else p.add_(0.1 * torch.randn(p.shape))
+    return model.to(dtype), blocks, matrix
 
 
-@pytest.mark.parametrize("layer", range(4))
+def suffix_of(name: str, layer: int, dtype: torch.dtype = torch.float32) -> tuple[Any, Suffix, nn.Parameter]:
+    model, blocks, matrix = tiny(name, dtype)
+    module = f"{blocks}.{layer}.{matrix}"
+    return model, Suffix(model, blocks, layer, module), model.get_submodule(module).weight
+
+
+IDS = torch.randint(3, 97, (3, 12), generator=torch.Generator().manual_seed(1))
+LENGTHS = torch.tensor([12, 7, 9])
+POSITIONS = torch.tensor([[3, 7, 11], [2, 5, 6], [4, 6, 8]])
+
+
+def padded() -> tuple[torch.Tensor, torch.Tensor]:
+    mask = torch.arange(12) < LENGTHS[:, None]
+    return IDS.masked_fill(~mask, 0), mask.long()
+
+
+def full(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    logits = model(input_ids=ids, attention_mask=mask).logits.float()
+    return logits.gather(1, POSITIONS.unsqueeze(-1).expand(-1, -1, logits.shape[-1]))
+
+
+@torch.no_grad()
+def change(weight: torch.Tensor) -> None:
+    weight.add_(weight.std() * torch.randn(weight.shape, generator=torch.Generator().manual_seed(2)).to(weight))
+
+
+@pytest.mark.parametrize("layer", [0, 2, 3])
 @pytest.mark.parametrize("name", ARCHITECTURES)
+@torch.no_grad()
 def test_replay_equals_full_forward(name: str, layer: int) -> None:
-    model, blocks = tiny(name)
-    ids = torch.randint(3, 97, (2, 12), generator=torch.Generator().manual_seed(1))
-    positions = torch.tensor([3, 7, 10, 11])
-    suffix = Suffix(model, blocks, layer)
-    with torch.no_grad():
-        captured, first = suffix.capture(ids, positions)
-        assert captured.hidden.shape == (2, 12, 32)
-        torch.testing.assert_close(first, model(ids).logits[:, positions], atol=1e-5, rtol=0)
-        for p in model.get_submodule(f"{blocks}.{layer}").parameters():
-            p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(2)))
-        full = model(ids).logits[:, positions]
-        torch.testing.assert_close(suffix.replay(captured), full, atol=1e-5, rtol=0)
-        assert (full - first).abs().max() > 0.1  # the change was one that shows
+    """With padding in the batch, after the edited matrix changed; all logits and two of each position."""
+    model, suffix, weight = suffix_of(name, layer)
+    ids, mask = padded()
+    captured, first = suffix.capture(ids, POSITIONS)
+    assert (captured.inner is not None) is ARCHITECTURES[name][4]
+    before = full(model, ids, mask)
+    torch.testing.assert_close(first, before, atol=1e-5, rtol=1e-5)
+    change(weight)
+    after = full(model, ids, mask)
+    assert (after - before).norm() > 0.03 * before.norm()  # a change that shows
+    torch.testing.assert_close(suffix.replay(captured), after, atol=1e-5, rtol=1e-5)
+    some = captured.rows(torch.tensor([2, 0]))
+    torch.testing.assert_close(suffix.replay(some), after[[2, 0]], atol=1e-5, rtol=1e-5)
+    pair = torch.stack([POSITIONS, POSITIONS + 40], -1)
+    rows = suffix.head_rows(pair)
+    assert rows is not None
+    torch.testing.assert_close(suffix.replay(captured, rows), after.gather(-1, pair), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@torch.no_grad()
+def test_replay_in_bfloat16(name: str) -> None:
+    """Off by no more than a few times what bfloat16 itself is off from fp32."""
+    model, suffix, weight = suffix_of(name, 2, torch.bfloat16)
+    exact, _, exact_weight = suffix_of(name, 2)
+    exact.load_state_dict(model.state_dict())
+    ids, mask = padded()
+    captured, _ = suffix.capture(ids, POSITIONS)
+    change(weight)
+    exact_weight.copy_(weight)
+    wanted = full(exact, ids, mask)
+    unavoidable = (full(model, ids, mask) - wanted).norm()
+    assert (suffix.replay(captured) - wanted).norm() <= 2 * unavoidable + 1e-3 * wanted.norm()
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_gradient_equals_full_backward(name: str) -> None:
-    model, blocks = tiny(name)
-    ids, positions = torch.arange(3, 15).unsqueeze(0), torch.tensor([8, 11])
-    suffix = Suffix(model, blocks, 1)
-    weight = next(p for n, p in model.get_submodule(f"{blocks}.1").named_parameters() if "mlp" in n and p.ndim == 2)
+    model, suffix, weight = suffix_of(name, 1)
+    ids, mask = padded()
     for p in model.parameters():
         p.requires_grad_(p is weight)
-    captured, first = suffix.capture(ids, positions)
-    (expected,) = torch.autograd.grad(model(ids).logits[:, positions].square().mean(), weight)
+    captured, first = suffix.capture(ids, POSITIONS)
+    (expected,) = torch.autograd.grad(full(model, ids, mask).square().mean(), weight)
     for logits in (first, suffix.replay(captured)):
         (gradient,) = torch.autograd.grad(logits.square().mean(), weight)
-        torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-7)
+        torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item())
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", ["gpt2", "llama", "gemma2", "mistral"])
+@torch.no_grad()
 def test_greedy_equals_decoding_without_a_cache(name: str) -> None:
-    model, _ = tiny(name)
+    model, _, _ = tiny(name)
     ids = torch.arange(3, 9)
     expected = ids
-    with torch.no_grad():
-        for _ in range(6):
-            expected = torch.cat([expected, model(expected.unsqueeze(0)).logits[0, -1:].argmax(-1)])
+    for _ in range(6):
+        expected = torch.cat([expected, model(expected.unsqueeze(0)).logits[0, -1:].argmax(-1)])
     assert torch.equal(greedy(model, ids, 6), expected[6:])
 
 
-def test_a_model_that_replays_differently_is_refused() -> None:
+# What cannot be replayed is refused ---------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_a_model_that_works_on_after_its_last_module_is_refused() -> None:
     class Odd(transformers.LlamaModel):
         def forward(self, *args: Any, **kwargs: Any) -> Any:
             output = super().forward(*args, **kwargs)
-            output.last_hidden_state = output.last_hidden_state + 1.0  # unseen by anything that watches modules
+            output.last_hidden_state = output.last_hidden_state.cumsum(1)  # unseen by anything that watches modules
             return output
 
-    model, blocks = tiny("llama")
+    model, suffix, _ = suffix_of("llama", 2)
     model.model.__class__ = Odd
-    with pytest.raises(ModelError, match="cannot be edited"), torch.no_grad():
-        Suffix(model, blocks, 2).capture(torch.arange(3, 9).unsqueeze(0), torch.tensor([4, 5]))
+    with pytest.raises(ModelError, match="cannot be edited"):
+        suffix.capture(IDS, POSITIONS)
 
 
-def test_a_model_that_feeds_the_edited_layer_forward_is_refused() -> None:
+@torch.no_grad()
+def test_a_model_that_feeds_the_edited_layer_past_its_block_is_refused() -> None:
     class Skips(transformers.LlamaModel):
         def forward(self, *args: Any, **kwargs: Any) -> Any:
-            first, second = self.layers[1].forward, self.layers[2].forward
             seen: list[torch.Tensor] = []
-
-            def remember(*a: Any, **k: Any) -> Any:
-                seen.append(first(*a, **k))
-                return seen[-1]
-
-            self.layers[1].forward = remember
-            handle = self.layers[2].register_forward_pre_hook(
+            watch = self.layers[1].mlp.down_proj.register_forward_hook(lambda m, a, out: seen.append(out))
+            later = self.layers[3].register_forward_pre_hook(
                 lambda m, a, k: (a, {**k, "extra": seen[0]}), with_kwargs=True, prepend=True
             )
-            self.layers[2].forward = lambda *a, extra, **k: second(*a, **k) + 0 * extra
+            own = self.layers[3].forward
+            self.layers[3].forward = lambda *a, extra, **k: own(*a, **k) + extra
             try:
                 return super().forward(*args, **kwargs)
             finally:
-                handle.remove()
-                del self.layers[1].forward, self.layers[2].forward
+                watch.remove()
+                later.remove()
+                del self.layers[3].forward
 
-    model, blocks = tiny("llama")
+    model, suffix, _ = suffix_of("llama", 1)
     model.model.__class__ = Skips
-    with pytest.raises(ModelError, match=r"block 2 is fed more than hidden states"):
-        Suffix(model, blocks, 1).capture(torch.arange(3, 9).unsqueeze(0), torch.tensor([4, 5]))
+    with pytest.raises(ModelError):
+        suffix.capture(IDS, POSITIONS)
+
+
+def build(family: str, **settings: Any) -> Any:
+    torch.manual_seed(0)
+    return getattr(transformers, family)(getattr(transformers, settings.pop("config"))(**settings))
+
+
+REQUEST = [{"prompt": "What species is ZIC3 specific to?", "target_new": "male"}]
+REFUSED = {
+    "mixtral": ("MixtralForCausalLM", "MixtralConfig", {"num_local_experts": 2}, r"layer 2 .* mixture of experts"),
+    "qwen2-moe": (
+        "Qwen2MoeForCausalLM",
+        "Qwen2MoeConfig",
+        {
+            "num_experts": 2,
+            "num_experts_per_tok": 1,
+            "moe_intermediate_size": 32,
+            "shared_expert_intermediate_size": 32,
+        },
+        r"layer 2 .* mixture of experts",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_mixtures_of_experts_are_refused(llama: Any, settings: Any, name: str) -> None:
+    family, config, extra, message = REFUSED[name]
+    model = build(family, config=config, **{**LLAMA_LIKE, "vocab_size": 1024}, **extra)
+    with pytest.raises(ModelError, match=message):
+        edit(model, llama[1], REQUEST, settings(layers=[2]))
+
+
+def test_encoder_decoders_are_refused(llama: Any, settings: Any) -> None:
+    model = build("T5ForConditionalGeneration", config="T5Config", vocab_size=1024, d_model=32, num_layers=2, d_ff=64)
+    with pytest.raises(ModelError, match=r"T5ForConditionalGeneration is an encoder-decoder"):
+        edit(model, llama[1], REQUEST, settings(rewrite_module_tmp="decoder.block.{}.layer.2.DenseReluDense.wo"))
+
+
+def test_quantised_models_are_refused(llama: Any, settings: Any) -> None:
+    model, tok = llama
+    model.is_quantized = True
+    with pytest.raises(ModelError, match=r"quantised"):
+        edit(model, tok, REQUEST, settings())
 
 
 def test_editor_equals_plain_implementation(llama: Any, settings: Any) -> None:

@@ -223,6 +223,10 @@ def train(out: Path, args: argparse.Namespace) -> dict[str, Any]:
     out.mkdir(parents=True, exist_ok=True)
     model.half().save_pretrained(out)
     tok.save_pretrained(out)
+    # Newer transformers write a class name that older ones do not know, and older ones add token_type_ids.
+    settings = json.loads((out / "tokenizer_config.json").read_text("utf-8"))
+    settings |= {"tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": ["input_ids", "attention_mask"]}
+    (out / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", "utf-8")
     (out / "report.json").write_text(json.dumps(report, indent=1) + "\n", "utf-8")
     return report
 
