@@ -1,5 +1,6 @@
 # make demo   edit real facts in the shipped model, KDPO beside FT
 # make test   lint, types, tests
+# make bench  speed and memory, side by side in one run (about ten minutes on two cores)
 # make model  train the shipped model again (under ten minutes on two cores)
 #
 # The environment is made in .venv. TORCH chooses the build of torch, for example TORCH=torch==2.6.0;
@@ -9,7 +10,7 @@ VENV ?= .venv
 TORCH ?= torch>=2.4
 BIN := $(VENV)/bin
 
-.PHONY: demo test model clean
+.PHONY: demo test bench model clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m kdpo_editor.demo
@@ -19,6 +20,10 @@ test: $(VENV)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
+
+bench: $(VENV)/.installed
+	$(BIN)/pip install --quiet --editable ".[bench]"
+	$(BIN)/python benchmarks/bench.py
 
 model: $(VENV)/.installed
 	$(BIN)/python -m kdpo_editor.testbed.train --out kdpo_editor/testbed/llama-knowedit

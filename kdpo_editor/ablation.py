@@ -49,4 +49,4 @@ class OwnAnswerRound:
         return dpo_loss(chosen, rejected, self.reference_chosen, self.reference_rejected, beta)
 
     def _logps(self, context: Captured, answer: Tensor) -> Tensor:
-        return answer_logps(self.suffix.replay(context).to(answer.device), answer)
+        return answer_logps(self.suffix.logits(self.suffix.replay(context)).to(answer.device), answer)

@@ -18,42 +18,40 @@ class Batch:
     """``B`` edits, captured together.
 
     ``members``: the position of each in the list of edits. ``chosen`` ``[B, T]``: the new answers, padded.
-    ``mask`` ``[B, T]``: where they are real. ``logits`` ``[B, T, V]``: the policy as it is now, fp32.
-    ``reference`` ``[B, T, V]``: the policy before the first step, without gradient.
+    ``mask`` ``[B, T]``: where they are real. ``hidden`` ``[B, T, D]``: the policy's final hidden states now.
+    ``logits`` ``[B, T, V]``: its logits; ``reference``: those before the first step; both fp32 and without gradient.
     """
 
     members: list[int]
     captured: Captured
     chosen: Tensor
     mask: Tensor
+    hidden: Tensor
     logits: Tensor
     reference: Tensor
 
+    def look(self, suffix: Suffix) -> None:
+        """Bring hidden states and logits up to date with the weights."""
+        self.hidden = suffix.replay(self.captured)
+        self.logits = suffix.logits(self.hidden.detach()).to(suffix.device)
+
     def remaining(self, suffix: Suffix, margin: float) -> Round | None:
         """The edits whose new answer does not win everywhere, with their negatives; ``None`` if all do."""
-        negative = competitors(self.logits.detach(), self.chosen, margin)
+        negative = competitors(self.logits, self.chosen, margin)
         lost = ((negative != self.chosen) & self.mask).any(-1)
         if not lost.any():
             return None
-        logits, rejected, chosen, mask = self.logits, negative, self.chosen, self.mask
+        hidden, rejected, chosen, mask = self.hidden, negative, self.chosen, self.mask
         captured, reference, members = self.captured, self.reference, self.members
         if not lost.all():
             rows = lost.nonzero().flatten()
             captured = captured.rows(rows)
-            logits, reference = logits[rows], reference[rows]
+            hidden, reference = hidden[rows.to(hidden.device)], reference[rows]
             rejected, chosen, mask = rejected[rows], chosen[rows], mask[rows]
             members = [members[i] for i in rows.tolist()]
         pair = torch.stack([chosen, rejected], -1)
-        return Round(
-            suffix,
-            members,
-            captured,
-            pair,
-            mask,
-            suffix.head_rows(pair),
-            logits.gather(-1, pair),
-            reference.gather(-1, pair),
-        )
+        head_rows = suffix.head_rows(pair)
+        return Round(suffix, members, captured, hidden, pair, mask, head_rows, reference.gather(-1, pair))
 
 
 @dataclass
@@ -63,10 +61,10 @@ class Round:
     suffix: Suffix
     members: list[int]
     captured: Captured
+    hidden: Tensor
     pair: Tensor
     mask: Tensor
     head_rows: HeadRows | None
-    first: Tensor
     reference: Tensor
 
     @property
@@ -75,13 +73,11 @@ class Round:
         return [row[kept].tolist() for row, kept in zip(self.pair[..., 1], self.mask, strict=True)]
 
     def losses(self, beta: float, use_first: bool) -> Tensor:
-        """The loss of each edit, ``[B]``; ``use_first`` takes the logits that the negatives were read from."""
-        if use_first:
-            pairs = self.first
-        else:
-            pairs = self.suffix.replay(self.captured, self.head_rows).to(self.pair.device)
-            if self.head_rows is None:
-                pairs = pairs.gather(-1, self.pair)
+        """The loss of each edit, ``[B]``; ``use_first`` takes the hidden states that the negatives were read from."""
+        hidden = self.hidden if use_first else self.suffix.replay(self.captured)
+        pairs = self.suffix.logits(hidden, self.head_rows).to(self.pair.device)
+        if self.head_rows is None:
+            pairs = pairs.gather(-1, self.pair)
         return kdpo_loss(pairs, self.reference, beta, self.mask)
 
 
@@ -89,7 +85,7 @@ def make_batches(suffix: Suffix, edits: Sequence[EditTokens], budget: float) -> 
     """Capture ``edits`` in as few mini-batches as ``budget`` bytes each allow, alike in length.
 
     A batch holds captured inputs, in the model's dtype, and reference logits, in fp32. One edit is always taken,
-    whatever it needs. With a single batch the logits carry the graph of the first step.
+    whatever it needs. With a single batch the hidden states carry the graph of the first step.
     """
     weight = suffix.module.weight
     assert isinstance(weight, Tensor)
@@ -116,6 +112,6 @@ def _captured(suffix: Suffix, members: list[int], edits: list[EditTokens]) -> Ba
     mask = pad([torch.ones(len(e.chosen), dtype=torch.bool) for e in edits], batch_first=True)
     positions = pad([torch.arange(len(e.prompt) - 1, len(e.sequence)) for e in edits], batch_first=True)
     ids = pad([e.sequence for e in edits], batch_first=True)
-    captured, logits = suffix.capture(ids, positions)
-    logits = logits.to(device)
-    return Batch(members, captured, chosen.to(device), mask.to(device), logits, logits.detach())
+    captured, hidden = suffix.capture(ids, positions)
+    logits = suffix.logits(hidden.detach()).to(device)
+    return Batch(members, captured, chosen.to(device), mask.to(device), hidden, logits, logits)

@@ -121,7 +121,7 @@ class Suffix:
             positions: ``[B, T]`` int64; logits are read there.
 
         Returns:
-            What was captured, and the logits ``[B, T, V]`` in fp32.
+            What was captured, and the final hidden states there, ``[B, T, D]``, for :meth:`logits`.
 
         Raises:
             ModelError: replaying does not give what the full forward gives.
@@ -132,11 +132,8 @@ class Suffix:
             known[self.module_name] = self._examine(ids[:1])
         return self._run(ids, positions, inside=known[self.module_name])
 
-    def replay(self, captured: Captured, head_rows: HeadRows | None = None) -> Tensor:
-        """Logits that the whole model would give with its weights as they are now, in fp32.
-
-        ``[B, T, V]``, or ``[B, T, K]`` where :meth:`head_rows` chose ``K`` tokens of each position.
-        """
+    def replay(self, captured: Captured) -> Tensor:
+        """The final hidden states, ``[B, T, D]``, that the whole model would give with its weights as they are now."""
         blocks = self.blocks
         hidden = captured.hidden
         if captured.inner is not None:
@@ -147,7 +144,21 @@ class Suffix:
         hidden = _at(hidden, captured.positions)
         for module in self._after:
             hidden = module(hidden)
-        return self._logits(hidden, head_rows)
+        return hidden
+
+    def logits(self, hidden: Tensor, head_rows: HeadRows | None = None) -> Tensor:
+        """Logits of final hidden states, in fp32, through whatever the model's own forward does after its blocks.
+
+        ``[B, T, V]``, or ``[B, T, K]`` where :meth:`head_rows` chose ``K`` tokens of each position.
+        """
+        output = BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden)
+        with ExitStack() as patches:
+            patches.enter_context(_forward_is(self.holder, lambda *args, **kwargs: output))
+            if head_rows is not None:
+                head = self.model.get_output_embeddings()  # type: ignore[operator]
+                patches.enter_context(_forward_is(head, head_rows))
+            logits: Tensor = self.model(inputs_embeds=hidden, use_cache=False, return_dict=True).logits
+        return logits.float()
 
     def head_rows(self, tokens: Tensor) -> HeadRows | None:
         """The part of the head that scores ``tokens`` ``[B, T, K]``, or ``None`` if this head cannot be divided."""
@@ -201,18 +212,7 @@ class Suffix:
             captured = Captured(kept["rest"], kept["inner"], arguments[1:], positions)
         else:
             captured = Captured(inputs[0].detach(), None, arguments, positions)
-        return captured, self._logits(_at(output, positions), None)
-
-    def _logits(self, hidden: Tensor, head_rows: HeadRows | None) -> Tensor:
-        """Logits of final hidden states, through whatever the model's own forward does after its blocks."""
-        output = BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden)
-        with ExitStack() as patches:
-            patches.enter_context(_forward_is(self.holder, lambda *args, **kwargs: output))
-            if head_rows is not None:
-                head = self.model.get_output_embeddings()  # type: ignore[operator]
-                patches.enter_context(_forward_is(head, head_rows))
-            logits: Tensor = self.model(inputs_embeds=hidden, use_cache=False, return_dict=True).logits
-        return logits.float()
+        return captured, _at(output, positions)
 
     @torch.no_grad()
     def _examine(self, ids: Tensor) -> bool:
@@ -241,15 +241,16 @@ class Suffix:
             handle = self.module.register_forward_hook(disturb)
             try:
                 full = self.model(input_ids=ids, use_cache=False, return_dict=True).logits.float()
-                replayed = self.replay(captured).to(full.device)
+                hidden = self.replay(captured)
+                replayed = self.logits(hidden).to(full.device)
                 pair = torch.stack([positions % full.shape[-1], full.argmax(-1).to(positions.device)], -1)
                 rows = self.head_rows(pair)
-                part = self.replay(captured, rows).to(full.device) if rows is not None else None
+                part = None if rows is None else self.logits(hidden, rows).to(full.device)
             finally:
                 handle.remove()
             half = next(self.model.parameters()).dtype in (torch.float16, torch.bfloat16)
             # What rounding may cost: a share of the change, and of the numbers themselves.
-            change = (full - before.to(full.device)).norm().nan_to_num()
+            change = (full - self.logits(before).to(full.device)).norm().nan_to_num()
             allowed = (0.05 if half else 1e-3) * change + (2e-2 if half else 1e-5) * full.nan_to_num().norm()
             error = (full - replayed).nan_to_num().norm()
             if part is not None:

@@ -319,7 +319,7 @@ def test_a_step_computes_two_logits_an_answer_position(settings: Any) -> None:
     _, _, (trace,) = edit(model, tok, [REQUEST], settings(layers=[1], cycles=2, lr=1e-6, stop_loss=0.0))
     assert not trace.converged
     whole, pairs = (1, 1, 1024), (1, 1, 2)
-    assert shapes == [whole, *[pairs] * 7] * 2 + [whole]
+    assert shapes == [whole, *[pairs] * 8] * 2 + [whole]
 
 
 # Several edits at once ----------------------------------------------------------------------------------------

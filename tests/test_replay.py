@@ -126,17 +126,19 @@ def test_replay_equals_full_forward(name: str, layer: int) -> None:
     captured, first = suffix.capture(ids, POSITIONS)
     assert (captured.inner is not None) is ARCHITECTURES[name][4]
     before = full(model, ids, mask)
-    torch.testing.assert_close(first, before, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(suffix.logits(first), before, atol=1e-5, rtol=1e-5)
     change(weight)
     after = full(model, ids, mask)
     assert (after - before).norm() > 0.03 * before.norm()  # a change that shows
-    torch.testing.assert_close(suffix.replay(captured), after, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(suffix.logits(suffix.replay(captured)), after, atol=1e-5, rtol=1e-5)
     some = captured.rows(torch.tensor([2, 0]))
-    torch.testing.assert_close(suffix.replay(some), after[[2, 0]], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(suffix.logits(suffix.replay(some)), after[[2, 0]], atol=1e-5, rtol=1e-5)
     pair = torch.stack([POSITIONS, POSITIONS + 40], -1)
     rows = suffix.head_rows(pair)
     assert rows is not None
-    torch.testing.assert_close(suffix.replay(captured, rows), after.gather(-1, pair), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        suffix.logits(suffix.replay(captured), rows), after.gather(-1, pair), atol=1e-5, rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -152,7 +154,7 @@ def test_replay_in_bfloat16(name: str) -> None:
     exact_weight.copy_(weight)
     wanted = full(exact, ids, mask)
     unavoidable = (full(model, ids, mask) - wanted).norm()
-    assert (suffix.replay(captured) - wanted).norm() <= 2 * unavoidable + 1e-3 * wanted.norm()
+    assert (suffix.logits(suffix.replay(captured)) - wanted).norm() <= 2 * unavoidable + 1e-3 * wanted.norm()
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -163,8 +165,8 @@ def test_gradient_equals_full_backward(name: str) -> None:
         p.requires_grad_(p is weight)
     captured, first = suffix.capture(ids, POSITIONS)
     (expected,) = torch.autograd.grad(full(model, ids, mask).square().mean(), weight)
-    for logits in (first, suffix.replay(captured)):
-        (gradient,) = torch.autograd.grad(logits.square().mean(), weight)
+    for hidden in (first, suffix.replay(captured)):
+        (gradient,) = torch.autograd.grad(suffix.logits(hidden).square().mean(), weight)
         torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item())
 
 

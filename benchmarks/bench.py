@@ -1,0 +1,409 @@
+"""Speed and memory, side by side in one run.
+
+    python benchmarks/bench.py [--quick]
+
+On the shipped model and on random-weight models of real shapes (Qwen1.5-0.5B; Llama-2-7B and Qwen2.5-7B where there is
+a GPU) it measures, alternating, this editor, KDPO written plainly (``tests/plain.py``: two models, full forward
+passes), and the installed framework's FT and ROME; then how the cost of an edit grows with answer length, layer,
+earlier edits and batch size; and what share of the machine's matrix speed a step reaches. Writes
+``benchmarks/results/bench.{md,json,png}``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from tqdm import tqdm
+
+from kdpo_editor import SHIPPED_MODEL, KDPOHyperParams, easyedit, edit
+from kdpo_editor.demo import quietly
+from kdpo_editor.hparams import settings_folder
+from kdpo_editor.testbed import load_model, load_records
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from plain import plain_kdpo
+
+RESULTS = Path(__file__).parent / "results"
+MATRIX = "model.layers.{}.mlp.down_proj"
+SHAPES = {
+    "Qwen1.5-0.5B": {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 24, "vocab_size": 151936}
+    | {"num_attention_heads": 16, "num_key_value_heads": 16, "tie_word_embeddings": True},
+    "Llama-2-7B": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "vocab_size": 32000}
+    | {"num_attention_heads": 32, "num_key_value_heads": 32},
+    "Qwen2.5-7B": {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "vocab_size": 152064}
+    | {"num_attention_heads": 28, "num_key_value_heads": 4},
+}
+
+
+@dataclass
+class Model:
+    """A model to edit at one layer; ``parameter`` is its edited matrix."""
+
+    name: str
+    model: Any
+    tok: Any
+    hparams: KDPOHyperParams
+    parameter: str = field(init=False)
+    original: torch.Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.parameter = self.hparams.rewrite_module_tmp.format(self.hparams.layers[0]) + ".weight"
+        self.original = self.weight.detach().clone()
+
+    @property
+    def weight(self) -> torch.nn.Parameter:
+        return self.model.get_parameter(self.parameter)
+
+    def undo(self) -> None:
+        self.model.requires_grad_(True)
+        with torch.no_grad():
+            self.weight.copy_(self.original)
+
+    def settings(self, **overrides: Any) -> KDPOHyperParams:
+        return KDPOHyperParams(**{**self.hparams.to_dict(), **overrides})
+
+
+def shipped() -> Model:
+    with quietly():
+        model, tok = load_model("cuda" if torch.cuda.is_available() else "cpu")
+    return Model("shipped", model, tok, KDPOHyperParams.from_hparams(settings_folder() / "KDPO" / SHIPPED_MODEL))
+
+
+def random_model(shape: str, layer: int) -> Model:
+    """Random weights of a real shape. Two cycles of eight steps, never cut short: the work is the same for all."""
+    from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
+
+    cuda = torch.cuda.is_available()
+    torch.manual_seed(0)
+    config = (LlamaConfig if shape.startswith("Llama") else Qwen2Config)(**SHAPES[shape])
+    with torch.device("cuda" if cuda else "cpu"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16 if cuda else torch.float32).eval()
+    hparams = KDPOHyperParams(
+        model_name=shape, layers=[layer], rewrite_module_tmp=MATRIX, lr=1e-4, cycles=2, stop_loss=0.0
+    )
+    with quietly():
+        return Model(shape, model, load_model()[1], hparams)
+
+
+def plain(m: Model, record: dict[str, Any]) -> tuple[int, Any]:
+    settings = {k: getattr(m.hparams, k) for k in ("lr", "beta", "num_steps", "cycles", "stop_loss")}
+    trace = plain_kdpo(m.model, m.tok, record, m.parameter, **settings)
+    return len(trace.losses), (trace.negatives, trace.losses)
+
+
+def ours(m: Model, record: dict[str, Any]) -> tuple[int, Any]:
+    trace = edit(m.model, m.tok, [record], m.hparams)[2][0]
+    return trace.steps, ([c.negative for c in trace.cycles], [loss for c in trace.cycles for loss in c.losses])
+
+
+def framework(method: str) -> Callable[[Model, dict[str, Any]], tuple[int, Any]]:
+    """The installed EasyEdit's own function for ``method``, at the same layer as KDPO (ROME: at its own)."""
+    import easyeditor
+
+    suffix = "-pypi" if method == "FT" and not easyedit.is_upstream() else ""
+    kind = getattr(easyeditor, f"{method}HyperParams")
+    hparams = kind.from_hparams(str(settings_folder() / method / f"{SHIPPED_MODEL}{suffix}"))
+
+    def run(m: Model, record: dict[str, Any]) -> tuple[int, Any]:
+        from easyeditor.util.alg_dict import ALG_DICT
+
+        if method == "FT":
+            hparams.layers = m.hparams.layers
+        hparams.device = m.hparams.device if torch.cuda.is_available() else "cpu"
+        m.tok.pad_token, m.tok.padding_side = m.tok.eos_token, "right" if method == "ROME" else "left"
+        steps = 0
+        backward = torch.autograd.backward
+
+        def counted(*args: Any, **kwargs: Any) -> None:
+            nonlocal steps
+            steps += 1
+            backward(*args, **kwargs)
+
+        torch.autograd.backward = counted
+        names = {name: p.detach().clone() for name, p in m.model.named_parameters()} if method == "ROME" else {}
+        try:
+            with quietly():
+                if easyedit.is_upstream():
+                    ALG_DICT[method](m.model, m.tok, [record], hparams)
+                else:
+                    with easyedit.on_device(hparams):
+                        ALG_DICT[method](m.model, m.tok, [record], hparams)
+        finally:
+            torch.autograd.backward = backward
+            for name, value in names.items():
+                m.model.get_parameter(name).data.copy_(value)
+        return steps, None
+
+    return run
+
+
+def synchronise() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def timed(call: Callable[[], Any]) -> tuple[float, Any]:
+    synchronise()
+    start = time.perf_counter()
+    result = call()
+    synchronise()
+    return time.perf_counter() - start, result
+
+
+class LiveBytes(TorchDispatchMode):
+    """Bytes of the tensor storages made inside and still alive; ``peak`` is their highest."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.storages: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        known = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        result = func(*args, **(kwargs or {}))
+        for t in tree_leaves(result):
+            if isinstance(t, torch.Tensor) and t.untyped_storage().data_ptr() not in known:
+                storage = t.untyped_storage()
+                self.storages[storage.data_ptr()] = (StorageWeakRef(storage), storage.nbytes())
+        self.storages = {k: v for k, v in self.storages.items() if not v[0].expired()}
+        self.peak = max(self.peak, sum(size for _, size in self.storages.values()))
+        return result
+
+
+def peak_bytes(call: Callable[[], Any]) -> int:
+    """Memory of tensors above what was held before, at its highest."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return torch.cuda.max_memory_allocated() - before
+    with LiveBytes() as live:
+        call()
+    return live.peak
+
+
+def side_by_side(m: Model, rivals: dict[str, Any], records: list[dict[str, Any]]) -> dict[str, Any]:
+    """Seconds per edit and step of each rival over the same records, alternating; the first record warms up."""
+    seconds: dict[str, list[float]] = {label: [] for label in rivals}
+    steps: dict[str, list[int]] = {label: [] for label in rivals}
+    same = True
+    for i, record in enumerate(tqdm(records, desc=m.name, disable=None)):
+        traces = {}
+        for label, rival in rivals.items():
+            taken, (count, traces[label]) = timed(lambda rival=rival, record=record: rival(m, record))
+            m.undo()
+            if i:
+                seconds[label].append(taken)
+                steps[label].append(count)
+        (ours_negatives, ours_losses), (negatives, losses) = traces["KDPO"], traces["KDPO, plain"]
+        close = all(abs(a - b) < 1e-3 for a, b in zip(ours_losses, losses, strict=False))
+        same = same and ours_negatives == negatives and len(ours_losses) == len(losses) and close
+    return {
+        "rows": {
+            label: {
+                "seconds": statistics.median(seconds[label]),
+                "quartiles": statistics.quantiles(seconds[label], n=4)[::2],
+                "steps": statistics.median(steps[label]),
+                "ms_per_step": 1000 * sum(seconds[label]) / max(sum(steps[label]), 1),
+            }
+            for label in rivals
+        },
+        "same_negatives_and_losses": same,
+    }
+
+
+def growth(m: Model, quick: bool) -> dict[str, dict[str, float]]:
+    """Seconds per edit (medians) over answer length, layer, earlier edits and batch size."""
+    record = load_records()[0]
+    layers = m.model.config.num_hidden_layers
+    out: dict[str, dict[str, float]] = {}
+
+    def once(hparams: KDPOHyperParams, requests: list[dict[str, Any]], times: int = 3) -> float:
+        weight = m.model.get_parameter(hparams.rewrite_module_tmp.format(hparams.layers[0]) + ".weight")
+        kept = weight.detach().clone()
+        taken = []
+        for _ in range(times + 1):
+            taken.append(timed(lambda: edit(m.model, m.tok, requests, hparams))[0])
+            weight.data.copy_(kept)
+        return statistics.median(taken[1:]) / len(requests)
+
+    fixed = m.settings(cycles=2, stop_loss=0.0, lr=1e-6)  # sixteen steps, whatever the answer
+    words = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
+    out["answer tokens"] = {}
+    for count in (1, 2, 4, 8, 12):
+        target = " ".join(words[:count])
+        length = len(m.tok(f"a {target}")["input_ids"]) - 1
+        out["answer tokens"][str(length)] = once(fixed, [{**record, "target_new": target}])
+    out["layer"] = {}
+    for layer in sorted({0, layers // 4, layers // 2, 3 * layers // 4, layers - 1}):
+        out["layer"][str(layer)] = once(m.settings(**{**fixed.to_dict(), "layers": [layer]}), [record])
+    out["batch size"] = {}
+    for size in (1, 4, 16, 64):
+        broad = m.settings(schedule="breadth_first")
+        out["batch size"][str(size)] = once(broad, load_records()[:size], times=1)
+    out["earlier edits"] = {}
+    total = 50 if quick or m.name != "shipped" else 500
+    if m.name == "shipped":
+        taken = [timed(lambda: edit(m.model, m.tok, [record], fixed))[0] for _ in tqdm(range(total), disable=None)]
+        for at in (1, total // 10, total // 2, total):
+            out["earlier edits"][str(at)] = statistics.median(taken[max(0, at - 5) : at + 5])
+        m.undo()
+    return out
+
+
+def floor(m: Model) -> dict[str, float]:
+    """What one replayed step must compute, against what the machine does on a plain matrix product of that size."""
+    config, layer = m.model.config, m.hparams.layers[0]
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    attention = head * (2 * config.num_attention_heads + 2 * config.num_key_value_heads) * config.hidden_size
+    matrix = config.hidden_size * config.intermediate_size
+    above = config.num_hidden_layers - layer - 1
+    weights = matrix + above * (attention + 3 * matrix)
+    tokens = len(m.tok(f"{load_records()[0]['prompt']} {load_records()[0]['target_new']}")["input_ids"]) - 1
+    # Forward, and backward to the input, of every weight; the edited one's own gradient in place of its input's.
+    operations = 2 * 2 * weights * tokens
+    a = torch.randn(tokens, config.hidden_size).to(m.weight)
+    b = torch.randn(config.hidden_size, config.intermediate_size).to(m.weight)
+    for _ in range(3):
+        a @ b
+    speed = statistics.median(2 * a.numel() * b.shape[1] / timed(lambda: a @ b)[0] for _ in range(50))
+    hparams = m.settings(num_steps=32, cycles=1, stop_loss=0.0, lr=1e-6)
+    short = m.settings(num_steps=1, cycles=1, stop_loss=0.0, lr=1e-6)
+    requests = [load_records()[0]]
+    times = []
+    for _ in range(4):
+        long = timed(lambda: edit(m.model, m.tok, requests, hparams))[0]
+        times.append((long - timed(lambda: edit(m.model, m.tok, requests, short))[0]) / 31)
+        m.undo()
+    return {
+        "operations_per_step": operations,
+        "weight_bytes_read_per_step": 2 * weights * m.weight.element_size(),
+        "matrix_product_per_second": speed,
+        "floor_ms": 1000 * operations / speed,
+        "measured_ms": 1000 * statistics.median(times[1:]),
+    }
+
+
+def memory(m: Model) -> dict[str, float]:
+    """Peak bytes of one edit above the loaded model, and how many edited matrices that is."""
+    request = load_records()[0]
+    peaks = {}
+    for label, rival in {"KDPO": ours, "KDPO, plain": plain}.items():
+        rival(m, request)
+        m.undo()
+        peaks[label] = peak_bytes(lambda rival=rival: rival(m, request)) / m.weight.nbytes
+        m.undo()
+    tokens = len(m.tok(f"{request['prompt']} {request['target_new']}")["input_ids"]) - 1
+    captured = tokens * sum(m.weight.shape) * m.weight.element_size()
+    return {"matrix_bytes": m.weight.nbytes, "captured_inputs": captured / m.weight.nbytes, **peaks}
+
+
+def report(results: dict[str, Any]) -> str:
+    lines = [f"Measured on {results['machine']}; {', '.join(f'{k} {v}' for k, v in results['versions'].items())}."]
+    for name, r in results["models"].items():
+        lines += ["", f"### {name}, layer {r['layer']} of {r['layers']}", ""]
+        lines += ["| | s/edit | quartiles | steps | ms/step |", "|---|---|---|---|---|"]
+        for label, row in r["edits"]["rows"].items():
+            low, high = row["quartiles"]
+            lines.append(
+                f"| {label} | {row['seconds']:.3f} | {low:.3f} to {high:.3f} | {row['steps']:g} |"
+                f" {row['ms_per_step']:.1f} |"
+            )
+        lines += ["", f"Same negatives and losses as the plain form: {r['edits']['same_negatives_and_losses']}."]
+        size = r["memory"]
+        lines.append(
+            f"Peak memory above the model, in edited matrices of {size['matrix_bytes'] / 1e6:.1f} MB: "
+            f"KDPO {size['KDPO']:.1f} (of that captured inputs {size['captured_inputs']:.1f}), "
+            f"plain {size['KDPO, plain']:.1f}."
+        )
+        f = r["floor"]
+        lines.append(
+            f"A step takes {f['measured_ms']:.1f} ms; its {f['operations_per_step'] / 1e9:.2f} GFLOP would take "
+            f"{f['floor_ms']:.1f} ms at the speed of one plain matrix product of that size."
+        )
+        for kind, values in r["growth"].items():
+            if values:
+                cells = ", ".join(f"{x}: {y:.3f}" for x, y in values.items())
+                lines.append(f"Seconds per edit by {kind}: {cells}.")
+    return "\n".join(lines) + "\n"
+
+
+def plot(results: dict[str, Any], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    models = results["models"]
+    figure, axes = plt.subplots(len(models), 5, figsize=(20, 4 * len(models)), squeeze=False)
+    for row, (name, r) in zip(axes, models.items(), strict=True):
+        labels = list(r["edits"]["rows"])
+        row[0].barh(labels, [r["edits"]["rows"][label]["seconds"] for label in labels], color="0.5")
+        row[0].set(title=name, xlabel="seconds per edit", xscale="log")
+        row[0].invert_yaxis()
+        for axis, (kind, values) in zip(row[1:], r["growth"].items(), strict=True):
+            axis.plot([int(x) for x in values], list(values.values()), "o-", color="0.2")
+            axis.set(xlabel=kind, ylabel="seconds per edit", ylim=(0, None))
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="fewer records and edits")
+    args = parser.parse_args()
+    easyedit.require()
+    upstream = easyedit.is_upstream()
+    ft = "FT-M, EasyEdit" if upstream else "FT-L, EasyEdit"
+    cuda = torch.cuda.is_available()
+    plans: list[tuple[Callable[[], Model], tuple[str, ...], int]] = [(shipped, ("FT", "ROME"), 10)]
+    plans.append((lambda: random_model("Qwen1.5-0.5B", 21), ("FT",), 5))
+    if cuda:
+        plans += [
+            (lambda s=s, n=n: random_model(s, n), ("FT",), 5) for s, n in (("Llama-2-7B", 21), ("Qwen2.5-7B", 18))
+        ]
+    results: dict[str, Any] = {
+        "machine": f"{torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine()}, "
+        f"{torch.get_num_threads()} threads",
+        "versions": {name: version(name) for name in ("torch", "transformers")}
+        | {"easyeditor": "upstream" if upstream else version("easyeditor")},
+        "models": {},
+    }
+    for make, methods, count in plans:
+        m = make()
+        rivals: dict[str, Any] = {"KDPO": ours, "KDPO, plain": plain}
+        rivals |= {ft if method == "FT" else f"{method}, EasyEdit": framework(method) for method in methods}
+        records = load_records()[: 1 + (count // 2 if args.quick else count)]
+        results["models"][m.name] = {
+            "layer": m.hparams.layers[0],
+            "layers": m.model.config.num_hidden_layers,
+            "edits": side_by_side(m, rivals, records),
+            "memory": memory(m),
+            "floor": floor(m),
+            "growth": growth(m, args.quick),
+        }
+        del m
+    RESULTS.mkdir(exist_ok=True)
+    name = "bench-upstream" if upstream else "bench"
+    (RESULTS / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n", "utf-8")
+    (RESULTS / f"{name}.md").write_text(report(results), "utf-8")
+    plot(results, RESULTS / f"{name}.png")
+    sys.stdout.write(report(results))
+
+
+if __name__ == "__main__":
+    main()
