@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -56,7 +56,11 @@ class Batch:
 
 @dataclass
 class Round:
-    """One cycle's work on the unfinished edits of a batch: chosen and rejected tokens, ``pair`` ``[B, T, 2]``."""
+    """One cycle's work on the unfinished edits of a batch.
+
+    ``pair`` ``[B, T, 2]``: chosen and rejected tokens. ``reference`` ``[B, T, 2]``: the reference's logits of them.
+    ``history``: the losses ``[B]`` of each step so far. ``done``: no further step is worth taking.
+    """
 
     suffix: Suffix
     members: list[int]
@@ -66,6 +70,8 @@ class Round:
     mask: Tensor
     head_rows: HeadRows | None
     reference: Tensor
+    history: list[Tensor] = field(default_factory=list)
+    done: bool = False
 
     @property
     def negatives(self) -> list[list[int]]:

@@ -123,57 +123,23 @@ def optimise(
     start = {name: w.detach().clone() for name, w in weights.items()} if keep else {}
     adam = Adam(list(weights.values()), hparams.lr, hparams.weight_decay, hparams.norm_constraint)
     batches = make_batches(suffix, edits, hparams.memory_budget)
-    alone = len(batches) == 1
-    wait = _host_waits(suffix.device)
+    alone = len(batches) == 1  # then the pass that reads off the negatives is the first step's forward too
     traces = [EditTrace() for _ in edits]
-
-    def look() -> list[Round | OwnAnswerRound]:
-        """What remains to be done, by batch; marks what does not."""
-        for trace in traces:
-            trace.converged = True
-        rounds: list[Round | OwnAnswerRound] = []
-        for batch in batches:
-            remaining = batch.remaining(suffix, hparams.margin)
-            if remaining is not None:
-                for member in remaining.members:
-                    traces[member].converged = False
-                if hparams.objective == "dpo":
-                    rounds.append(OwnAnswerRound(suffix, batch, edits[0].prompt, weights, start))
-                else:
-                    rounds.append(remaining)
-        return rounds
 
     for number in range(hparams.cycles):
         if number > 0:
-            _replay(suffix, batches, graph=alone)
-        rounds = look()
+            _look(suffix, batches, graph=alone)
+        rounds: list[Round | OwnAnswerRound] = _unfinished(suffix, batches, hparams, traces)
         if not rounds:
             break
-        cycles = [[Cycle(negative) for negative in r.negatives] for r in rounds]
-        done = [False] * len(rounds)
-        seen: list[list[Tensor]] = [[] for _ in rounds]
+        if hparams.objective == "dpo":
+            rounds = [OwnAnswerRound(suffix, batches[0], edits[0].prompt, weights, start)]
         for step in range(hparams.num_steps):
-            for i, current in enumerate(rounds):
-                if done[i]:
-                    continue
-                losses = current.losses(hparams.beta, use_first=alone and step == 0)
-                seen[i].append(losses.detach())
-                live = losses.detach() >= hparams.stop_loss
-                if wait:
-                    _check_finite(losses, number)
-                    done[i] = not live.any()
-                    if done[i]:
-                        continue
-                # The sum over edits: Adam does not mind its scale, and one edit stays exactly the paper's.
-                adam.step((losses * live).sum(), skip=None if wait else ~live.any())
-        for current, started, steps in zip(rounds, cycles, seen, strict=True):
-            table = torch.stack(steps)
-            _check_finite(table, number)
-            for member, cycle, losses in zip(current.members, started, table.T.tolist(), strict=True):
-                taken = next((n for n, loss in enumerate(losses) if loss < hparams.stop_loss), len(losses))
-                cycle.losses = losses[: taken + 1]
-                traces[member].cycles.append(cycle)
-                traces[member].steps += taken
+            for current in rounds:
+                if not current.done:
+                    _step(current, adam, hparams, use_first=alone and step == 0)
+        for current in rounds:
+            _record(current, traces, hparams)
 
     with torch.no_grad():
         if hparams.update_scale != 1.0:
@@ -182,9 +148,43 @@ def optimise(
         if not all(torch.isfinite(w).all() for w in weights.values()):
             raise EditDiverged("the edited weights became NaN or infinite")
         if rounds or hparams.update_scale != 1.0:
-            _replay(suffix, batches, graph=False)
-            look()
+            _look(suffix, batches, graph=False)
+            _unfinished(suffix, batches, hparams, traces)
     return traces
+
+
+def _look(suffix: Suffix, batches: list[Batch], graph: bool) -> None:
+    """Bring every batch up to date with the weights."""
+    with torch.set_grad_enabled(graph):
+        for batch in batches:
+            batch.look(suffix)
+
+
+def _unfinished(
+    suffix: Suffix, batches: list[Batch], hparams: KDPOHyperParams, traces: list[EditTrace]
+) -> list[Round | OwnAnswerRound]:
+    """What remains to be done in each batch, and in ``traces`` whose edit is won."""
+    rounds = [remaining for batch in batches if (remaining := batch.remaining(suffix, hparams.margin)) is not None]
+    members = {member for current in rounds for member in current.members}
+    for i, trace in enumerate(traces):
+        trace.converged = i not in members
+    return list(rounds)
+
+
+def _step(current: Round | OwnAnswerRound, adam: Adam, hparams: KDPOHyperParams, use_first: bool) -> None:
+    """One optimiser step on the edits of a round whose loss is not below ``stop_loss`` yet."""
+    losses = current.losses(hparams.beta, use_first)
+    current.history.append(losses.detach())
+    live = losses.detach() >= hparams.stop_loss
+    # The sum over edits: Adam does not mind its scale, and one edit stays exactly the paper's.
+    loss = (losses * live).sum()
+    if not _host_waits(losses.device):
+        adam.step(loss, skip=~live.any())
+        return
+    _check_finite(losses)
+    current.done = not live.any()
+    if not current.done:
+        adam.step(loss)
 
 
 def _host_waits(device: torch.device) -> bool:
@@ -192,16 +192,19 @@ def _host_waits(device: torch.device) -> bool:
     return device.type != "cuda"
 
 
-def _replay(suffix: Suffix, batches: list[Batch], graph: bool) -> None:
-    with torch.set_grad_enabled(graph):
-        for batch in batches:
-            batch.look(suffix)
+def _record(current: Round | OwnAnswerRound, traces: list[EditTrace], hparams: KDPOHyperParams) -> None:
+    """Add a finished cycle to the traces of its edits."""
+    history = torch.stack(current.history)
+    _check_finite(history)
+    for member, negative, losses in zip(current.members, current.negatives, history.T.tolist(), strict=True):
+        taken = next((n for n, loss in enumerate(losses) if loss < hparams.stop_loss), len(losses))
+        traces[member].cycles.append(Cycle(negative, losses[: taken + 1]))
+        traces[member].steps += taken
 
 
-def _check_finite(losses: Tensor, cycle: int) -> None:
+def _check_finite(losses: Tensor) -> None:
     if not torch.isfinite(losses).all():
-        worst = losses[~torch.isfinite(losses)].flatten()[0].item()
-        raise EditDiverged(f"the loss became {worst} in cycle {cycle}")
+        raise EditDiverged(f"the loss became {losses[~torch.isfinite(losses)].flatten()[0].item()}")
 
 
 def _check_lengths(model: nn.Module, edits: list[EditTokens]) -> None:

@@ -228,7 +228,7 @@ def test_a_loss_that_is_no_number_is_an_error_and_undone(llama: Any, settings: A
     model, tok = llama
     weights = state(model)
     poison = model.model.norm.register_forward_hook(lambda m, a, out: out * value)
-    with pytest.raises(EditDiverged, match=r"loss became (nan|inf).* in cycle 0"):
+    with pytest.raises(EditDiverged, match=r"the loss became (nan|inf)"):
         apply_kdpo_to_model(model, tok, [REQUEST], settings())
     poison.remove()
     assert_same(model, weights)
