@@ -359,8 +359,10 @@ def plot(results: dict[str, Any], path: Path) -> None:
     for row, (name, r) in zip(axes, models.items(), strict=True):
         labels = list(r["edits"]["rows"])
         row[0].barh(labels, [r["edits"]["rows"][label]["seconds"] for label in labels], color="0.5")
-        row[0].set(title=name, xlabel="seconds per edit", xscale="log")
+        row[0].set(title=name, xlabel="seconds per edit")
         row[0].invert_yaxis()
+        for axis in row[1 + len(r["growth"]) :]:
+            axis.set_axis_off()
         for axis, (kind, values) in zip(row[1:], r["growth"].items(), strict=False):
             axis.plot([int(x) for x in values], list(values.values()), "o-", color="0.2")
             axis.set(xlabel=kind, ylabel="seconds per edit", ylim=(0, None))

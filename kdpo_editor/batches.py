@@ -90,7 +90,7 @@ class Round:
 def make_batches(suffix: Suffix, edits: Sequence[EditTokens], budget: float) -> list[Batch]:
     """Capture ``edits`` in as few mini-batches as ``budget`` bytes each allow, alike in length.
 
-    A batch holds captured inputs, in the model's dtype, and reference logits, in fp32. One edit is always taken,
+    A batch holds captured inputs, in the model's dtype, and two tables of logits, in fp32. One edit is always taken,
     whatever it needs. With a single batch the hidden states carry the graph of the first step.
     """
     weight = suffix.module.weight
@@ -102,7 +102,7 @@ def make_batches(suffix: Suffix, edits: Sequence[EditTokens], budget: float) -> 
         group = [*groups[-1], i]
         tokens = max(len(edits[k].sequence) for k in group)
         answer = max(len(edits[k].chosen) for k in group)
-        bytes_ = len(group) * (tokens * sum(weight.shape) * weight.element_size() + answer * vocabulary * 4)
+        bytes_ = len(group) * (tokens * sum(weight.shape) * weight.element_size() + answer * vocabulary * 8)
         if groups[-1] and bytes_ > budget:
             groups.append([i])
         else:

@@ -67,7 +67,7 @@ class KDPOHyperParams:
     schedule: str = "depth_first"
     """"depth_first" edits several requests of one call one after the other, "breadth_first" all at once."""
     memory_budget: float = 2e9
-    """Bytes of captured inputs and reference logits in one mini-batch of "breadth_first"."""
+    """Bytes of captured inputs and logits in one mini-batch of "breadth_first"."""
     replay: bool = False
     """Keep earlier edits in the batch; not available yet."""
 
