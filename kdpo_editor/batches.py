@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -50,8 +51,7 @@ class Batch:
             rejected, chosen, mask = rejected[rows], chosen[rows], mask[rows]
             members = [members[i] for i in rows.tolist()]
         pair = torch.stack([chosen, rejected], -1)
-        head_rows = suffix.head_rows(pair)
-        return Round(suffix, members, captured, hidden, pair, mask, head_rows, reference.gather(-1, pair))
+        return Round(suffix, members, captured, hidden, pair, mask, reference.gather(-1, pair))
 
 
 @dataclass
@@ -68,10 +68,14 @@ class Round:
     hidden: Tensor
     pair: Tensor
     mask: Tensor
-    head_rows: HeadRows | None
     reference: Tensor
     history: list[Tensor] = field(default_factory=list)
     done: bool = False
+
+    @cached_property
+    def head_rows(self) -> HeadRows | None:
+        """The head's rows for ``pair``, or ``None`` if this head cannot be divided."""
+        return self.suffix.head_rows(self.pair)
 
     @property
     def negatives(self) -> list[list[int]]:

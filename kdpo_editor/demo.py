@@ -23,7 +23,7 @@ from tqdm import tqdm
 from . import easyedit
 from .hparams import KDPOHyperParams, settings_folder
 from .testbed import SHIPPED_MODEL, load_records
-from .weights import find_matrices
+from .weights import find_matrices, restore
 
 UNRELATED = 20
 
@@ -132,9 +132,7 @@ def one_edit(
         for kind, prompt in probes.items():
             words += f"\n  {kind:<13}{prompt}\n{'':15}before: {before[kind]}\n{'':15}after:  {after[kind]}"
     still = [answer(editor, r["prompt"]) for r in unrelated]
-    with torch.no_grad():
-        for name, value in originals.items():
-            matrices[name].copy_(value)
+    restore(matrices, originals)
     post = metrics["post"]
     return {
         "success": float(post["rewrite_acc"][0]),

@@ -98,7 +98,7 @@ def edit(
         weights = find_matrices(model, hparams)
     originals = {name: w.detach().clone() for name, w in weights.items()}
     first = min(hparams.layers)
-    module = next(iter(find_matrices(model, hparams, [first]))).rpartition(".")[0]
+    module = dict(zip(hparams.layers, weights, strict=True))[first].rpartition(".")[0]
     suffix = Suffix(model, blocks_name(hparams), first, module)
     with only_training(model, weights, originals):
         if hparams.schedule == "breadth_first":

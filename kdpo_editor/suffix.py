@@ -63,11 +63,6 @@ class Captured:
         arguments = [(take(args), {k: take(v) for k, v in kwargs.items()}) for args, kwargs in self.arguments]
         return Captured(take(self.hidden), take(self.inner), arguments, take(self.positions))
 
-    @property
-    def nbytes(self) -> int:
-        """Memory held by the captured inputs; arguments are shared or small."""
-        return sum(t.nbytes for t in (self.hidden, self.inner) if t is not None)
-
 
 @dataclass
 class HeadRows:
@@ -129,7 +124,10 @@ class Suffix:
         ids, positions = ids.to(self.device), positions.to(self.device)
         known = _EXAMINED.setdefault(self.model, {})
         if self.module_name not in known:
-            known[self.module_name] = self._examine(ids[:1])
+            inside = self._examine(ids[:1])
+            if inside is None:
+                return self._run(ids, positions, inside=False)
+            known[self.module_name] = inside
         return self._run(ids, positions, inside=known[self.module_name])
 
     def replay(self, captured: Captured) -> Tensor:
@@ -186,6 +184,8 @@ class Suffix:
                 return torch.zeros_like(output)
 
             def put_back(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+                if "output" not in kept:
+                    return output  # the matrix was not called as a module
                 rest = _hidden(output).detach()
                 # Some blocks (OPT) flatten rows and positions for their matrices.
                 kept["rest"], kept["inner"] = rest, kept["inner"].reshape(*rest.shape[:2], -1)
@@ -215,9 +215,10 @@ class Suffix:
         return captured, _at(output, positions)
 
     @torch.no_grad()
-    def _examine(self, ids: Tensor) -> bool:
+    def _examine(self, ids: Tensor) -> bool | None:
         """Whether replay may begin at the edited matrix; :class:`ModelError` if it is not exact from its block either.
 
+        ``None`` where logits are NaN or infinite and nothing can be told; the loss will be, too.
         The matrix's output is disturbed after the capture, so that everything it feeds must answer for itself.
         """
         positions = torch.arange(ids.shape[1], device=ids.device).unsqueeze(0)
@@ -248,13 +249,15 @@ class Suffix:
                 part = None if rows is None else self.logits(hidden, rows).to(full.device)
             finally:
                 handle.remove()
+            if not torch.isfinite(full).all():
+                return None
             half = next(self.model.parameters()).dtype in (torch.float16, torch.bfloat16)
             # What rounding may cost: a share of the change, and of the numbers themselves.
-            change = (full - self.logits(before).to(full.device)).norm().nan_to_num()
-            allowed = (0.05 if half else 1e-3) * change + (2e-2 if half else 1e-5) * full.nan_to_num().norm()
-            error = (full - replayed).nan_to_num().norm()
+            change = (full - self.logits(before).to(full.device)).norm()
+            allowed = (0.05 if half else 1e-3) * change + (2e-2 if half else 1e-5) * full.norm()
+            error = (full - replayed).norm()
             if part is not None:
-                error = torch.maximum(error, (full.gather(-1, pair.to(full.device)) - part).nan_to_num().norm())
+                error = torch.maximum(error, (full.gather(-1, pair.to(full.device)) - part).norm())
             if error <= allowed:
                 return inside
             worst = min(worst, (error / change).item())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
@@ -14,10 +14,8 @@ from .hparams import KDPOHyperParams
 EDITABLE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def find_matrices(
-    model: nn.Module, hparams: KDPOHyperParams, layers: Sequence[int] | None = None
-) -> dict[str, nn.Parameter]:
-    """The matrix of each of ``layers`` (by default ``hparams.layers``), by parameter name.
+def find_matrices(model: nn.Module, hparams: KDPOHyperParams) -> dict[str, nn.Parameter]:
+    """The matrix of each of ``hparams.layers``, in that order, by parameter name.
 
     Raises:
         ModelError: the model is an encoder-decoder or quantised, or the layer a mixture of experts; the template
@@ -32,7 +30,7 @@ def find_matrices(
         raise ModelError(f"{type(model).__name__} was loaded quantised; load it in floating point to edit it")
     blocks = find_blocks(model, hparams)
     found = {}
-    for layer in hparams.layers if layers is None else layers:
+    for layer in hparams.layers:
         if layer >= len(blocks):
             raise ModelError(
                 f"layers: {layer} is outside the model, which has {len(blocks)} layers, 0 to {len(blocks) - 1}"

@@ -116,7 +116,7 @@ def change(weight: torch.Tensor) -> None:
     weight.add_(weight.std() * torch.randn(weight.shape, generator=torch.Generator().manual_seed(2)).to(weight))
 
 
-@pytest.mark.parametrize("layer", [0, 2, 3])
+@pytest.mark.parametrize("layer", range(4))
 @pytest.mark.parametrize("name", ARCHITECTURES)
 @torch.no_grad()
 def test_replay_equals_full_forward(name: str, layer: int) -> None:
@@ -126,19 +126,17 @@ def test_replay_equals_full_forward(name: str, layer: int) -> None:
     captured, first = suffix.capture(ids, POSITIONS)
     assert (captured.inner is not None) is ARCHITECTURES[name][4]
     before = full(model, ids, mask)
-    torch.testing.assert_close(suffix.logits(first), before, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(suffix.logits(first), before, atol=1e-5, rtol=0)
     change(weight)
     after = full(model, ids, mask)
     assert (after - before).norm() > 0.03 * before.norm()  # a change that shows
-    torch.testing.assert_close(suffix.logits(suffix.replay(captured)), after, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(suffix.logits(suffix.replay(captured)), after, atol=1e-5, rtol=0)
     some = captured.rows(torch.tensor([2, 0]))
-    torch.testing.assert_close(suffix.logits(suffix.replay(some)), after[[2, 0]], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(suffix.logits(suffix.replay(some)), after[[2, 0]], atol=1e-5, rtol=0)
     pair = torch.stack([POSITIONS, POSITIONS + 40], -1)
     rows = suffix.head_rows(pair)
     assert rows is not None
-    torch.testing.assert_close(
-        suffix.logits(suffix.replay(captured), rows), after.gather(-1, pair), atol=1e-5, rtol=1e-5
-    )
+    torch.testing.assert_close(suffix.logits(suffix.replay(captured), rows), after.gather(-1, pair), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -263,6 +261,20 @@ def test_quantised_models_are_refused(llama: Any, settings: Any) -> None:
     model.is_quantized = True
     with pytest.raises(ModelError, match=r"quantised"):
         edit(model, tok, REQUEST, settings())
+
+
+def test_an_examination_that_saw_no_numbers_is_not_remembered() -> None:
+    """Gemma-2 must be replayed from its block, also if the first look at it found NaN."""
+    model, suffix, weight = suffix_of("gemma2", 2)
+    ids, mask = padded()
+    poison = model.model.norm.register_forward_hook(lambda m, a, out: out * float("nan"))
+    with torch.no_grad():
+        suffix.capture(ids, POSITIONS)
+        poison.remove()
+        captured, _ = suffix.capture(ids, POSITIONS)
+        change(weight)
+        wanted = full(model, ids, mask)
+        torch.testing.assert_close(suffix.logits(suffix.replay(captured)), wanted, atol=1e-5, rtol=0)
 
 
 def test_editor_equals_plain_implementation(llama: Any, settings: Any) -> None:
