@@ -30,7 +30,7 @@ from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 from kdpo_editor import SHIPPED_MODEL, KDPOHyperParams, easyedit, edit
-from kdpo_editor.demo import quietly
+from kdpo_editor.demo import quietly, settings_for
 from kdpo_editor.hparams import settings_folder
 from kdpo_editor.testbed import load_model, load_records
 
@@ -112,11 +112,7 @@ def ours(m: Model, record: dict[str, Any]) -> tuple[int, Any]:
 
 def framework(method: str) -> Callable[[Model, dict[str, Any]], tuple[int, Any]]:
     """The installed EasyEdit's own function for ``method``, at the same layer as KDPO (ROME: at its own)."""
-    import easyeditor
-
-    suffix = "-pypi" if method == "FT" and not easyedit.is_upstream() else ""
-    kind = getattr(easyeditor, f"{method}HyperParams")
-    hparams = kind.from_hparams(str(settings_folder() / method / f"{SHIPPED_MODEL}{suffix}"))
+    hparams = settings_for(method, None)
 
     def run(m: Model, record: dict[str, Any]) -> tuple[int, Any]:
         from easyeditor.util.alg_dict import ALG_DICT

@@ -19,9 +19,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from kdpo_editor import SHIPPED_MODEL, KDPOHyperParams, easyedit
-from kdpo_editor.demo import quietly
-from kdpo_editor.hparams import settings_folder
+from kdpo_editor import easyedit
+from kdpo_editor.demo import quietly, settings_for
 from kdpo_editor.testbed import load_records
 
 RATES = (5e-4, 1e-3, 2e-3, 3e-3, 5e-3, 1e-2)
@@ -33,12 +32,7 @@ GRIDS: dict[str, dict[str, tuple[Any, ...]]] = {
 
 
 def settings(method: str, **overrides: Any) -> Any:
-    import easyeditor
-
-    kind = KDPOHyperParams if method == "KDPO" else getattr(easyeditor, f"{method}HyperParams")
-    suffix = "-pypi" if method == "FT" and not easyedit.is_upstream() else ""
-    hparams = kind.from_hparams(str(settings_folder() / method / f"{SHIPPED_MODEL}{suffix}"))
-    hparams.device = "cpu"
+    hparams = settings_for(method, "cpu")
     for key, value in overrides.items():
         setattr(hparams, key, value)
     return hparams

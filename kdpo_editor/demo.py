@@ -71,15 +71,20 @@ def run(edits: int, show: int, device: str | int | None) -> None:
 
 def methods(device: str | int | None) -> list[tuple[str, Any]]:
     """Settings of the methods compared, by the name in the table."""
-    from easyeditor import FTHyperParams
+    ft = "FT-M" if easyedit.is_upstream() else "FT-L"
+    return [("KDPO", settings_for("KDPO", device)), (ft, settings_for("FT", device))]
 
-    folder = settings_folder()
-    upstream = easyedit.is_upstream()
-    kdpo = KDPOHyperParams.from_hparams(folder / "KDPO" / SHIPPED_MODEL)
-    ft = FTHyperParams.from_hparams(str(folder / "FT" / (SHIPPED_MODEL if upstream else f"{SHIPPED_MODEL}-pypi")))
-    for hparams in (kdpo, ft):
-        hparams.device = device
-    return [("KDPO", kdpo), ("FT-M" if upstream else "FT-L", ft)]
+
+def settings_for(method: str, device: str | int | None) -> Any:
+    """The settings of ``method`` for the shipped model, in the class that the installed form of EasyEdit reads."""
+    import easyeditor
+
+    kind = KDPOHyperParams if method == "KDPO" else getattr(easyeditor, f"{method}HyperParams")
+    # The forms' FT takes different keys.
+    suffix = "-pypi" if method == "FT" and not easyedit.is_upstream() else ""
+    hparams = kind.from_hparams(str(settings_folder() / method / f"{SHIPPED_MODEL}{suffix}"))
+    hparams.device = device
+    return hparams
 
 
 def editor_for(hparams: Any) -> Any:
