@@ -21,3 +21,7 @@ class ModelError(KDPOError, ValueError):
 
 class EditDiverged(KDPOError, ArithmeticError):
     """The loss or the weights of an edit became NaN or infinite. The model is as it was before the call."""
+
+
+class DataError(KDPOError, ValueError):
+    """A benchmark file that cannot be read, a record in it that is malformed, or more records asked for than exist."""
