@@ -25,3 +25,11 @@ class EditDiverged(KDPOError, ArithmeticError):
 
 class DataError(KDPOError, ValueError):
     """A benchmark file that cannot be read, a record in it that is malformed, or more records asked for than exist."""
+
+
+class ResultsError(KDPOError, ValueError):
+    """A folder of results that cannot be read; names the file and what to do."""
+
+
+class CellBusy(KDPOError, RuntimeError):
+    """Another process computes the same cell of a comparison."""
