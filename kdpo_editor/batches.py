@@ -9,7 +9,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from .objectives import competitors, kdpo_loss
+from .hparams import KDPOHyperParams
+from .objectives import ce_loss, competitors, ipo_loss, kdpo_loss, kdpo_token_loss, margin_loss
 from .requests import EditTokens
 from .suffix import Captured, HeadRows, Suffix
 
@@ -77,18 +78,30 @@ class Round:
         """The head's rows for ``pair``, or ``None`` if this head cannot be divided."""
         return self.suffix.head_rows(self.pair)
 
+    @cached_property
+    def lost(self) -> Tensor:
+        """``[B, T]``: the positions that are not won yet."""
+        return self.mask & (self.pair[..., 0] != self.pair[..., 1])
+
     @property
     def negatives(self) -> list[list[int]]:
         """The rejected answers, without padding."""
         return [row[kept].tolist() for row, kept in zip(self.pair[..., 1], self.mask, strict=True)]
 
-    def losses(self, beta: float, use_first: bool) -> Tensor:
+    def losses(self, hparams: KDPOHyperParams, use_first: bool) -> Tensor:
         """The loss of each edit, ``[B]``; ``use_first`` takes the hidden states that the negatives were read from."""
         hidden = self.hidden if use_first else self.suffix.replay(self.captured)
+        if hparams.objective == "ce":
+            return ce_loss(self.suffix.logits(hidden).to(self.pair.device), self.pair[..., 0], self.mask)
         pairs = self.suffix.logits(hidden, self.head_rows).to(self.pair.device)
         if self.head_rows is None:
             pairs = pairs.gather(-1, self.pair)
-        return kdpo_loss(pairs, self.reference, beta, self.mask)
+        if hparams.objective == "margin":
+            return margin_loss(pairs, hparams.margin, self.lost)
+        if hparams.objective == "kdpo_token":
+            return kdpo_token_loss(pairs, self.reference, hparams.beta, self.lost)
+        loss = ipo_loss if hparams.objective == "ipo" else kdpo_loss
+        return loss(pairs, self.reference, hparams.beta, self.mask)
 
 
 def make_batches(suffix: Suffix, edits: Sequence[EditTokens], budget: float) -> list[Batch]:

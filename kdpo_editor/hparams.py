@@ -16,7 +16,7 @@ from .errors import HyperParamsError
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-OBJECTIVES = ("kdpo", "dpo")
+OBJECTIVES = ("kdpo", "kdpo_token", "margin", "ipo", "ce", "dpo")
 SCHEDULES = ("depth_first", "breadth_first")
 
 
@@ -59,11 +59,14 @@ class KDPOHyperParams:
     """The final weight change is multiplied by this. 2.0 reproduces the authors' release in sequences."""
 
     objective: str = "kdpo"
-    """"kdpo", or "dpo" for the paper's ablation (free-running negatives)."""
+    """What is minimised (:mod:`kdpo_editor.objectives`): "kdpo" as published; "kdpo_token", one sigmoid per token;
+    "margin", a hinge without reference; "ipo"; "ce", cross-entropy, as plain fine-tuning does; or "dpo" for the
+    paper's ablation (free-running negatives)."""
     append_eos: bool = False
     """End the answer with the end token, so that free generation learns to stop."""
     margin: float = 0.0
-    """Logits by which the new answer must win: the negative is the strongest token within this much of it."""
+    """Logits by which the new answer must win: the negative is the strongest token within this much of it, and an
+    edit is finished only when every token wins by this much."""
     schedule: str = "depth_first"
     """"depth_first" edits several requests of one call one after the other, "breadth_first" all at once."""
     memory_budget: float = 2e9
@@ -99,6 +102,7 @@ class KDPOHyperParams:
         if isinstance(self.device, int):
             self._check("device", self.device >= 0, 'a CUDA index, "cpu", "cuda:1" or null')
         self._check("objective", self.objective in OBJECTIVES, f"one of {', '.join(OBJECTIVES)}")
+        self._check("margin", self.margin > 0 or self.objective != "margin", "more than 0 where objective is margin")
         self._check("schedule", self.schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}")
         one_by_one = self.schedule == "depth_first" or self.objective != "dpo"
         self._check("schedule", one_by_one, "depth_first where objective is dpo")

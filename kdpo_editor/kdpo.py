@@ -173,7 +173,7 @@ def _unfinished(
 
 def _step(current: Round | OwnAnswerRound, adam: Adam, hparams: KDPOHyperParams, use_first: bool) -> None:
     """One optimiser step on the edits of a round whose loss is not below ``stop_loss`` yet."""
-    losses = current.losses(hparams.beta, use_first)
+    losses = current.losses(hparams, use_first)
     current.history.append(losses.detach())
     live = losses.detach() >= hparams.stop_loss
     # The sum over edits: Adam does not mind its scale, and one edit stays exactly the paper's.
