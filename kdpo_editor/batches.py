@@ -105,36 +105,55 @@ class Round:
 
 
 def make_batches(suffix: Suffix, edits: Sequence[EditTokens], budget: float) -> list[Batch]:
-    """Capture ``edits`` in as few mini-batches as ``budget`` bytes each allow, alike in length.
+    """Capture ``edits`` in the mini-batches of :func:`group`.
+
+    With a single batch the hidden states carry the graph of the first step.
+    """
+    groups = group(suffix, edits, budget)
+    batches = []
+    with torch.set_grad_enabled(len(groups) == 1):
+        for members in groups:
+            ids, chosen, mask, positions = padded([edits[i] for i in members])
+            captured, hidden = suffix.capture(ids, positions)
+            batches.append(make_batch(suffix, members, captured, hidden, chosen, mask))
+    return batches
+
+
+def make_batch(
+    suffix: Suffix, members: list[int], captured: Captured, hidden: Tensor, chosen: Tensor, mask: Tensor
+) -> Batch:
+    """A batch whose reference is the policy as it is now."""
+    logits = suffix.logits(hidden.detach()).to(suffix.device)
+    return Batch(members, captured, chosen.to(logits.device), mask.to(logits.device), hidden, logits, logits)
+
+
+def group(suffix: Suffix, edits: Sequence[EditTokens], budget: float) -> list[list[int]]:
+    """The positions of ``edits`` in as few mini-batches as ``budget`` bytes each allow, alike in length.
 
     A batch holds captured inputs, in the model's dtype, and two tables of logits, in fp32. One edit is always taken,
-    whatever it needs. With a single batch the hidden states carry the graph of the first step.
+    whatever it needs.
     """
     weight = suffix.module.weight
     assert isinstance(weight, Tensor)
     vocabulary = suffix.model.get_output_embeddings().weight.shape[0]  # type: ignore[operator]
-    order = sorted(range(len(edits)), key=lambda i: len(edits[i].sequence))
     groups: list[list[int]] = [[]]
-    for i in order:
-        group = [*groups[-1], i]
-        tokens = max(len(edits[k].sequence) for k in group)
-        answer = max(len(edits[k].chosen) for k in group)
-        bytes_ = len(group) * (tokens * sum(weight.shape) * weight.element_size() + answer * vocabulary * 8)
+    for i in sorted(range(len(edits)), key=lambda i: len(edits[i].sequence)):
+        members = [*groups[-1], i]
+        tokens = max(len(edits[k].sequence) for k in members)
+        answer = max(len(edits[k].chosen) for k in members)
+        bytes_ = len(members) * (tokens * sum(weight.shape) * weight.element_size() + answer * vocabulary * 8)
         if groups[-1] and bytes_ > budget:
             groups.append([i])
         else:
-            groups[-1] = group
-    with torch.set_grad_enabled(len(groups) == 1):
-        return [_captured(suffix, group, [edits[i] for i in group]) for group in groups]
+            groups[-1] = members
+    return groups
 
 
-def _captured(suffix: Suffix, members: list[int], edits: list[EditTokens]) -> Batch:
-    device = suffix.device
+def padded(edits: Sequence[EditTokens]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Token ids ``[B, L]``, answers ``[B, T]``, their mask ``[B, T]`` and where they are predicted ``[B, T]``."""
     pad = torch.nn.utils.rnn.pad_sequence
+    ids = pad([e.sequence for e in edits], batch_first=True)
     chosen = pad([e.chosen for e in edits], batch_first=True)
     mask = pad([torch.ones(len(e.chosen), dtype=torch.bool) for e in edits], batch_first=True)
     positions = pad([torch.arange(len(e.prompt) - 1, len(e.sequence)) for e in edits], batch_first=True)
-    ids = pad([e.sequence for e in edits], batch_first=True)
-    captured, hidden = suffix.capture(ids, positions)
-    logits = suffix.logits(hidden.detach()).to(device)
-    return Batch(members, captured, chosen.to(device), mask.to(device), hidden, logits, logits)
+    return ids, chosen, mask, positions

@@ -72,7 +72,14 @@ class KDPOHyperParams:
     memory_budget: float = 2e9
     """Bytes of captured inputs and logits in one mini-batch of "breadth_first"."""
     replay: bool = False
-    """Keep earlier edits in the batch; not available yet."""
+    """Remember the edits of a model, also from earlier calls, and train those again that a new edit pushes below
+    ``margin`` (:mod:`kdpo_editor.earlier`)."""
+    replay_checks: int = 32
+    """Earlier edits that are looked at for each new one: half those that led by least, half a random sample."""
+    replay_budget: float = 1e9
+    """Bytes of captured inputs that "replay" may hold; beyond it the edits that lead by most are dropped."""
+    replay_on_host: bool = False
+    """Hold them in main memory instead of on the model's device."""
 
     max_length: int = 40
     """Truncation length of EasyEdit's evaluation, in tokens. Editing does not truncate."""
@@ -92,9 +99,9 @@ class KDPOHyperParams:
         self._check("layers", bool(self.layers) and min(self.layers) >= 0, "at least one index, none negative")
         self._check("layers", len(set(self.layers)) == len(self.layers), "each layer once")
         self._check("rewrite_module_tmp", self.rewrite_module_tmp.count("{}") == 1, 'one "{}" for the layer')
-        for key in ("num_steps", "cycles", "max_length", "batch_size"):
+        for key in ("num_steps", "cycles", "max_length", "batch_size", "replay_checks"):
             self._check(key, getattr(self, key) >= 1, "at least 1")
-        for key in ("lr", "beta", "memory_budget"):
+        for key in ("lr", "beta", "memory_budget", "replay_budget"):
             self._check(key, getattr(self, key) > 0, "more than 0")
         for key in ("stop_loss", "weight_decay", "margin"):
             self._check(key, getattr(self, key) >= 0, "0 or more")
@@ -106,7 +113,7 @@ class KDPOHyperParams:
         self._check("schedule", self.schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}")
         one_by_one = self.schedule == "depth_first" or self.objective != "dpo"
         self._check("schedule", one_by_one, "depth_first where objective is dpo")
-        self._check("replay", not self.replay, "false")
+        self._check("replay", not self.replay or self.objective != "dpo", "false where objective is dpo")
 
     def _check(self, key: str, ok: bool, allowed: str) -> None:
         if not ok:

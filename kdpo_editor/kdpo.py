@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from .ablation import OwnAnswerRound
 from .adam import Adam
 from .batches import Batch, Round, make_batches
+from .earlier import EarlierEdits
 from .errors import EditDiverged, ModelError
 from .hparams import KDPOHyperParams
 from .requests import EditTokens, tokenize
@@ -93,18 +94,22 @@ def edit(
     edits = tokenize(tok, requests, append_eos=hparams.append_eos)
     weights = find_matrices(model, hparams)
     _check_lengths(model, edits)
+    given = model
     if copy:
         model = copying.deepcopy(model)
         weights = find_matrices(model, hparams)
     originals = {name: w.detach().clone() for name, w in weights.items()}
+    earlier = EarlierEdits.of(given, weights) if hparams.replay else None
     first = min(hparams.layers)
     module = dict(zip(hparams.layers, weights, strict=True))[first].rpartition(".")[0]
     suffix = Suffix(model, blocks_name(hparams), first, module)
     with only_training(model, weights, originals):
         if hparams.schedule == "breadth_first":
-            traces = optimise(suffix, weights, edits, hparams)
+            traces = optimise(suffix, weights, edits, hparams, earlier)
         else:
-            traces = [trace for one in edits for trace in optimise(suffix, weights, [one], hparams)]
+            traces = [trace for one in edits for trace in optimise(suffix, weights, [one], hparams, earlier)]
+    if earlier is not None:
+        earlier.store(model, weights, hparams)
     missed = sum(not trace.converged for trace in traces)
     if missed:
         LOG.info("%d of %d edits did not reach their target within %d cycles", missed, len(traces), hparams.cycles)
@@ -112,19 +117,29 @@ def edit(
 
 
 def optimise(
-    suffix: Suffix, weights: dict[str, nn.Parameter], edits: list[EditTokens], hparams: KDPOHyperParams
+    suffix: Suffix,
+    weights: dict[str, nn.Parameter],
+    edits: list[EditTokens],
+    hparams: KDPOHyperParams,
+    earlier: EarlierEdits | None = None,
 ) -> list[EditTrace]:
     """Optimise ``weights`` in place until the model answers each prompt of ``edits`` with its chosen answer.
 
     One edit is the paper's procedure. Several share the optimiser and its steps, in mini-batches; those that are won
-    are skipped for the cycle and looked at again in the next.
+    are skipped for the cycle and looked at again in the next. Some of the ``earlier`` edits are treated as if they
+    were among them, and ``edits`` are added to those.
     """
     keep = hparams.objective == "dpo" or hparams.update_scale != 1.0
     start = {name: w.detach().clone() for name, w in weights.items()} if keep else {}
     adam = Adam(list(weights.values()), hparams.lr, hparams.weight_decay, hparams.norm_constraint)
-    batches = make_batches(suffix, edits, hparams.memory_budget)
-    alone = len(batches) == 1  # then the pass that reads off the negatives is the first step's forward too
-    traces = [EditTrace() for _ in edits]
+    if earlier is None:
+        batches = make_batches(suffix, edits, hparams.memory_budget)
+    else:
+        kept = [*earlier.capture(suffix, edits, hparams), *earlier.to_check(edits, hparams.replay_checks)]
+        batches = earlier.batches(suffix, kept, hparams.memory_budget)
+    # Whether the pass that reads off the negatives is the first step's forward too.
+    alone = earlier is None and len(batches) == 1
+    traces = [EditTrace() for batch in batches for _ in batch.members]
 
     for number in range(hparams.cycles):
         if number > 0:
@@ -150,7 +165,10 @@ def optimise(
         if rounds or hparams.update_scale != 1.0:
             _look(suffix, batches, graph=False)
             _unfinished(suffix, batches, hparams, traces)
-    return traces
+    if earlier is not None:
+        earlier.add(kept, batches, new=len(edits))
+        earlier.repaired += sum(bool(trace.cycles) for trace in traces[len(edits) :])
+    return traces[: len(edits)]
 
 
 def _look(suffix: Suffix, batches: list[Batch], graph: bool) -> None:

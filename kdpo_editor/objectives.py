@@ -6,6 +6,8 @@ log-probabilities are fp32 (nats); token ids are int64.
 
 from __future__ import annotations
 
+from math import inf
+
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -28,6 +30,14 @@ def competitors(logits: Tensor, chosen: Tensor, margin: float = 0.0) -> Tensor:
         chosen_logits = logits.gather(-1, chosen.unsqueeze(-1))
         logits = logits.scatter(-1, chosen.unsqueeze(-1), chosen_logits - margin)
     return logits.argmax(-1)
+
+
+def lead(logits: Tensor, chosen: Tensor) -> Tensor:
+    """By how much the new answer leads the strongest other token: logits ``[..., T, V]``, ids ``[..., T]`` to
+    ``[..., T]``, negative where it is behind."""
+    here = chosen.unsqueeze(-1)
+    others = logits.scatter(-1, here, -inf).amax(-1)
+    return logits.gather(-1, here).squeeze(-1) - others
 
 
 def answer_logps(logits: Tensor, answer: Tensor) -> Tensor:
