@@ -28,7 +28,7 @@ ROUND = 8  # lengths are rounded up to a multiple of this, so that few shapes oc
 SHAPES = 64
 
 
-@dataclass
+@dataclass(eq=False)
 class Kept:
     """One edit. ``hidden`` ``[L, D]`` and ``inner`` ``[L, F]`` or ``None``: see :class:`~kdpo_editor.suffix.Captured`.
 
@@ -86,7 +86,7 @@ class EarlierEdits:
         for one in sorted(self.kept, key=lambda one: -one.lead):
             if held <= hparams.replay_budget:
                 break
-            self.kept = [other for other in self.kept if other is not one]
+            self.kept.remove(one)
             held, dropped = held - one.bytes, dropped + 1
         if dropped:
             self.dropped += dropped
