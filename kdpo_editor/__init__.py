@@ -1,5 +1,6 @@
 """KDPO as an editor for EasyEdit: change a fact in a language model by preference optimisation."""
 
+from .earlier import EarlierEdits
 from .easyedit import install as _install
 from .errors import EditDiverged, HyperParamsError, KDPOError, ModelError, RequestError
 from .hparams import KDPOHyperParams
@@ -9,6 +10,7 @@ from .testbed import SHIPPED_MODEL
 __version__ = "0.1.0"
 __all__ = [
     "SHIPPED_MODEL",
+    "EarlierEdits",
     "EditDiverged",
     "EditTrace",
     "HyperParamsError",
