@@ -23,8 +23,8 @@ from ..errors import DataError, HyperParamsError, KDPOError
 from ..requests import tokenize
 from ..testbed import taught_texts
 from . import statistics
-from .config import PROTOCOLS, Compare
-from .datasets import Record, content_hash, load
+from .config import PROTOCOLS, SPLITS, Compare
+from .datasets import Record, content_hash, in_validation, load
 from .editing import Editing, available
 from .evaluate import fingerprint
 from .memory import peak_bytes
@@ -73,7 +73,8 @@ def run(config: Compare) -> Cell:
                     cell.note(status="complete", finished=finished)
             except Exception as error:
                 LOG.error("%s failed: %s", cell.folder.name, error)
-                LOG.debug("%s", traceback.format_exc())
+                with open(cell.folder / "run.log", "a", encoding="utf-8") as stream:
+                    stream.write(traceback.format_exc())
                 cell.note(status="failed", error=f"{type(error).__name__}: {error}")
     return cell
 
@@ -232,7 +233,7 @@ class Scorer:
         """Outputs before any edit are the same for every method and are kept in the cache."""
         tok, protocol = self.editing.tok, self.config.protocol
         targets = [{"prompt": r.prompt, "target_new": r.target_new} for r in self.edited]
-        self.longest = protocol.longest or max(len(e.chosen) for e in tokenize(tok, targets)) + 8
+        self.longest = protocol.longest or max(len(e.chosen) for e, *_ in tokenize(tok, targets)) + 8
         key = {
             "model": self.model_fingerprint,
             "name": self.config.model.name,
@@ -264,20 +265,23 @@ def _records(config: Compare) -> tuple[list[Record], list[Record]]:
     Raises :class:`~kdpo_editor.errors.KDPOError` for settings that cannot be met.
     """
     data, protocol = config.dataset, config.protocol
-    if protocol.name not in PROTOCOLS:
-        raise HyperParamsError(f"protocol.name: {protocol.name!r} is not one of {', '.join(PROTOCOLS)}")
-    for key, value in (("n_edits", config.n_edits), ("method.requests_per_call", config.method.requests_per_call)):
-        if value < 1:
-            raise HyperParamsError(f"{key}: {value} is not allowed; it must be at least 1")
-    everything = load(data.source, seed=config.seed, shuffle=data.shuffle, drop_bad=data.drop_bad)
+    for key, value, allowed in (("protocol.name", protocol.name, PROTOCOLS), ("dataset.split", data.split, SPLITS)):
+        if value not in allowed:
+            raise HyperParamsError(f"{key}: {value!r} is not one of {', '.join(allowed)}")
+    for key, number in (("n_edits", config.n_edits), ("method.requests_per_call", config.method.requests_per_call)):
+        if number < 1:
+            raise HyperParamsError(f"{key}: {number} is not allowed; it must be at least 1")
+    pool = load(data.source, seed=config.seed, shuffle=data.shuffle, drop_bad=data.drop_bad)
+    if data.split != "all":
+        pool = [record for record in pool if in_validation(record) == (data.split == "validation")]
     last = data.offset + config.n_edits
-    if last > len(everything):
+    if data.offset < 0 or last > len(pool):
         raise DataError(
-            f"n_edits: {data.source} has {len(everything)} records of different subjects; "
-            f"{config.n_edits} after the first {data.offset} are too many"
+            f"n_edits: {data.source} has {len(pool)} records of different subjects in its split {data.split!r}; "
+            f"{config.n_edits} from the {data.offset}th on are too many"
         )
-    rest = everything[last:] if data.rest_until == 0 else everything[last : data.rest_until]
-    return everything[data.offset : last], rest[max(0, len(rest) - protocol.unrelated) :]
+    rest = pool[last:]
+    return pool[data.offset : last], rest[max(0, len(rest) - protocol.unrelated) :]
 
 
 def _cell(config: Compare, edited: Sequence[Record]) -> Cell:
@@ -325,12 +329,9 @@ def _log_to(file: Path) -> Iterator[None]:
     handler = logging.FileHandler(file, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     ours = logging.getLogger("kdpo_editor")
-    level = ours.level
     ours.addHandler(handler)
-    ours.setLevel(logging.DEBUG)
     try:
         yield
     finally:
         ours.removeHandler(handler)
-        ours.setLevel(level)
         handler.close()

@@ -8,6 +8,7 @@ from typing import Any
 from omegaconf import MISSING
 
 PROTOCOLS = ("sequence", "single")
+SPLITS = ("test", "validation", "all")
 
 
 @dataclass
@@ -55,9 +56,9 @@ class Dataset:
     source: str = MISSING
     """"shipped", a name of :data:`~kdpo_editor.compare.datasets.KNOWN`, ``hub:<owner/name>:<file>``, or a local file."""
     offset: int = 0
-    """Records of the seeded order to leave out at the start; a validation split lies there."""
-    rest_until: int = 0
-    """Where in the seeded order unrelated records end; 0 is at its end."""
+    """Records of the seeded order to leave out at the start."""
+    split: str = "test"
+    """"validation": the records of a fifth of the subjects, for tuning; "test": of the others; "all"."""
     shuffle: bool = True
     drop_bad: bool = False
     """Leave bad records out instead of stopping at the first."""

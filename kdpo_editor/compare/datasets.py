@@ -105,6 +105,11 @@ def load(
     return records[offset:] if n_edits is None else records[offset : offset + n_edits]
 
 
+def in_validation(record: Record) -> bool:
+    """Whether a record is of the validation split: that of a fifth of the subjects, which a hash picks."""
+    return hashlib.sha256((record.subject or record.prompt).encode()).digest()[0] % 5 == 0
+
+
 def content_hash(records: Iterable[Record]) -> str:
     """SHA-256, in hex, of everything in ``records`` and of their order: a key for results computed from them."""
     text = json.dumps([asdict(record) for record in records], sort_keys=True, separators=(",", ":"))

@@ -64,7 +64,8 @@ class Evaluator:
     @torch.no_grad()
     def predict(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
         """For each prompt and answer, the argmax tokens at the answer's positions and the answer's own tokens."""
-        edits = tokenize(self.tok, [{"prompt": p, "target_new": a} for p, a in pairs]) if pairs else []
+        asked = [{"prompt": p, "target_new": a} for p, a in pairs]
+        edits = [tokens for tokens, *_ in tokenize(self.tok, asked)] if asked else []
         found: list[tuple[list[int], list[int]]] = [([], [])] * len(edits)
         inner = self._inner
         device = inner.get_input_embeddings().weight.device  # type: ignore[operator]

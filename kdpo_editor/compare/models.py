@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -25,7 +26,10 @@ def load(name: str, *, dtype: str = "float32", device: str | None = None) -> tup
         ModelError: ``dtype`` is unknown or ``name`` cannot be loaded.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
 
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
     if dtype not in DTYPES:
         raise ModelError(f"model.dtype: {dtype!r} is not one of {', '.join(DTYPES)}")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
