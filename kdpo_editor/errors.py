@@ -21,3 +21,7 @@ class ModelError(KDPOError, ValueError):
 
 class EditDiverged(KDPOError, ArithmeticError):
     """The loss or the weights of an edit became NaN or infinite. The model is as it was before the call."""
+
+
+class ResultsError(KDPOError, ValueError):
+    """A folder of a comparison's results that is missing, empty, unfinished or damaged."""
