@@ -28,7 +28,7 @@ class DataError(KDPOError, ValueError):
 
 
 class ResultsError(KDPOError, ValueError):
-    """A folder of results that cannot be read; names the file and what to do."""
+    """A folder of results that is missing, empty or damaged; names it and says what to do."""
 
 
 class CellBusy(KDPOError, RuntimeError):
