@@ -111,7 +111,8 @@ def ours(m: Model, record: dict[str, Any]) -> tuple[int, Any]:
 
 def framework(method: str) -> Callable[[Model, dict[str, Any]], tuple[int, Any]]:
     """The installed EasyEdit's own function for ``method``, at the same layer as KDPO (ROME: at its own)."""
-    hparams = settings_for(method, None)
+    ft = "FT-M" if easyedit.is_upstream() else "FT-L"
+    hparams = settings_for(ft if method == "FT" else method, None)
 
     def run(m: Model, record: dict[str, Any]) -> tuple[int, Any]:
         from easyeditor.util.alg_dict import ALG_DICT
