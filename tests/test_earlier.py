@@ -82,7 +82,6 @@ def test_rephrases_are_remembered_too(llama: Any, settings: Any) -> None:
 
 
 def test_a_few_edits_are_checked_the_weakest_always() -> None:
-    """What an edit costs does not grow with the number of edits before it."""
     earlier, answer, nothing = EarlierEdits(), torch.tensor([1]), torch.zeros(1, 1)
     for i in range(100):
         earlier.kept.append(Kept(EditTokens(torch.tensor([i]), answer), nothing, None, lead=float(i % 50)))
@@ -91,6 +90,17 @@ def test_a_few_edits_are_checked_the_weakest_always() -> None:
     assert {len(checked) for checked in looked_at} == {10}
     assert all({one.lead for one in checked[:5]} == {0, 1, 2} for checked in looked_at)
     assert len({one.tokens.prompt.item() for checked in looked_at for one in checked}) > 60
+
+
+def test_an_edit_runs_no_more_rows_however_many_were_before_it(llama: Any, settings: Any) -> None:
+    model, tok = llama
+    hparams = settings(**MARGIN, replay=True, replay_checks=3)
+    one_call_each(model, tok, [{**REQUEST, "prompt": f"What number is {i}?"} for i in range(8)], hparams)
+    rows: list[int] = []
+    model.model.layers[5].register_forward_pre_hook(lambda m, args: rows.append(args[0].shape[0]))
+    _, _, (trace,) = edit(model, tok, [SECOND], hparams)
+    assert trace.steps > 0
+    assert max(rows) == 1 + 3
 
 
 def named(model: Any, *layers: int) -> dict[str, Any]:
