@@ -1,7 +1,8 @@
 """Edits that a model has had before, kept so that later ones do not undo them (``replay``).
 
 Of each, its tokens and what the part of the model below the first edited matrix made of them: that part never
-changes, so an earlier edit is looked at again, and trained again if need be, for the cost of the replayed suffix.
+changes, so an earlier edit is looked at again, and trained again if need be, for the cost of the replayed suffix. The
+edits follow the model object, so they are found again by the next call; ``EarlierEdits.of(model, weights)`` shows them.
 """
 
 from __future__ import annotations

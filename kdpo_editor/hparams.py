@@ -73,7 +73,7 @@ class KDPOHyperParams:
     """Bytes of captured inputs and logits in one mini-batch of "breadth_first"."""
     replay: bool = False
     """Remember the edits of a model, also from earlier calls, and train those again that a new edit pushes below
-    ``margin`` (:mod:`kdpo_editor.earlier`)."""
+    ``margin``. They are forgotten once the edited matrices are restored or changed by anything else."""
     replay_checks: int = 32
     """Earlier edits that are looked at for each new one: half those that led by least, half a random sample."""
     replay_budget: float = 1e9

@@ -222,3 +222,12 @@ def test_edits_kept_on_the_host_give_the_same_edits(llama: Any, settings: Any) -
     one_call_each(other, tok, REQUESTS, settings(**MARGIN, replay=True, replay_on_host=True))
     assert_same(model, state(other))
     assert {t.hidden.device.type for t in EarlierEdits.of(other, named(other, 4)).kept} == {"cpu"}
+
+
+def test_a_half_precision_model_keeps_its_edits_in_its_own_dtype(llama: Any, settings: Any) -> None:
+    model, tok = llama
+    model.to(torch.bfloat16)
+    one_call_each(model, tok, REQUESTS[:3], settings(**{**MARGIN, "lr": 1e-3}, replay=True))
+    earlier = EarlierEdits.of(model, named(model, 4))
+    assert {one.hidden.dtype for one in earlier.kept} == {torch.bfloat16}
+    assert min(leads(model, tok, REQUESTS[:3])) >= 2.0
