@@ -73,16 +73,13 @@ class KDPOHyperParams:
     """Bytes of captured inputs and logits in one mini-batch of "breadth_first"."""
     replay: bool = False
     """Remember the edits of a model, also from earlier calls, and train those again that a new edit pushes below
-    ``margin`` (:mod:`kdpo_editor.earlier`)."""
+    ``margin``. They are forgotten once the edited matrices are restored or changed by anything else."""
     replay_checks: int = 32
     """Earlier edits that are looked at for each new one: half those that led by least, half a random sample."""
     replay_budget: float = 1e9
     """Bytes of captured inputs that "replay" may hold; beyond it the edits that lead by most are dropped."""
     replay_on_host: bool = False
     """Hold them in main memory instead of on the model's device."""
-
-    augment: int = 0
-    """Each edit is trained also behind so many short texts that are sampled from the model itself, once."""
 
     max_length: int = 40
     """Truncation length of EasyEdit's evaluation, in tokens. Editing does not truncate."""
@@ -106,7 +103,7 @@ class KDPOHyperParams:
             self._check(key, getattr(self, key) >= 1, "at least 1")
         for key in ("lr", "beta", "memory_budget", "replay_budget"):
             self._check(key, getattr(self, key) > 0, "more than 0")
-        for key in ("stop_loss", "weight_decay", "margin", "augment"):
+        for key in ("stop_loss", "weight_decay", "margin"):
             self._check(key, getattr(self, key) >= 0, "0 or more")
         self._check("norm_constraint", self.norm_constraint is None or self.norm_constraint > 0, "more than 0 or null")
         if isinstance(self.device, int):
@@ -116,7 +113,6 @@ class KDPOHyperParams:
         self._check("schedule", self.schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}")
         one_by_one = self.schedule == "depth_first" or self.objective != "dpo"
         self._check("schedule", one_by_one, "depth_first where objective is dpo")
-        self._check("augment", self.augment == 0 or self.objective != "dpo", "0 where objective is dpo")
         self._check("replay", not self.replay or self.objective != "dpo", "false where objective is dpo")
 
     def _check(self, key: str, ok: bool, allowed: str) -> None:
