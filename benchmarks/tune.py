@@ -2,9 +2,10 @@
 
     python benchmarks/tune.py kdpo ft_m ... [--out DIR]
 
-Runs ``kdpo-compare experiment=tune_<method>`` (18 trials on the validation split, see
-``kdpo_editor/compare/conf/tuning.yaml``) for each method, then writes every trial in ``DIR``, best first, to
-``benchmarks/tuning/<method>-<form>.csv``. Trials that are there already are not run again.
+For each method: ``kdpo-compare experiment=tune_<method>``, 18 trials of 15 edits in a row on the validation split; then,
+with the best of these, ``experiment=tune_rates``: its rate, a half, a quarter and an eighth of it, 50 edits in a row.
+Every trial goes to ``benchmarks/tuning/<method>-<form>.csv``, those of 50 edits first, the best on top. Trials that are
+in ``DIR`` already are not run again.
 """
 
 from __future__ import annotations
@@ -20,44 +21,58 @@ from typing import Any
 import pandas as pd
 import yaml
 
+from kdpo_editor import easyedit
 from kdpo_editor.compare.tune import objective
 
 HERE = Path(__file__).parent
+FIGURES = ("edits", "rewrite", "rephrase", "locality", "mean")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("methods", nargs="*")
+    parser.add_argument("methods", nargs="+")
     parser.add_argument("--out", type=Path, default=Path("results/tuning"))
     args = parser.parse_args()
+    easyedit.require()
+    form = "upstream" if easyedit.is_upstream() else "pypi"
     for method in args.methods:
-        command = [sys.executable, "-m", "kdpo_editor.compare.app", f"experiment=tune_{method}", f"out={args.out}"]
-        subprocess.run(command, check=True)
-    trials: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for file in sorted(args.out.glob("*/manifest.json")):
+        compare(f"experiment=tune_{method}", f"out={args.out}")
+        short = [t for t in trials(args.out, method, form) if t["edits"] == 15]
+        best = max(short, key=lambda t: t["mean"])
+        keys = [k for k in best if k not in FIGURES and len({str(t[k]) for t in short}) > 1]
+        chosen = [f"method.hparams.{k}={json.dumps(best[k])}" for k in keys]
+        compare("experiment=tune_rates", f"method={method}", f"out={args.out}", *chosen)
+        write(trials(args.out, method, form), keys, HERE / "tuning" / f"{method}-{form}.csv")
+
+
+def compare(*arguments: str) -> None:
+    subprocess.run([sys.executable, "-m", "kdpo_editor.compare.app", *arguments], check=True)
+
+
+def trials(out: Path, method: str, form: str) -> list[dict[str, Any]]:
+    """Settings and figures of each complete trial of a method."""
+    found = []
+    for file in sorted(out.glob("*/manifest.json")):
         manifest = json.loads(file.read_text("utf-8"))
-        if manifest["status"] == "complete":
-            trials.setdefault((manifest["method"], manifest["form"]), []).append(trial(file.parent))
-    (HERE / "tuning").mkdir(exist_ok=True)
-    for (method, form), rows in trials.items():
-        searched = [k for k in rows[0] if k in FIGURES or len({str(row[k]) for row in rows}) > 1]
-        rows.sort(key=lambda row: -row["mean"])
-        with open(HERE / "tuning" / f"{method}-{form}.csv", "w", encoding="utf-8", newline="") as stream:
-            writer = csv.DictWriter(stream, searched, extrasaction="ignore", lineterminator="\n")
-            writer.writeheader()
-            writer.writerows({k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+        if (manifest["status"], manifest["method"], manifest["form"]) == ("complete", method, form):
+            config = yaml.safe_load((file.parent / "config.yaml").read_text("utf-8"))["method"]
+            frame = pd.read_parquet(file.parent / "rows.parquet")
+            frame = frame[frame["when"] == "checkpoint"]
+            kinds = frame["metric"].str.extract(r"^(rewrite|rephrase|locality)(?:\..*)?_acc$")[0]
+            figures = frame.groupby(kinds)["value"].mean().to_dict()
+            factor = config.get("rate_factor", 1.0)
+            settings = {k: v * factor if k in ("lr", "v_lr", "edit_lr") else v for k, v in config["hparams"].items()}
+            found.append({**settings, "edits": manifest["n_edits"], **figures, "mean": objective(file.parent)})
+    return found
 
 
-FIGURES = ("rewrite", "rephrase", "locality", "mean")
-
-
-def trial(cell: Path) -> dict[str, Any]:
-    """Settings and figures of one trial."""
-    hparams = yaml.safe_load((cell / "config.yaml").read_text("utf-8"))["method"]["hparams"]
-    frame = pd.read_parquet(cell / "rows.parquet")
-    frame = frame[frame["when"] == "checkpoint"]
-    kinds = frame["metric"].str.extract(r"^(rewrite|rephrase|locality)(?:\..*)?_acc$")[0]
-    return {**hparams, **frame.groupby(kinds)["value"].mean().to_dict(), "mean": objective(cell)}
+def write(rows: list[dict[str, Any]], keys: list[str], file: Path) -> None:
+    rows.sort(key=lambda row: (-row["edits"], -row["mean"]))
+    file.parent.mkdir(exist_ok=True)
+    with open(file, "w", encoding="utf-8", newline="") as stream:
+        writer = csv.DictWriter(stream, [*keys, *FIGURES], extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()} for row in rows)
 
 
 if __name__ == "__main__":

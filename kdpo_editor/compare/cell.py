@@ -33,6 +33,7 @@ from .results import Cell, Log, slug, versions, write
 from .scores import Outputs, observe, rows, texts
 
 LOG = logging.getLogger(__name__)
+RATES = ("lr", "v_lr", "edit_lr")
 HELD_OUT = Path(__file__).parent / "held_out.txt"
 SAVE_EVERY = 60.0  # seconds between checkpoints, beside those at `eval_at`
 # What a cell's figures do not depend on.
@@ -309,8 +310,9 @@ def _cell(config: Compare, edited: Sequence[Record]) -> Cell:
 def _settings(config: Compare) -> tuple[dict[str, Any] | None, list[str]]:
     """The method's settings, or what stands in for it, or ``None`` for none; and what is to be said about it."""
     settings = config.method.hparams
-    if settings is not None and config.method.lr_factor != 1:
-        settings = {**settings, "lr": settings["lr"] * config.method.lr_factor}
+    if settings is not None and config.method.rate_factor != 1:
+        rate = next(key for key in RATES if key in settings)
+        settings = {**settings, rate: settings[rate] * config.method.rate_factor}
     if settings is None or available(settings):
         return settings, []
     form = "upstream" if easyedit.is_upstream() else "PyPI"
