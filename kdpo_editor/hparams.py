@@ -70,6 +70,8 @@ class KDPOHyperParams:
     """Bytes of captured inputs and logits in one mini-batch of "breadth_first"."""
     replay: bool = False
     """Keep earlier edits in the batch; not available yet."""
+    ledger: str | None = None
+    """Folder of an :class:`~kdpo_editor.EditLedger` in which every successful call is journaled; ``None`` is none."""
 
     max_length: int = 40
     """Truncation length of EasyEdit's evaluation, in tokens. Editing does not truncate."""
@@ -103,6 +105,7 @@ class KDPOHyperParams:
         one_by_one = self.schedule == "depth_first" or self.objective != "dpo"
         self._check("schedule", one_by_one, "depth_first where objective is dpo")
         self._check("replay", not self.replay, "false")
+        self._check("ledger", self.ledger != "", "a folder or null")
 
     def _check(self, key: str, ok: bool, allowed: str) -> None:
         if not ok:
