@@ -1,4 +1,4 @@
-"""``with edited(model, delta):`` and ``with original(model):``, and what it takes to know a model's original weights."""
+"""``with edited(model, delta):`` and ``with original(model):``, and what it takes to know what a model was before."""
 
 from __future__ import annotations
 

@@ -27,7 +27,6 @@ from .storage import (
     make_folder,
     read_json,
     read_tensors,
-    storage_error,
     write_file,
     write_tensors,
 )
@@ -47,9 +46,9 @@ class Change:
 class EditDelta:
     """The change of some matrices, exact, with a manifest of what it is and which model it was made on.
 
-    Made by :meth:`make`, :meth:`of`, :meth:`load`, :meth:`merge` or :meth:`EditLedger.delta`. In full form it holds each
-    matrix before and after, in the model's dtype, so that applying and reverting are bit-exact; :meth:`compress` gives
-    a low-rank form.
+    Made by :meth:`make`, :meth:`of`, :meth:`load`, :meth:`merge` or :meth:`EditLedger.delta`. In full form it holds
+    each matrix before and after, in the model's dtype, so that applying and reverting are bit-exact; :meth:`compress`
+    gives a low-rank form.
 
     Attributes:
         config: of the model it was made on, without what does not tell models apart.
@@ -318,8 +317,8 @@ class EditDelta:
     ) -> EditDelta:
         """The change as a pair of thin matrices, if that holds the edit.
 
-        It holds if every request that the full change wins under teacher forcing is won, and every free generation
-        from a request's prompt is the same.
+        It holds if every request that the full change wins under teacher forcing is won, and the model's free answer to
+        every request's prompt is the same as with the full change, or the target.
 
         Args:
             model: the model that the delta fits, before or after it; it is left as found.
@@ -340,17 +339,15 @@ class EditDelta:
         weights = self._matrices(model, force=False)
         pairs = {}
         for name, change in self.change().items():
-            up, scale, down = torch.linalg.svd(change.to(weights[name].device), full_matrices=False)
-            kept = rank if rank is not None else _rank_within(scale, tolerance or 0.0)
-            root = scale[:kept].sqrt()
-            pairs[name] = (up[:, :kept] * root, root.unsqueeze(1) * down[:kept])
+            parts = torch.linalg.svd(change.to(weights[name].device), full_matrices=False)
+            pairs[name] = pair_of(parts, rank if rank is not None else _rank_within(parts[1], tolerance or 0.0))
         with self.before(model):
             after = {name: value_of(_add(weights[name].detach(), u @ d)) for name, (u, d) in pairs.items()}
             changes = {name: Change(change.before, after[name]) for name, change in self.changes.items()}
             small = self._low_rank(self.config, changes, self.info, pairs)
-            wanted, found = self._behaviour(model, tok), small._behaviour(model, tok)
+            wanted, found = self.behaviour(model, tok), small.behaviour(model, tok)
         for request, (won, said), (still, says) in zip(self.info.requests, wanted, found, strict=True):
-            if (won and not still) or said != says:
+            if (won and not still) or says not in (said, request["target_new"].strip()):
                 raise CompressionError(
                     f"rank {small.rank} does not hold the edit: after {request['prompt']!r} the model says {says!r}, "
                     f"not {said!r}" + (" and loses its target" if won and not still else "")
@@ -371,8 +368,11 @@ class EditDelta:
             if applied:
                 restore(weights, found)
 
-    def _behaviour(self, model: nn.Module, tok: Any) -> list[tuple[bool, str]]:
-        """For each request, whether the edited model wins it, and what it says freely; ``model`` is before the edit."""
+    def behaviour(self, model: nn.Module, tok: Any) -> list[tuple[bool, str]]:
+        """For each request, whether the model with this change wins it under teacher forcing, and its free answer.
+
+        ``model`` is as before the edit, and left so.
+        """
         from .contexts import edited
 
         if not self.info.requests:
@@ -381,6 +381,12 @@ class EditDelta:
         with edited(model, self):
             won = says_target(model, tok, self.info.requests, append_eos)
             return [(w, generate(model, tok, r["prompt"])) for w, r in zip(won, self.info.requests, strict=True)]
+
+    def save_lora(self, path: str | Path, model: nn.Module, tok: Any, *, rank: int | None = None) -> int:
+        """Write the change as a PEFT LoRA adapter: :func:`kdpo_editor.lora.save_lora`."""
+        from .lora import save_lora
+
+        return save_lora(self, Path(path), model, tok, rank)
 
     # On disk --------------------------------------------------------------------------------------------------
 
@@ -483,6 +489,13 @@ def _wide(w: Tensor) -> Tensor:
 
 def _add(w: Tensor, change: Tensor) -> Tensor:
     return (_wide(w) + change.to(w.device)).to(w.dtype)
+
+
+def pair_of(parts: tuple[Tensor, Tensor, Tensor], rank: int) -> tuple[Tensor, Tensor]:
+    """The best ``up`` ``[rows, rank]`` and ``down`` ``[rank, columns]`` for a matrix's singular value decomposition."""
+    up, scale, down = parts
+    root = scale[:rank].sqrt()
+    return up[:, :rank] * root, root.unsqueeze(1) * down[:rank]
 
 
 def _rank_within(scale: Tensor, tolerance: float) -> int:

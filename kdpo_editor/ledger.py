@@ -6,8 +6,8 @@ one matrix, named by its hash; a line is written only after the values that it n
 worst a last line that is cut short, which is dropped, and values that no line names, which :meth:`EditLedger.compact`
 removes.
 
-Every edit's line has the hashes of all matrices after it, and of those before any edit. A model's place in the ledger is
-therefore found by hashing its matrices, and going from one place to another is writing other values, bit for bit.
+Every edit's line has the hashes of all matrices after it, and of those before any edit. A model's place in the ledger
+is therefore found by hashing its matrices, and going from one place to another is writing other values, bit for bit.
 """
 
 from __future__ import annotations
@@ -511,7 +511,7 @@ class EditLedger:
         return self.edits[number]
 
     def _parent(self, one: LedgerEdit) -> int:
-        """The number of the edit before; where that one's line was left out, of the last one before it that is there."""
+        """The number of the edit before; where its line was left out, of the last one before that is there."""
         if one.parent == 0 or one.parent in self.edits:
             return one.parent
         return max((number for number in self.edits if number < one.parent), default=0)

@@ -1,4 +1,4 @@
-"""What is written down about an edit beside its tensors: which model it was made on, what was asked, what came of it."""
+"""What is written down about an edit beside its tensors: the model it was made on, what was asked, what came of it."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def value_of(tensor: Tensor) -> Value:
     """The :class:`Value` of a tensor. Equal values mean bit-identical tensors."""
     spec = spec_of(tensor)
     digest = hashlib.sha256(f"{spec}:".encode())
-    digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    digest.update(memoryview(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()))
     return Value(digest.hexdigest(), spec)
 
 
@@ -148,7 +148,9 @@ def check_config(config: dict[str, Any], model: nn.Module, what: str) -> None:
     here = config_of(model)
     if config_hash(here) == config_hash(config):
         return
-    other = [f"{k} is {here[k]!r:.40} here, {config[k]!r:.40} there" for k in here if k in config and here[k] != config[k]]
+    other = [
+        f"{k} is {here[k]!r:.40} here, {config[k]!r:.40} there" for k in here if k in config and here[k] != config[k]
+    ]
     if other:
         raise FingerprintError(f"{what} was made on another model: {'; '.join(other[:5])}")
 

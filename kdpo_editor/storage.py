@@ -126,8 +126,8 @@ def dump_json(value: Any) -> bytes:
 def parse_json(data: bytes, what: str) -> Any:
     """Read a JSON document.
 
-    Raises :class:`~kdpo_editor.DamagedFileError`, beginning with ``what``: not UTF-8, not JSON, NaN or infinite numbers,
-    half surrogate pairs, nested too deep, or more than :data:`MAX_JSON` bytes.
+    Raises :class:`~kdpo_editor.DamagedFileError`, beginning with ``what``: not UTF-8, not JSON, NaN or infinite
+    numbers, half surrogate pairs, nested too deep, or more than :data:`MAX_JSON` bytes.
     """
     if len(data) > MAX_JSON:
         raise DamagedFileError(f"{what} is longer than {MAX_JSON} bytes")
@@ -152,7 +152,7 @@ def _finite(text: str) -> float:
 
 
 def field(record: Any, key: str, kind: type | tuple[type, ...], what: str) -> Any:
-    """``record[key]``, of type ``kind``; :class:`~kdpo_editor.DamagedFileError`, beginning with ``what``, if it is not."""
+    """``record[key]``, of type ``kind``, or :class:`~kdpo_editor.DamagedFileError`, beginning with ``what``."""
     if not isinstance(record, dict):
         raise DamagedFileError(f"{what} is a {type(record).__name__}; it must be an object")
     kinds = kind if isinstance(kind, tuple) else (kind,)
