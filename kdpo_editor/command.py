@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import yaml
 from tqdm import tqdm
 
-from .errors import EditDiverged, HyperParamsError, KDPOError, LedgerError, RequestError
+from .errors import EditDiverged, HyperParamsError, KDPOError, LedgerError, ModelError, RequestError, StorageError
 from .hparams import KDPOHyperParams, settings_folder
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (KDPOError, OSError, ModuleNotFoundError) as error:
-        _complain(str(error))
+        _complain(str(error.strerror if isinstance(error, StorageError) else error))
         return 1
 
 
@@ -327,17 +327,20 @@ def _load(name: str, dtype: str, args: argparse.Namespace, device: str | int | N
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     source, trusted = resolve(name), args.trust_remote_code
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        source, dtype=getattr(torch, dtype), use_safetensors=True, trust_remote_code=trusted
-    )
-    tok = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=trusted)
+    try:
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            source, dtype=getattr(torch, dtype), use_safetensors=True, trust_remote_code=trusted
+        )
+        tok = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=trusted)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"cannot load the model {name}: {error}") from error
     wanted = args.device if args.device is not None else device
     if wanted is None:
         wanted = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         return model.to(int(wanted) if str(wanted).isdigit() else wanted).eval(), tok
-    except RuntimeError as error:
-        raise KDPOError(f"--device {wanted}: {str(error).splitlines()[0]}") from None
+    except (RuntimeError, AssertionError) as error:  # torch says either, by how it was built
+        raise ModelError(f"--device {wanted}: {str(error).splitlines()[0]}") from None
 
 
 def _hparams(args: argparse.Namespace) -> KDPOHyperParams:
@@ -426,8 +429,9 @@ def _plain(text: str) -> str:
 
 def _put(record: dict[str, Any]) -> None:
     """One JSON line on standard output."""
+    line = json.dumps(record, ensure_ascii=False)
     with tqdm.external_write_mode(file=sys.stdout):
-        sys.stdout.write(json.dumps(record, ensure_ascii=False) + "\n")
+        sys.stdout.write("".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in line) + "\n")
         sys.stdout.flush()
 
 
@@ -436,7 +440,8 @@ def _say(text: str) -> None:
 
 
 def _complain(text: str) -> None:
-    sys.stderr.write(f"kdpo: {text}\n")
+    lines = (_plain(line) for line in text.splitlines())
+    sys.stderr.write("kdpo: " + "\n".join(lines) + "\n")
 
 
 def _how_to_go_on(args: argparse.Namespace) -> str:
@@ -564,7 +569,7 @@ def _check_options(
     for argument in arguments[arguments.index(name) + 1 :]:
         if argument == "--":
             break
-        if argument.startswith("-") and argument != "-":
+        if argument.startswith("-") and not argument[1:2].isdigit() and argument != "-":
             option = argument.partition("=")[0] if argument.startswith("--") else argument[:2]
             given.append(option)
             if option not in known:

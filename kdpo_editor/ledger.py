@@ -4,7 +4,7 @@ A ledger is a folder. ``journal.jsonl`` has one line per event, each with its ow
 the call that wrote it returns: the header, edits, and moves between them. ``<sha256>.safetensors`` holds one value of
 one matrix, named by its hash; a line is written only after the values that it names. So a crash leaves at
 worst a last line that is cut short, which is dropped, and values that no line names, which :meth:`EditLedger.compact`
-removes.
+removes. Every value is kept whole: an edit costs the edited matrices' size on the disk.
 
 Every edit's line has the hashes of all matrices after it, and of those before any edit. A model's place in the ledger
 is therefore found by hashing its matrices, and going from one place to another is writing other values, bit for bit.
@@ -143,6 +143,10 @@ class EditLedger:
             self._lock = _lock(self.folder / LOCK, wait)
         try:
             self._read()
+            if write:
+                for unfinished in self.folder.glob("*.part"):
+                    with suppress(OSError):
+                        unfinished.unlink()
         except BaseException:
             self.close()
             raise
@@ -379,7 +383,7 @@ class EditLedger:
                 outcomes=[o for i in infos for o in i.outcomes],
             )
             count = sum(one.merged for one in merged)
-            kept = [replace(merged[-1], base=self.state(0), info=info, merged=count), *kept]
+            kept = [replace(merged[-1], info=info, merged=count), *kept]
         parents = [0, *(one.number for one in kept)]
         kept = [replace(one, parent=parent) for one, parent in zip(kept, parents, strict=False)]
         lines = [{"kind": "ledger", "version": 1, "model_name": self.model_name, "config": self._config or {}}]

@@ -43,7 +43,7 @@ def value_of(tensor: Tensor) -> Value:
     """The :class:`Value` of a tensor. Equal values mean bit-identical tensors."""
     spec = spec_of(tensor)
     digest = hashlib.sha256(f"{spec}:".encode())
-    digest.update(memoryview(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()))
+    digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return Value(digest.hexdigest(), spec)
 
 
