@@ -77,7 +77,7 @@ def main() -> None:
     folder, before = root / "0", 0
     EditLedger(folder, write=True).close()
     while found["kills"] < kills:
-        was_killed = killed(folder, rng.uniform(0, whole / 3))
+        was_killed = killed(folder, rng.uniform(0, 0.6 * whole))
         found["kills"] += was_killed
         reader = EditLedger(folder)
         fresh = copy.deepcopy(MODEL)
