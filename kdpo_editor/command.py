@@ -105,7 +105,7 @@ def edit(args: argparse.Namespace) -> int:
                 _check(model, tok, request, hparams)
                 good.append((where, request))
             except KDPOError as error:
-                skipped.append(f"{where}: {str(error).removeprefix('request 0').lstrip(': ')}")
+                skipped.append(str(error).replace("request 0", where, 1))
         for text in skipped:
             _complain(text)
         if (len(good) < len(requests) and not args.keep_going) or not good:
