@@ -24,13 +24,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 from kdpo_editor import SHIPPED_MODEL, KDPOHyperParams, easyedit, edit
-from kdpo_editor.demo import quietly, settings_for
+from kdpo_editor.compare.memory import peak_bytes
+from kdpo_editor.demo import settings_for
+from kdpo_editor.easyedit import quietly
 from kdpo_editor.hparams import settings_folder
 from kdpo_editor.testbed import load_model, load_records
 
@@ -158,38 +157,6 @@ def timed(call: Callable[[], Any]) -> tuple[float, Any]:
     result = call()
     synchronise()
     return time.perf_counter() - start, result
-
-
-class LiveBytes(TorchDispatchMode):
-    """Bytes of the tensor storages made inside and still alive; ``peak`` is their highest."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.storages: dict[int, tuple[StorageWeakRef, int]] = {}
-        self.peak = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        known = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
-        result = func(*args, **(kwargs or {}))
-        for t in tree_leaves(result):
-            if isinstance(t, torch.Tensor) and t.untyped_storage().data_ptr() not in known:
-                storage = t.untyped_storage()
-                self.storages[storage.data_ptr()] = (StorageWeakRef(storage), storage.nbytes())
-        self.storages = {k: v for k, v in self.storages.items() if not v[0].expired()}
-        self.peak = max(self.peak, sum(size for _, size in self.storages.values()))
-        return result
-
-
-def peak_bytes(call: Callable[[], Any]) -> int:
-    """Memory of tensors above what was held before, at its highest."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        call()
-        return torch.cuda.max_memory_allocated() - before
-    with LiveBytes() as live:
-        call()
-    return live.peak
 
 
 def side_by_side(m: Model, rivals: dict[str, Any], records: list[dict[str, Any]]) -> dict[str, Any]:

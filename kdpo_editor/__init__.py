@@ -2,6 +2,7 @@
 
 from .contexts import edited, original
 from .delta import EditDelta
+from .earlier import EarlierEdits
 from .easyedit import install as _install
 from .errors import (
     CompressionError,
@@ -26,6 +27,7 @@ __all__ = [
     "SHIPPED_MODEL",
     "CompressionError",
     "DamagedFileError",
+    "EarlierEdits",
     "EditDelta",
     "EditDiverged",
     "EditLedger",

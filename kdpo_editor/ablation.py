@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .batches import Batch
+from .hparams import KDPOHyperParams
 from .objectives import answer_logps, dpo_loss
 from .suffix import Captured, Suffix, greedy
 from .weights import restore
@@ -44,11 +45,11 @@ class OwnAnswerRound:
         """The rejected answer."""
         return [self.rejected[0].tolist()]
 
-    def losses(self, beta: float, use_first: bool) -> Tensor:
+    def losses(self, hparams: KDPOHyperParams, use_first: bool) -> Tensor:
         """The loss, ``[1]``; both forward passes are always made."""
         chosen = self._logps(self.batch.captured, self.batch.chosen)
         rejected = self._logps(self.context, self.rejected)
-        return dpo_loss(chosen, rejected, self.reference_chosen, self.reference_rejected, beta)
+        return dpo_loss(chosen, rejected, self.reference_chosen, self.reference_rejected, hparams.beta)
 
     def _logps(self, context: Captured, answer: Tensor) -> Tensor:
         return answer_logps(self.suffix.logits(self.suffix.replay(context)).to(answer.device), answer)

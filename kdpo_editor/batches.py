@@ -9,7 +9,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from .objectives import competitors, kdpo_loss
+from .hparams import KDPOHyperParams
+from .objectives import ce_loss, competitors, ipo_loss, kdpo_loss, kdpo_token_loss, margin_loss
 from .requests import EditTokens
 from .suffix import Captured, HeadRows, Suffix
 
@@ -77,51 +78,82 @@ class Round:
         """The head's rows for ``pair``, or ``None`` if this head cannot be divided."""
         return self.suffix.head_rows(self.pair)
 
+    @cached_property
+    def lost(self) -> Tensor:
+        """``[B, T]``: the positions that are not won yet."""
+        return self.mask & (self.pair[..., 0] != self.pair[..., 1])
+
     @property
     def negatives(self) -> list[list[int]]:
         """The rejected answers, without padding."""
         return [row[kept].tolist() for row, kept in zip(self.pair[..., 1], self.mask, strict=True)]
 
-    def losses(self, beta: float, use_first: bool) -> Tensor:
+    def losses(self, hparams: KDPOHyperParams, use_first: bool) -> Tensor:
         """The loss of each edit, ``[B]``; ``use_first`` takes the hidden states that the negatives were read from."""
         hidden = self.hidden if use_first else self.suffix.replay(self.captured)
+        if hparams.objective == "ce":
+            return ce_loss(self.suffix.logits(hidden).to(self.pair.device), self.pair[..., 0], self.mask)
         pairs = self.suffix.logits(hidden, self.head_rows).to(self.pair.device)
         if self.head_rows is None:
             pairs = pairs.gather(-1, self.pair)
-        return kdpo_loss(pairs, self.reference, beta, self.mask)
+        if hparams.objective == "margin":
+            return margin_loss(pairs, hparams.margin, self.lost)
+        if hparams.objective == "kdpo_token":
+            return kdpo_token_loss(pairs, self.reference, hparams.beta, self.lost)
+        loss = ipo_loss if hparams.objective == "ipo" else kdpo_loss
+        return loss(pairs, self.reference, hparams.beta, self.mask)
 
 
 def make_batches(suffix: Suffix, edits: Sequence[EditTokens], budget: float) -> list[Batch]:
-    """Capture ``edits`` in as few mini-batches as ``budget`` bytes each allow, alike in length.
+    """Capture ``edits`` in the mini-batches of :func:`group`.
+
+    With a single batch the hidden states carry the graph of the first step.
+    """
+    groups = group(suffix, edits, budget)
+    batches = []
+    with torch.set_grad_enabled(len(groups) == 1):
+        for members in groups:
+            ids, chosen, mask, positions = padded([edits[i] for i in members])
+            captured, hidden = suffix.capture(ids, positions)
+            batches.append(make_batch(suffix, members, captured, hidden, chosen, mask))
+    return batches
+
+
+def make_batch(
+    suffix: Suffix, members: list[int], captured: Captured, hidden: Tensor, chosen: Tensor, mask: Tensor
+) -> Batch:
+    """A batch whose reference is the policy as it is now."""
+    logits = suffix.logits(hidden.detach()).to(suffix.device)
+    return Batch(members, captured, chosen.to(logits.device), mask.to(logits.device), hidden, logits, logits)
+
+
+def group(suffix: Suffix, edits: Sequence[EditTokens], budget: float) -> list[list[int]]:
+    """The positions of ``edits`` in as few mini-batches as ``budget`` bytes each allow, alike in length.
 
     A batch holds captured inputs, in the model's dtype, and two tables of logits, in fp32. One edit is always taken,
-    whatever it needs. With a single batch the hidden states carry the graph of the first step.
+    whatever it needs.
     """
     weight = suffix.module.weight
     assert isinstance(weight, Tensor)
     vocabulary = suffix.model.get_output_embeddings().weight.shape[0]  # type: ignore[operator]
-    order = sorted(range(len(edits)), key=lambda i: len(edits[i].sequence))
     groups: list[list[int]] = [[]]
-    for i in order:
-        group = [*groups[-1], i]
-        tokens = max(len(edits[k].sequence) for k in group)
-        answer = max(len(edits[k].chosen) for k in group)
-        bytes_ = len(group) * (tokens * sum(weight.shape) * weight.element_size() + answer * vocabulary * 8)
+    for i in sorted(range(len(edits)), key=lambda i: len(edits[i].sequence)):
+        members = [*groups[-1], i]
+        tokens = max(len(edits[k].sequence) for k in members)
+        answer = max(len(edits[k].chosen) for k in members)
+        bytes_ = len(members) * (tokens * sum(weight.shape) * weight.element_size() + answer * vocabulary * 8)
         if groups[-1] and bytes_ > budget:
             groups.append([i])
         else:
-            groups[-1] = group
-    with torch.set_grad_enabled(len(groups) == 1):
-        return [_captured(suffix, group, [edits[i] for i in group]) for group in groups]
+            groups[-1] = members
+    return groups
 
 
-def _captured(suffix: Suffix, members: list[int], edits: list[EditTokens]) -> Batch:
-    device = suffix.device
+def padded(edits: Sequence[EditTokens]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Token ids ``[B, L]``, answers ``[B, T]``, their mask ``[B, T]`` and where they are predicted ``[B, T]``."""
     pad = torch.nn.utils.rnn.pad_sequence
+    ids = pad([e.sequence for e in edits], batch_first=True)
     chosen = pad([e.chosen for e in edits], batch_first=True)
     mask = pad([torch.ones(len(e.chosen), dtype=torch.bool) for e in edits], batch_first=True)
     positions = pad([torch.arange(len(e.prompt) - 1, len(e.sequence)) for e in edits], batch_first=True)
-    ids = pad([e.sequence for e in edits], batch_first=True)
-    captured, hidden = suffix.capture(ids, positions)
-    logits = suffix.logits(hidden.detach()).to(device)
-    return Batch(members, captured, chosen.to(device), mask.to(device), hidden, logits, logits)
+    return ids, chosen, mask, positions

@@ -6,22 +6,16 @@ python -m kdpo_editor.demo
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
-import logging
-import os
 import sys
-import tempfile
 import time
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from tqdm import tqdm
 
 from . import easyedit
-from .hparams import KDPOHyperParams, settings_folder
+from .hparams import settings_folder
 from .testbed import SHIPPED_MODEL, load_records
 from .weights import find_matrices, restore
 
@@ -57,7 +51,7 @@ def run(edits: int, show: int, device: str | int | None) -> None:
     say(f"EasyEdit's {form} edits {len(records)} KnowEdit ZsRE records in a model of 4M parameters that knows them.")
     rows = []
     for label, hparams in methods(device):
-        with quietly():
+        with easyedit.quietly():
             editor = timed(editor_for(hparams))
         known = [answer(editor, r["prompt"]) for r in unrelated]
         results: list[dict[str, Any]] = []
@@ -72,18 +66,13 @@ def run(edits: int, show: int, device: str | int | None) -> None:
 def methods(device: str | int | None) -> list[tuple[str, Any]]:
     """Settings of the methods compared, by the name in the table."""
     ft = "FT-M" if easyedit.is_upstream() else "FT-L"
-    return [("KDPO", settings_for("KDPO", device)), (ft, settings_for("FT", device))]
+    return [("KDPO", settings_for("KDPO", device)), (ft, settings_for(ft, device))]
 
 
 def settings_for(method: str, device: str | int | None) -> Any:
-    """The settings of ``method`` for the shipped model, in the class that the installed form of EasyEdit reads."""
-    import easyeditor
-
-    kind = KDPOHyperParams if method == "KDPO" else getattr(easyeditor, f"{method}HyperParams")
-    # The forms' FT takes different keys.
-    suffix = "-pypi" if method == "FT" and not easyedit.is_upstream() else ""
-    hparams = kind.from_hparams(str(settings_folder() / method / f"{SHIPPED_MODEL}{suffix}"))
-    hparams.device = device
+    """The settings of ``method`` (a folder of ``hparams/``) for the shipped model, as the installed form reads them."""
+    file = settings_folder() / method / f"{SHIPPED_MODEL}.yaml"
+    hparams, _ = easyedit.settings({**yaml.safe_load(file.read_text("utf-8")), "device": device})
     return hparams
 
 
@@ -120,7 +109,7 @@ def one_edit(
     matrices = find_matrices(editor.model, editor.hparams)
     originals = {name: w.detach().clone() for name, w in matrices.items()}
     keep = {"sequential_edit": True} if easyedit.is_upstream() else {"keep_original_weight": False}
-    with quietly():
+    with easyedit.quietly():
         (metrics,), _, _ = editor.edit(
             prompts=[record["prompt"]],
             target_new=[record["target_new"]],
@@ -174,22 +163,6 @@ def table(rows: list[tuple[str, dict[str, float]]]) -> str:
         "\nafter. unrelated: other subjects' answers, generated freely, that stay the same. seconds: per edit."
     )
     return "\n".join(lines)
-
-
-@contextlib.contextmanager
-def quietly() -> Iterator[None]:
-    """The framework prints every step, logs every edit twice and writes into ``./logs``; none of it is wanted here."""
-    disabled, folder = logging.root.manager.disable, Path.cwd()
-    logging.disable(logging.INFO)
-    try:
-        with tempfile.TemporaryDirectory() as scratch:
-            os.chdir(scratch)
-            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-                yield
-            os.chdir(folder)
-    finally:
-        os.chdir(folder)
-        logging.disable(disabled)
 
 
 def say(text: str) -> None:

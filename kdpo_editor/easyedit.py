@@ -25,6 +25,15 @@ ledgers              With ``ledger`` in KDPO's settings, an editor takes its mod
                      ever tells a method so.
 PyPI's contract      The PyPI form writes back every weight a method returns unless it was asked to keep the original,
                      so KDPO returns none then. Can go with the PyPI form.
+PyPI's MEMIT         Expects blocks to return tuples, as they did before transformers 4.56; its traces are shown such. Can
+                     go with the PyPI form.
+PyPI's LoRA          Is AdaLoRA, which current peft refuses without the number of steps; it is told. Needs an attribute
+                     ``model_parallel`` that its settings lack; they get it. Can go with the PyPI form.
+:func:`settings`     A method's settings in whichever class the installed form reads, whose fields differ.
+:func:`quietly`      Both forms print every step and write logs into the working directory. Can go when they stop.
+:func:`forget`       Methods keep state in their modules (context templates, covariances, null spaces, histories) that
+                     belongs to one model; the comparison clears it between models. Can go when the framework ties it
+                     to the model.
 ===================  ==================================================================================================
 """
 
@@ -32,24 +41,28 @@ from __future__ import annotations
 
 import builtins
 import contextlib
+import dataclasses
 import functools
 import importlib
 import importlib.abc
 import importlib.util
 import inspect
+import io
 import logging
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from importlib.machinery import ModuleSpec
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from .errors import HyperParamsError
 from .hparams import KDPOHyperParams
 from .kdpo import apply_kdpo_to_model
 
@@ -71,6 +84,8 @@ UNUSED = (
 MOVED = ("apply_chunking_to_forward", "find_pruneable_heads_and_indices", "prune_linear_layer")
 # The framework's own names for the methods that want padding on the right.
 RIGHT_PADDED = ("ROME", "R-ROME", "MEMIT", "EMMET", "EAMET", "AlphaEdit", "CORE", "SPHERE")
+# Keys of settings files that one form's classes have and the other's lack.
+OTHER_FORM = ("objective_optimization", "lora_type", "model_parallel", "fp16", "batch_size", "max_length")
 # Letters in a model's name for which each form has a loader that works.
 LOADS_ITSELF = {
     "pypi": ("t5", "gpt", "baichuan", "chatglm", "internlm"),
@@ -223,6 +238,8 @@ def _register() -> None:
     if not upstream:
         for name in ("__init__", "edit", "batch_edit", "edit_requests", "edit_dataset"):
             setattr(editor, name, _on_device(getattr(editor, name)))
+        _mend_memit()
+        _mend_lora()
 
 
 @functools.wraps(apply_kdpo_to_model)
@@ -309,6 +326,172 @@ def _followed(method: Callable[..., Any]) -> Callable[..., Any]:
 
 def _ledger_of(hparams: Any) -> str | None:
     return hparams.ledger if isinstance(hparams, KDPOHyperParams) else None
+
+
+# The PyPI form's methods --------------------------------------------------------------------------------------
+
+
+def _mend_memit() -> None:
+    compute_z = importlib.import_module("easyeditor.models.memit.compute_z")
+    nethook = compute_z.nethook
+
+    class TraceDict(nethook.TraceDict):  # type: ignore[misc, name-defined]
+        """Shows a block's output as a tuple, to the function that edits it and to whoever reads it afterwards."""
+
+        def __init__(self, *args: Any, edit_output: Callable[..., Any], **kwargs: Any) -> None:
+            def edit(output: Any, layer: str) -> Any:
+                if not isinstance(output, torch.Tensor):
+                    return edit_output(output, layer)
+                return edit_output((output,), layer)[0]
+
+            super().__init__(*args, edit_output=edit, **kwargs)
+
+        def __getitem__(self, layer: str) -> Any:
+            trace = super().__getitem__(layer)
+            if isinstance(trace.output, torch.Tensor):
+                return SimpleNamespace(output=(trace.output,))
+            return trace
+
+    compute_z.nethook = SimpleNamespace(**{**vars(nethook), "TraceDict": TraceDict})
+
+
+def _mend_lora() -> None:
+    lora = importlib.import_module("easyeditor.models.lora.lora_main")
+    hparams_class = importlib.import_module("easyeditor.models.lora.lora_hparams").LoRAHyperParams
+    hparams_class.model_parallel = False
+    config_class, run = lora.AdaLoraConfig, lora.execute_lora
+
+    @functools.wraps(run)
+    def execute(model: nn.Module, tok: Any, requests: Sequence[Any], hparams: Any, **kwargs: Any) -> Any:
+        lora.AdaLoraConfig = functools.partial(config_class, total_step=hparams.num_steps)
+        try:
+            return run(model, tok, requests, hparams, **kwargs)
+        finally:
+            lora.AdaLoraConfig = config_class
+
+    lora.execute_lora = execute
+
+
+# What a comparison of methods needs -----------------------------------------------------------------------------
+
+
+def methods() -> dict[str, Callable[..., Any]]:
+    """The framework's methods by name, KDPO among them."""
+    require()
+    found: dict[str, Callable[..., Any]] = importlib.import_module("easyeditor.util.alg_dict").ALG_DICT
+    return found
+
+
+def settings(config: dict[str, Any]) -> tuple[Any, list[str]]:
+    """``config`` (with its ``alg_name``) as the installed form's class reads it, and the keys that it has no use for.
+
+    Raises :class:`~kdpo_editor.HyperParamsError` naming a key that neither form has, or those that are missing.
+    """
+    from .hparams import KDPOHyperParams
+
+    name = config["alg_name"]
+    if name == "KDPO":
+        return KDPOHyperParams.from_config(config), []
+    package = require()
+    wanted = f"{name}HyperParams".lower()
+    kind = next((getattr(package, n) for n in dir(package) if n.lower() == wanted), None)
+    if kind is None:
+        form = "upstream" if is_upstream() else "PyPI"
+        raise HyperParamsError(f"alg_name: EasyEdit's {form} form has no settings for {name!r}")
+    if "act_margin" in config:  # WISE: three fields in the class, one list in the files
+        margins = dict(zip(("alpha", "beta", "gamma"), config["act_margin"], strict=True))
+        config = {**{k: v for k, v in config.items() if k != "act_margin"}, **margins}
+    known = {f.name: f for f in dataclasses.fields(kind)}
+    unknown = [key for key in config if key not in known and key not in OTHER_FORM]
+    if unknown:
+        raise HyperParamsError(f"{name}: unknown key {unknown[0]!r}. Known keys: {', '.join(known)}")
+    missing = [n for n, f in known.items() if f.default is dataclasses.MISSING and n not in config]
+    if missing:
+        raise HyperParamsError(f"{name}: missing key{'s' if len(missing) > 1 else ''} {', '.join(missing)}")
+    return kind(**{k: v for k, v in config.items() if k in known}), sorted(set(config) - set(known))
+
+
+def forget(templates: dict[str, list[str]] | None = None) -> None:
+    """Clear what the framework's methods keep in their modules about the last model.
+
+    ``templates``: contexts to use instead of those that ROME, MEMIT, AlphaEdit and WISE would draw from the model at
+    their first edit, by ``"dot"`` (behind a sentence) and ``"plain"``; each holds ``{}`` once.
+    """
+    dot, plain = (["{}", *templates[k]] if templates else None for k in ("dot", "plain"))
+    state: dict[str, dict[str, Any]] = {
+        "rome.rome_main": {"CONTEXT_TEMPLATES_CACHE": dot},
+        "memit.memit_main": {"CONTEXT_TEMPLATES_CACHE": dot and [["{}"], dot[1:]], "COV_CACHE": {}},
+        "alphaedit.AlphaEdit_main": {
+            "CONTEXT_TEMPLATES_CACHE": dot and [["{}"], dot[1:]],
+            "COV_CACHE": {},
+            "P_loaded": False,
+            "cache_c_new": False,
+        },
+        "wise.utils": {"CONTEXT_TEMPLATES_CACHE": plain},
+        "wise.WISE": {"edit_history": [], "merge_group_edit_history": []},
+    }
+    for name, values in state.items():
+        module = sys.modules.get(f"easyeditor.models.{name}")
+        for key, value in values.items():
+            if module is not None and hasattr(module, key):
+                setattr(module, key, value)
+
+
+def forget_history(method: str) -> None:
+    """Clear what ``method`` remembers about its earlier edits of the model."""
+    values: dict[str, dict[str, Any]] = {
+        "AlphaEdit": {"cache_c_new": False},
+        "WISE": {"edit_history": [], "merge_group_edit_history": []},
+    }
+    for key, value in values.get(method, {}).items():
+        setattr(_module(method), key, value)
+
+
+def memory(method: str) -> dict[str, torch.Tensor]:
+    """What ``method`` keeps in its module about earlier edits and needs for the next one, as tensors by name."""
+    if method != "AlphaEdit" or not _module(method).cache_c_new:
+        return {}
+    return {"AlphaEdit.cache_c": _module(method).cache_c.clone()}
+
+
+def remember(method: str, saved: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Give ``method`` its :func:`memory` back; returns what of ``saved`` was not that."""
+    rest = dict(saved)
+    if method == "AlphaEdit" and "AlphaEdit.cache_c" in rest:
+        _module(method).cache_c = rest.pop("AlphaEdit.cache_c")
+        _module(method).cache_c_new = True
+    return rest
+
+
+def save_null_space(model: nn.Module, tok: Any, hparams: Any) -> None:
+    """Compute AlphaEdit's projections (of ``hparams.layers``) with the framework and save them at ``hparams.P_loc``.
+
+    The framework would save them in the working directory and look for them elsewhere.
+    """
+    module = _module("AlphaEdit")
+    projections = torch.stack([module.get_project(model, tok, layer, hparams) for layer in hparams.layers])
+    torch.save(projections, hparams.P_loc)
+
+
+def _module(method: str) -> Any:
+    names = {"AlphaEdit": "alphaedit.AlphaEdit_main", "WISE": "wise.WISE"}
+    return sys.modules[f"easyeditor.models.{names[method]}"]
+
+
+@contextlib.contextmanager
+def quietly() -> Iterator[None]:
+    """The framework prints every step, logs every edit twice and writes into ``./logs``; none of it is wanted here."""
+    disabled, folder = logging.root.manager.disable, Path.cwd()
+    logging.disable(logging.INFO)
+    try:
+        with tempfile.TemporaryDirectory() as scratch:
+            os.chdir(scratch)
+            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+                yield
+            os.chdir(folder)
+    finally:
+        os.chdir(folder)
+        logging.disable(disabled)
 
 
 # The PyPI form's devices --------------------------------------------------------------------------------------

@@ -23,6 +23,18 @@ class EditDiverged(KDPOError, ArithmeticError):
     """The loss or the weights of an edit became NaN or infinite. The model is as it was before the call."""
 
 
+class DataError(KDPOError, ValueError):
+    """A benchmark file that cannot be read, a record in it that is malformed, or more records asked for than exist."""
+
+
+class ResultsError(KDPOError, ValueError):
+    """A folder of results that is missing, empty or damaged; names it and says what to do."""
+
+
+class CellBusy(KDPOError, RuntimeError):
+    """Another process computes the same cell of a comparison."""
+
+
 class StorageError(KDPOError, OSError):
     """A file of a saved edit or a ledger that could not be written or read: disk full, read-only, not there."""
 

@@ -16,7 +16,7 @@ from .errors import HyperParamsError
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-OBJECTIVES = ("kdpo", "dpo")
+OBJECTIVES = ("kdpo", "kdpo_token", "margin", "ipo", "ce", "dpo")
 SCHEDULES = ("depth_first", "breadth_first")
 
 
@@ -59,17 +59,30 @@ class KDPOHyperParams:
     """The final weight change is multiplied by this. 2.0 reproduces the authors' release in sequences."""
 
     objective: str = "kdpo"
-    """"kdpo", or "dpo" for the paper's ablation (free-running negatives)."""
+    """What is minimised (:mod:`kdpo_editor.objectives`): "kdpo" as published; "kdpo_token", one sigmoid per token;
+    "margin", a hinge without reference; "ipo"; "ce", cross-entropy, as plain fine-tuning does; or "dpo" for the
+    paper's ablation (free-running negatives)."""
     append_eos: bool = False
     """End the answer with the end token, so that free generation learns to stop."""
     margin: float = 0.0
-    """Logits by which the new answer must win: the negative is the strongest token within this much of it."""
+    """Logits by which the new answer must win: the negative is the strongest token within this much of it, and an
+    edit is finished only when every token wins by this much."""
     schedule: str = "depth_first"
     """"depth_first" edits several requests of one call one after the other, "breadth_first" all at once."""
     memory_budget: float = 2e9
     """Bytes of captured inputs and logits in one mini-batch of "breadth_first"."""
     replay: bool = False
-    """Keep earlier edits in the batch; not available yet."""
+    """Remember the edits of a model, also from earlier calls, and train those again that a new edit pushes below
+    ``margin`` (:mod:`kdpo_editor.earlier`)."""
+    replay_checks: int = 32
+    """Earlier edits that are looked at for each new one: half those that led by least, half a random sample."""
+    replay_budget: float = 1e9
+    """Bytes of captured inputs that "replay" may hold; beyond it the edits that lead by most are dropped."""
+    replay_on_host: bool = False
+    """Hold them in main memory instead of on the model's device."""
+
+    augment: int = 0
+    """Each edit is trained also behind so many short texts that are sampled from the model itself, once."""
     ledger: str | None = None
     """Folder of an :class:`~kdpo_editor.EditLedger` in which every successful call is journaled; ``None`` is none."""
 
@@ -91,20 +104,22 @@ class KDPOHyperParams:
         self._check("layers", bool(self.layers) and min(self.layers) >= 0, "at least one index, none negative")
         self._check("layers", len(set(self.layers)) == len(self.layers), "each layer once")
         self._check("rewrite_module_tmp", self.rewrite_module_tmp.count("{}") == 1, 'one "{}" for the layer')
-        for key in ("num_steps", "cycles", "max_length", "batch_size"):
+        for key in ("num_steps", "cycles", "max_length", "batch_size", "replay_checks"):
             self._check(key, getattr(self, key) >= 1, "at least 1")
-        for key in ("lr", "beta", "memory_budget"):
+        for key in ("lr", "beta", "memory_budget", "replay_budget"):
             self._check(key, getattr(self, key) > 0, "more than 0")
-        for key in ("stop_loss", "weight_decay", "margin"):
+        for key in ("stop_loss", "weight_decay", "margin", "augment"):
             self._check(key, getattr(self, key) >= 0, "0 or more")
         self._check("norm_constraint", self.norm_constraint is None or self.norm_constraint > 0, "more than 0 or null")
         if isinstance(self.device, int):
             self._check("device", self.device >= 0, 'a CUDA index, "cpu", "cuda:1" or null')
         self._check("objective", self.objective in OBJECTIVES, f"one of {', '.join(OBJECTIVES)}")
+        self._check("margin", self.margin > 0 or self.objective != "margin", "more than 0 where objective is margin")
         self._check("schedule", self.schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}")
         one_by_one = self.schedule == "depth_first" or self.objective != "dpo"
         self._check("schedule", one_by_one, "depth_first where objective is dpo")
-        self._check("replay", not self.replay, "false")
+        self._check("augment", self.augment == 0 or self.objective != "dpo", "0 where objective is dpo")
+        self._check("replay", not self.replay or self.objective != "dpo", "false where objective is dpo")
         self._check("ledger", self.ledger != "", "a folder or null")
 
     def _check(self, key: str, ok: bool, allowed: str) -> None:

@@ -14,7 +14,8 @@ from __future__ import annotations
 import copy as copying
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -23,8 +24,10 @@ from torch import Tensor, nn
 from .ablation import OwnAnswerRound
 from .adam import Adam
 from .batches import Batch, Round, make_batches
+from .earlier import EarlierEdits
 from .errors import EditDiverged, ModelError
 from .hparams import KDPOHyperParams
+from .prefixes import sample_prefixes
 from .requests import EditTokens, tokenize
 from .suffix import Suffix
 from .weights import blocks_name, find_matrices, only_training
@@ -45,7 +48,8 @@ class EditTrace:
     """What happened during one edit.
 
     ``cycles``: those that began with an unfinished edit. ``steps``: optimiser steps taken. ``converged``:
-    whether every answer position ended up as the argmax (by ``margin``, if one is set).
+    whether every answer position ended up as the argmax (by ``margin``, if one is set). Where an edit is trained in
+    several phrasings, ``cycles`` and ``steps`` are those of its prompt, and ``converged`` is about all of them.
     """
 
     cycles: list[Cycle] = field(default_factory=list)
@@ -68,7 +72,8 @@ def apply_kdpo_to_model(
     Args:
         model: a decoder-only ``transformers`` model, edited in place unless ``copy``.
         tok: its tokenizer; neither its padding side nor anything else of it is changed.
-        requests: ``[{"prompt": str, "target_new": str}, ...]``, edited in this order; other keys are ignored.
+        requests: ``[{"prompt": str, "target_new": str}, ...]``, edited in this order; ``"rephrases"``, a list of other
+            prompts for the same target, is trained too; other keys are ignored.
         hparams: settings. With ``ledger`` set, a call that succeeds is journaled there (:meth:`EditLedger.edit`).
         copy: edit and return a deep copy instead.
         return_orig_weights: also return the edited matrices as they were.
@@ -98,19 +103,26 @@ def edit(
     """As :func:`apply_kdpo_to_model`, but always with the original weights, and with a trace of each edit."""
     edits = tokenize(tok, requests, append_eos=hparams.append_eos)
     weights = find_matrices(model, hparams)
+    if hparams.augment:
+        with only_training(model, weights, {}):
+            prefixes = sample_prefixes(model, tok, hparams.augment)
+        edits = tokenize(tok, requests, append_eos=hparams.append_eos, prefixes=prefixes)
     _check_lengths(model, edits)
+    given = model
     if copy:
         model = copying.deepcopy(model)
         weights = find_matrices(model, hparams)
     originals = {name: w.detach().clone() for name, w in weights.items()}
+    earlier = EarlierEdits.of(given, weights) if hparams.replay else None
     first = min(hparams.layers)
     module = dict(zip(hparams.layers, weights, strict=True))[first].rpartition(".")[0]
     suffix = Suffix(model, blocks_name(hparams), first, module)
     with only_training(model, weights, originals):
-        if hparams.schedule == "breadth_first":
-            traces = optimise(suffix, weights, edits, hparams)
-        else:
-            traces = [trace for one in edits for trace in optimise(suffix, weights, [one], hparams)]
+        together = [[*chain(*edits)]] if hparams.schedule == "breadth_first" else edits
+        found = iter([trace for some in together for trace in optimise(suffix, weights, some, hparams, earlier)])
+    if earlier is not None:
+        earlier.store(model, weights, hparams)
+    traces = [_of_request([next(found) for _ in phrasings]) for phrasings in edits]
     missed = sum(not trace.converged for trace in traces)
     if missed:
         LOG.info("%d of %d edits did not reach their target within %d cycles", missed, len(traces), hparams.cycles)
@@ -118,19 +130,29 @@ def edit(
 
 
 def optimise(
-    suffix: Suffix, weights: dict[str, nn.Parameter], edits: list[EditTokens], hparams: KDPOHyperParams
+    suffix: Suffix,
+    weights: dict[str, nn.Parameter],
+    edits: list[EditTokens],
+    hparams: KDPOHyperParams,
+    earlier: EarlierEdits | None = None,
 ) -> list[EditTrace]:
     """Optimise ``weights`` in place until the model answers each prompt of ``edits`` with its chosen answer.
 
     One edit is the paper's procedure. Several share the optimiser and its steps, in mini-batches; those that are won
-    are skipped for the cycle and looked at again in the next.
+    are skipped for the cycle and looked at again in the next. Some of the ``earlier`` edits are treated as if they
+    were among them, and ``edits`` are added to those.
     """
     keep = hparams.objective == "dpo" or hparams.update_scale != 1.0
     start = {name: w.detach().clone() for name, w in weights.items()} if keep else {}
     adam = Adam(list(weights.values()), hparams.lr, hparams.weight_decay, hparams.norm_constraint)
-    batches = make_batches(suffix, edits, hparams.memory_budget)
-    alone = len(batches) == 1  # then the pass that reads off the negatives is the first step's forward too
-    traces = [EditTrace() for _ in edits]
+    if earlier is None:
+        batches = make_batches(suffix, edits, hparams.memory_budget)
+    else:
+        kept = [*earlier.capture(suffix, edits, hparams), *earlier.to_check(edits, hparams.replay_checks)]
+        batches = earlier.batches(suffix, kept, hparams.memory_budget)
+    # Whether the pass that reads off the negatives is the first step's forward too.
+    alone = earlier is None and len(batches) == 1
+    traces = [EditTrace() for batch in batches for _ in batch.members]
 
     for number in range(hparams.cycles):
         if number > 0:
@@ -156,7 +178,10 @@ def optimise(
         if rounds or hparams.update_scale != 1.0:
             _look(suffix, batches, graph=False)
             _unfinished(suffix, batches, hparams, traces)
-    return traces
+    if earlier is not None:
+        earlier.add(kept, batches, new=len(edits))
+        earlier.repaired += sum(bool(trace.cycles) for trace in traces[len(edits) :])
+    return traces[: len(edits)]
 
 
 def _look(suffix: Suffix, batches: list[Batch], graph: bool) -> None:
@@ -179,7 +204,7 @@ def _unfinished(
 
 def _step(current: Round | OwnAnswerRound, adam: Adam, hparams: KDPOHyperParams, use_first: bool) -> None:
     """One optimiser step on the edits of a round whose loss is not below ``stop_loss`` yet."""
-    losses = current.losses(hparams.beta, use_first)
+    losses = current.losses(hparams, use_first)
     current.history.append(losses.detach())
     live = losses.detach() >= hparams.stop_loss
     # The sum over edits: Adam does not mind its scale, and one edit stays exactly the paper's.
@@ -213,10 +238,14 @@ def _check_finite(losses: Tensor) -> None:
         raise EditDiverged(f"the loss became {losses[~torch.isfinite(losses)].flatten()[0].item()}")
 
 
-def _check_lengths(model: nn.Module, edits: list[EditTokens]) -> None:
+def _of_request(traces: list[EditTrace]) -> EditTrace:
+    """The trace of the prompt, converged only if its other phrasings are too."""
+    return replace(traces[0], converged=all(trace.converged for trace in traces))
+
+
+def _check_lengths(model: nn.Module, edits: list[list[EditTokens]]) -> None:
     most = getattr(model.config, "max_position_embeddings", None)
-    for i, tokens in enumerate(edits):
-        if most is not None and len(tokens.sequence) > most:
-            raise ModelError(
-                f"request {i} has {len(tokens.sequence)} tokens with its target; the model takes {most} at most"
-            )
+    for i, phrasings in enumerate(edits):
+        longest = max(len(tokens.sequence) for tokens in phrasings)
+        if most is not None and longest > most:
+            raise ModelError(f"request {i} has {longest} tokens with its target; the model takes {most} at most")

@@ -6,6 +6,8 @@ log-probabilities are fp32 (nats); token ids are int64.
 
 from __future__ import annotations
 
+from math import inf
+
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -28,6 +30,14 @@ def competitors(logits: Tensor, chosen: Tensor, margin: float = 0.0) -> Tensor:
         chosen_logits = logits.gather(-1, chosen.unsqueeze(-1))
         logits = logits.scatter(-1, chosen.unsqueeze(-1), chosen_logits - margin)
     return logits.argmax(-1)
+
+
+def lead(logits: Tensor, chosen: Tensor) -> Tensor:
+    """By how much the new answer leads the strongest other token: logits ``[..., T, V]``, ids ``[..., T]`` to
+    ``[..., T]``, negative where it is behind."""
+    here = chosen.unsqueeze(-1)
+    others = logits.scatter(-1, here, -inf).amax(-1)
+    return logits.gather(-1, here).squeeze(-1) - others
 
 
 def answer_logps(logits: Tensor, answer: Tensor) -> Tensor:
@@ -53,10 +63,65 @@ def kdpo_loss(pairs: Tensor, reference: Tensor, beta: float, mask: Tensor | None
     Returns:
         ``[...]``, the loss of each answer pair.
     """
-    gain = (pairs[..., 0] - pairs[..., 1]) - (reference[..., 0] - reference[..., 1])
-    if mask is not None:
-        gain = gain.masked_fill(~mask, 0.0)
-    return F.softplus(-beta * gain.sum(-1))
+    return F.softplus(-beta * _masked(_gain(pairs, reference), mask).sum(-1))
+
+
+def kdpo_token_loss(pairs: Tensor, reference: Tensor, beta: float, mask: Tensor | None = None) -> Tensor:
+    """KDPO with one sigmoid per position, so that a position far ahead does not hide one that is behind.
+
+    ``sum_t -log sigmoid(beta * [(z_w - z_l) - (z_ref_w - z_ref_l)])``
+
+    Over positions where chosen and rejected token differ; ``mask`` is true there. Arguments and result as
+    :func:`kdpo_loss`. This project's own; with one differing position it is the same.
+    """
+    return _masked(F.softplus(-beta * _gain(pairs, reference)), mask).sum(-1)
+
+
+def margin_loss(pairs: Tensor, margin: float, mask: Tensor | None = None) -> Tensor:
+    """A hinge on the lead of the new answer, without a reference: ``sum_t relu(margin - (z_w - z_l))``.
+
+    The multi-class hinge of Crammer and Singer (2001) at each position: with ``z_l`` from :func:`competitors` at the
+    same margin, nothing more is asked of a position once it is won by ``margin`` logits.
+
+    Args:
+        pairs: ``[..., T, 2]``, logits of the chosen and of the rejected token.
+        margin: logits, more than 0.
+        mask: ``[..., T]`` bool, true where chosen and rejected token differ.
+
+    Returns:
+        ``[...]``.
+    """
+    return _masked(F.relu(margin - (pairs[..., 0] - pairs[..., 1])), mask).sum(-1)
+
+
+def ipo_loss(pairs: Tensor, reference: Tensor, beta: float, mask: Tensor | None = None) -> Tensor:
+    """IPO's loss (Azar et al. 2024, eq. 17, whose tau is ``beta``) on a shared context.
+
+    ``(h - 1 / (2 beta))^2`` with ``h = 1/T * sum_t [(z_w - z_l) - (z_ref_w - z_ref_l)]``
+
+    It asks for a gain of ``1 / (2 beta)`` and no more: a new answer that starts further behind never gets ahead.
+    The mean over the answer's ``T`` tokens stands where the paper writes the log-probability of the whole answer; its
+    authors confirmed that their results were computed so, and TRL does the same. Arguments and result as
+    :func:`kdpo_loss`; ``T`` counts every position that is not padded.
+    """
+    gain = _masked(_gain(pairs, reference), mask)
+    length = gain.shape[-1] if mask is None else mask.sum(-1)
+    return (gain.sum(-1) / length - 1 / (2 * beta)).square()
+
+
+def ce_loss(logits: Tensor, chosen: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Cross-entropy of the new answer, ``-1/T * sum_t log pi(y_w[t])``: what plain fine-tuning (FT-M) minimises.
+
+    Args:
+        logits: ``[..., T, V]``.
+        chosen: ``[..., T]`` token ids.
+        mask: ``[..., T]`` bool, false where an answer is padded.
+
+    Returns:
+        ``[...]``.
+    """
+    logps = _masked(logits.log_softmax(-1).gather(-1, chosen.unsqueeze(-1)).squeeze(-1), mask)
+    return -logps.sum(-1) / (logps.shape[-1] if mask is None else mask.sum(-1))
 
 
 def dpo_loss(
@@ -69,3 +134,12 @@ def dpo_loss(
     All four are summed log-probabilities of shape ``[...]``; so is the result.
     """
     return F.softplus(-beta * ((chosen_logps - ref_chosen_logps) - (rejected_logps - ref_rejected_logps)))
+
+
+def _gain(pairs: Tensor, reference: Tensor) -> Tensor:
+    """How much more the chosen token leads than it did in the reference: ``[..., T, 2]`` twice to ``[..., T]``."""
+    return (pairs[..., 0] - pairs[..., 1]) - (reference[..., 0] - reference[..., 1])
+
+
+def _masked(values: Tensor, mask: Tensor | None) -> Tensor:
+    return values if mask is None else values.masked_fill(~mask, 0.0)

@@ -26,6 +26,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 
 from .errors import ModelError
 
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+"""What a block is called with besides its hidden states."""
+
 # For models that were examined: by edited module, whether replay may begin at the matrix.
 _EXAMINED: WeakKeyDictionary[nn.Module, dict[str, bool]] = WeakKeyDictionary()
 
@@ -43,7 +46,7 @@ class Captured:
 
     hidden: Tensor
     inner: Tensor | None
-    arguments: list[tuple[tuple[Any, ...], dict[str, Any]]]
+    arguments: list[Arguments]
     positions: Tensor
 
     def rows(self, kept: Tensor) -> Captured:
@@ -167,7 +170,7 @@ class Suffix:
         return HeadRows(head.weight[tokens], None if head.bias is None else head.bias[tokens])
 
     def _run(self, ids: Tensor, positions: Tensor, inside: bool) -> tuple[Captured, Tensor]:
-        calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        calls: list[Arguments] = []
         after: list[nn.Module] = []
         kept: dict[str, Tensor] = {}
         with ExitStack() as hooks:

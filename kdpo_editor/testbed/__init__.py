@@ -36,3 +36,12 @@ def load_records() -> list[dict[str, Any]]:
     model answers now) and ``locality``, a list of ``{"prompt", "ground_truth"}`` about the same subject.
     """
     return list(json.loads((HERE / "records.json").read_text("utf-8")))
+
+
+def taught_texts(source: str | None = None) -> list[str]:
+    """What the shipped model was taught, as text: every fact in each phrasing of its training.
+
+    ``source``: of one source only: "zsre" (the records' and their locality facts), "recent" or "invented".
+    """
+    facts = json.loads((HERE / "facts.json").read_text("utf-8"))
+    return [f"{p} {fact['answer']}" for fact in facts if source in (None, fact["source"]) for p in fact["trained"]]

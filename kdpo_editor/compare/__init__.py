@@ -1,0 +1,1 @@
+"""Compare editors fairly: the same records, the same model, the same scoring for every method."""

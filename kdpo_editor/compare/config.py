@@ -1,0 +1,112 @@
+"""What ``kdpo-compare`` is told: every key, its type, its default and what it means. Hydra refuses any other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import MISSING
+
+PROTOCOLS = ("sequence", "single")
+SPLITS = ("test", "validation", "all")
+
+
+@dataclass
+class Method:
+    """Which method edits."""
+
+    name: str = MISSING
+    """As in ``method=...`` and in results."""
+    label: str = MISSING
+    """As in tables."""
+    hparams: dict[str, Any] | None = MISSING
+    """The method's settings: ``hparams/<METHOD>/<model>.yaml``. ``null`` edits nothing."""
+    requests_per_call: int = 1
+    """Edits handed to the method at a time, in a sequence; for those that edit several together."""
+    without: str = ""
+    """Where the installed form of EasyEdit lacks the method: "" skips it, "ce" makes it with this package's own
+    cross-entropy objective, in the same layer, with the same rate and number of steps."""
+
+
+@dataclass
+class Model:
+    """What is edited."""
+
+    name: str = MISSING
+    """Hugging Face id, folder, or the shipped model's name."""
+    dtype: str = "float32"
+    """float32, bfloat16, float16, or auto (as saved)."""
+    device: str | None = None
+    """cpu, cuda, cuda:1, auto (spread over all GPUs); null is the GPU where there is one."""
+    text: str | None = None
+    """A file (plain, .xz, .gz, .bz2) to compute second moments from when MEMIT or AlphaEdit lack them; "shipped" is
+    what the shipped model was taught."""
+    characters: int = 20_000_000
+    """Of that text, at most."""
+    held_out_text: str | None = None
+    """Text for the perplexity, likewise; null is a piece of the Simple English Wikipedia that comes with the package."""
+
+
+@dataclass
+class Dataset:
+    """Which facts."""
+
+    name: str = MISSING
+    """As in results."""
+    source: str = MISSING
+    """"shipped", a name of :data:`~kdpo_editor.compare.datasets.KNOWN`, ``hub:<owner/name>:<file>``, or a local file."""
+    offset: int = 0
+    """Records of the seeded order to leave out at the start."""
+    split: str = "test"
+    """"validation": the records of a fifth of the subjects, for tuning; "test": of the others; "all"."""
+    shuffle: bool = True
+    drop_bad: bool = False
+    """Leave bad records out instead of stopping at the first."""
+
+
+@dataclass
+class Protocol:
+    """How edits are made and scored."""
+
+    name: str = MISSING
+    """"sequence": one after the other, all kept. "single": each alone, undone before the next."""
+    eval_at: list[int] = field(default_factory=lambda: [1, 10, 100, 500])
+    """Numbers of edits after which all of them are scored (in a sequence); the last is always scored."""
+    right_after: bool = True
+    """In a sequence, score each edit also right after it was made, as EasyEdit does."""
+    unrelated: int = 50
+    """Prompts of other records whose generated answers should stay as they were."""
+    longest: int = 0
+    """Tokens generated at most for an answer; 0 is the longest answer's length and eight more."""
+    fluency: int = 0
+    """Tokens generated per edit for the n-gram entropy; 0 leaves fluency out. EasyEdit takes 100."""
+    perplexity: bool = True
+    """Of held-out text, before any edit and at every ``eval_at``."""
+    batch_size: int = 256
+    """Prompts scored at once, at most."""
+
+
+@dataclass
+class Compare:
+    """One cell of a comparison."""
+
+    method: Method = MISSING
+    model: Model = MISSING
+    dataset: Dataset = MISSING
+    protocol: Protocol = MISSING
+    n_edits: int = 100
+    seed: int = 0
+    """Of the records' order and of everything random in a method."""
+    out: str = "results"
+    """Folder of results; one folder per cell in it."""
+    cache: str = MISSING
+    """Folder for what can be made again: outputs before any edit, statistics."""
+    stats_dir: str | None = None
+    """Where second moments for MEMIT and AlphaEdit are kept (EasyEdit's ``stats_dir``); null is in ``cache``, apart for
+    each model's weights."""
+    overwrite: bool = False
+    """Compute again what is complete, failed or damaged."""
+    threads: int | None = None
+    """CPU threads of torch; null leaves its own choice."""
+    report: bool = True
+    """Print the table of ``out`` at the end and draw its figures."""

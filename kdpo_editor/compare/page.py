@@ -1,0 +1,116 @@
+"""The comparison as one HTML page that needs nothing beside itself: tables, figures, samples, settings, versions."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+
+from .figures import Picture
+from .means import UNEDITED
+from .reading import Cell
+from .tables import LEGEND, Table
+
+SAMPLED_EDITS = 3
+LONGEST_TEXT = 200
+
+
+def page(
+    title: str,
+    cells: Sequence[Cell],
+    left_out: Sequence[tuple[str, str]],
+    tables: Sequence[Table],
+    pictures: Sequence[Picture],
+    notes: Sequence[str],
+) -> str:
+    """The page's HTML. Whatever comes from the data is escaped, and the page forbids its browser to load anything."""
+    sections = []
+    for group in sorted({cell.group for cell in cells}):
+        model, dataset, protocol, n_edits = group
+        within = [cell for cell in cells if cell.group == group]
+        sections.append(
+            {
+                "model": model,
+                "dataset": dataset,
+                "protocol": f"{n_edits} edits, each alone"
+                if protocol == "single"
+                else f"{protocol} of {n_edits} edits",
+                "tables": [t for t in tables if (t.model, t.dataset, t.protocol, t.n_edits) == group],
+                "pictures": [p for p in pictures if p.group == group],
+                "samples": _samples(within),
+            }
+        )
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["embedded"] = lambda svg: "data:image/svg+xml;base64," + base64.b64encode(svg).decode()
+    template = environment.from_string((Path(__file__).parent / "page.html").read_text(encoding="utf-8"))
+    return template.render(
+        title=title,
+        sections=sections,
+        averages=[p for p in pictures if p.group is None],
+        cells=cells,
+        left_out=left_out,
+        notes=notes,
+        legend=LEGEND,
+        versions=_versions(cells),
+    )
+
+
+def _versions(cells: Sequence[Cell]) -> list[tuple[str, str]]:
+    """Each program or library with its version, or its versions where cells differ."""
+    found: dict[str, dict[str, None]] = {}
+    for cell in cells:
+        for name, version in cell.manifest["versions"].items():
+            found.setdefault(name, {})[version] = None
+    return [(name, ", ".join(versions)) for name, versions in sorted(found.items())]
+
+
+def _samples(cells: Sequence[Cell]) -> list[dict[str, Any]]:
+    """What the methods wrote for the same prompts: of the first, a middle and the last edit after the last checkpoint.
+
+    Each method is represented by the cell of its lowest seed. Texts are cut after ``LONGEST_TEXT`` characters.
+    """
+    chosen: dict[str, Cell] = {}
+    for cell in sorted(cells, key=lambda c: (c.manifest["method"] != UNEDITED, c.label.casefold(), c.manifest["seed"])):
+        chosen.setdefault(cell.label, cell)
+    prompts: dict[tuple[int, str, str], dict[str, Any]] = {}
+    for cell in chosen.values():
+        texts = _texts(cell)
+        edits = sorted({text["edit"] for text in texts})
+        picked = (
+            {edits[round(i * (len(edits) - 1) / (SAMPLED_EDITS - 1))] for i in range(SAMPLED_EDITS)} if edits else ()
+        )
+        kinds = set()
+        for text in texts:
+            place = (text["edit"], str(text["kind"]))
+            if text["edit"] not in picked or place in kinds:
+                continue
+            kinds.add(place)
+            sample = {"edit": text["edit"], "kind": text["kind"], "prompt": text["prompt"], "wanted": text["wanted"]}
+            written = str(text["text"])
+            short = written[:LONGEST_TEXT] + (" …" if len(written) > LONGEST_TEXT else "")
+            by_prompt = prompts.setdefault((*place, str(text["prompt"])), {**sample, "texts": []})
+            by_prompt["texts"].append({"label": cell.label, "text": short, "stopped": bool(text["stopped"])})
+    return [prompts[key] for key in sorted(prompts, key=lambda key: key[0])]
+
+
+def _texts(cell: Cell) -> list[dict[str, Any]]:
+    """The cell's raw generations about its edits at its last shown checkpoint; unreadable lines are passed over."""
+    last = int(cell.means["T"].max())
+    texts = []
+    try:
+        with (cell.folder / "generations.jsonl").open(encoding="utf-8", errors="replace") as lines:
+            for line in lines:
+                try:
+                    text = json.loads(line)
+                    wanted = text["when"] == "checkpoint" and text["checkpoint"] == last and text["edit"] >= 0
+                    if wanted and {"kind", "prompt", "wanted", "text", "stopped"} <= text.keys():
+                        texts.append(text)
+                except (ValueError, TypeError, KeyError):
+                    continue
+    except OSError:
+        return []
+    return texts

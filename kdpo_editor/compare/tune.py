@@ -1,0 +1,18 @@
+"""What tuning maximises; the same for every method.
+
+kdpo-compare -m hydra/sweeper=optuna experiment=tune method=ft_m 'method.hparams.lr=tag(log, interval(1e-4, 1e-2))'
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+def objective(folder: Path) -> float:
+    """The mean of rewrite, rephrase and locality (each over its edits) at a cell's last checkpoint."""
+    import pandas as pd
+
+    frame = pd.read_parquet(folder / "rows.parquet")
+    frame = frame[(frame["when"] == "checkpoint") & (frame["checkpoint"] == frame["checkpoint"].max())]
+    kinds = frame["metric"].str.extract(r"^(rewrite|rephrase|locality)(?:\..*)?_acc$")[0]
+    return float(frame.groupby(kinds)["value"].mean().mean())

@@ -1,0 +1,171 @@
+"""Edits that a model has had before, kept so that later ones do not undo them (``replay``).
+
+Of each, its tokens and what the part of the model below the first edited matrix made of them: that part never
+changes, so an earlier edit is looked at again, and trained again if need be, for the cost of the replayed suffix.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import inf
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from .batches import Batch, group, make_batch, padded
+from .hparams import KDPOHyperParams
+from .objectives import lead
+from .requests import EditTokens
+from .suffix import Arguments, Captured, Suffix
+
+LOG = logging.getLogger(__name__)
+ROUND = 8  # lengths are rounded up to a multiple of this, so that few shapes occur
+SHAPES = 64
+
+
+@dataclass(eq=False)
+class Kept:
+    """One edit. ``hidden`` ``[L, D]`` and ``inner`` ``[L, F]`` or ``None``: see :class:`~kdpo_editor.suffix.Captured`.
+
+    ``lead``: logits by which its weakest token led when last looked at; infinite before that.
+    """
+
+    tokens: EditTokens
+    hidden: Tensor
+    inner: Tensor | None
+    lead: float = inf
+
+    @property
+    def bytes(self) -> int:
+        """Memory held by what was captured."""
+        return sum(t.numel() * t.element_size() for t in (self.hidden, self.inner) if t is not None)
+
+
+class EarlierEdits:
+    """The edits that one model has had, for as long as its edited matrices are what the last of them left.
+
+    ``kept``: the edits, oldest first. ``left``: the matrices after the last one, by name. ``dropped``: how many were
+    given up to stay within ``replay_budget``. ``repaired``: how often one had fallen below the margin and was trained
+    again.
+    """
+
+    def __init__(self) -> None:
+        self.kept: list[Kept] = []
+        self.left: dict[str, Tensor] = {}
+        self.dropped = 0
+        self.repaired = 0
+        self._seen = 0
+        self._arguments: dict[tuple[int, int], list[Arguments]] = {}
+
+    @classmethod
+    def of(cls, model: nn.Module, weights: dict[str, nn.Parameter]) -> EarlierEdits:
+        """The edits kept for ``model``, to be added to and then :meth:`stored`; none if ``weights``, the matrices to
+        be edited, are others than the last edit's or were changed since. Changes elsewhere in the model go unnoticed.
+        """
+        stored = _STORED.get(model)
+        if stored is None:
+            return cls()
+        same = stored.left.keys() == weights.keys() and all(
+            torch.equal(weights[name].detach().to(value.device), value) for name, value in stored.left.items()
+        )
+        if not same:
+            LOG.info("%d earlier edits are forgotten: the edited weights are not as they left them", len(stored.kept))
+            return cls()
+        fresh = copy.copy(stored)
+        fresh.kept = list(stored.kept)
+        return fresh
+
+    def store(self, model: nn.Module, weights: dict[str, nn.Parameter], hparams: KDPOHyperParams) -> None:
+        """Keep these edits for ``model`` with ``weights`` as they are now, within ``replay_budget``."""
+        held, dropped = sum(one.bytes for one in self.kept), 0
+        for one in sorted(self.kept, key=lambda one: -one.lead):
+            if held <= hparams.replay_budget:
+                break
+            self.kept.remove(one)
+            held, dropped = held - one.bytes, dropped + 1
+        if dropped:
+            self.dropped += dropped
+            LOG.info("%d earlier edits were dropped to stay within replay_budget, %d in all", dropped, self.dropped)
+        self.left = {name: _copied(w, hparams) for name, w in weights.items()}
+        _STORED[model] = self
+
+    def to_check(self, edits: Sequence[EditTokens], checks: int) -> list[Kept]:
+        """At most ``checks`` for each of ``edits``: half those that led by least, half a seeded sample of the rest.
+
+        Edits of a prompt that is edited again are forgotten.
+        """
+        again = {tuple(e.prompt.tolist()) for e in edits}
+        self.kept = [one for one in self.kept if tuple(one.tokens.prompt.tolist()) not in again]
+        most = checks * len(edits)
+        if len(self.kept) <= most:
+            return list(self.kept)
+        by_lead = sorted(self.kept, key=lambda one: one.lead)
+        fragile = most // 2
+        self._seen += 1
+        return by_lead[:fragile] + random.Random(self._seen).sample(by_lead[fragile:], most - fragile)
+
+    def capture(self, suffix: Suffix, edits: Sequence[EditTokens], hparams: KDPOHyperParams) -> list[Kept]:
+        """Run the whole model over ``edits`` and keep what is needed of it; they are not among :attr:`kept` yet."""
+        new: dict[int, Kept] = {}
+        for members in group(suffix, edits, hparams.memory_budget):
+            chosen = [edits[i] for i in members]
+            ids, _, _, positions = padded(chosen)
+            with torch.no_grad():
+                captured, _ = suffix.capture(ids, positions)
+            for row, (i, tokens) in enumerate(zip(members, chosen, strict=True)):
+                here = slice(0, len(tokens.sequence))
+                inner = None if captured.inner is None else _copied(captured.inner[row, here], hparams)
+                new[i] = Kept(tokens, _copied(captured.hidden[row, here], hparams), inner)
+        return [new[i] for i in range(len(edits))]
+
+    def batches(self, suffix: Suffix, edits: Sequence[Kept], budget: float) -> list[Batch]:
+        """``edits``, captured some time, as mini-batches with hidden states and logits of now."""
+        batches = []
+        with torch.no_grad():
+            for members in group(suffix, [one.tokens for one in edits], budget):
+                chosen = [edits[i] for i in members]
+                _, answers, mask, positions = padded([one.tokens for one in chosen])
+                captured = self._stack(suffix, chosen, positions.to(suffix.device))
+                batches.append(make_batch(suffix, members, captured, suffix.replay(captured), answers, mask))
+        return batches
+
+    def _stack(self, suffix: Suffix, edits: Sequence[Kept], positions: Tensor) -> Captured:
+        longest = max(len(one.hidden) for one in edits)
+        most = getattr(suffix.model.config, "max_position_embeddings", None) or inf
+        length = int(min(-(-longest // ROUND) * ROUND, most))
+        shape = (len(edits), length)
+        if shape not in self._arguments:
+            if len(self._arguments) == SHAPES:
+                del self._arguments[next(iter(self._arguments))]
+            # What blocks are told besides hidden states (masks, positions) is the same for any tokens.
+            ids = torch.zeros(shape, dtype=torch.int64)
+            self._arguments[shape] = suffix.capture(ids, positions)[0].arguments
+        device = next(suffix.module.parameters()).device
+
+        def stack(rows: list[Tensor]) -> Tensor:
+            return torch.stack([nn.functional.pad(r.to(device), (0, 0, 0, length - len(r))) for r in rows])
+
+        inner = [one.inner for one in edits if one.inner is not None]
+        hidden = stack([one.hidden for one in edits])
+        return Captured(hidden, stack(inner) if inner else None, self._arguments[shape], positions)
+
+    def add(self, edits: Sequence[Kept], batches: Sequence[Batch], new: int) -> None:
+        """Note how ``edits`` stand, by the logits of the ``batches`` made of them, and keep the first ``new``."""
+        for batch in batches:
+            leads = lead(batch.logits, batch.chosen).masked_fill(~batch.mask, inf).amin(-1)
+            for member, value in zip(batch.members, leads.tolist(), strict=True):
+                edits[member].lead = value
+        self.kept += edits[:new]
+
+
+def _copied(tensor: Tensor, hparams: KDPOHyperParams) -> Tensor:
+    return tensor.detach().to("cpu" if hparams.replay_on_host else tensor.device, copy=True)
+
+
+# The edits hold no reference to their model, so they go when it does.
+_STORED: WeakKeyDictionary[nn.Module, EarlierEdits] = WeakKeyDictionary()

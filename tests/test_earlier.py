@@ -1,0 +1,184 @@
+"""``replay``: earlier edits of the same model are remembered, looked at and trained again."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import logging
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from conftest import PARAMETER, REQUEST, assert_same, load, state
+
+from kdpo_editor import EarlierEdits, EditDiverged, apply_kdpo_to_model, edit
+from kdpo_editor.objectives import lead
+
+SECOND = {"prompt": "Which family does Epaspidoceras belong to?", "target_new": "Noctuidae"}
+THIRD = {"prompt": "What is the capital of the old country by the sea?", "target_new": "Noctuidae of the north"}
+FOURTH = {"prompt": "What species is the gene next to it specific to?", "target_new": "human"}
+REQUESTS = [REQUEST, SECOND, THIRD, FOURTH]
+MARGIN = {"objective": "margin", "margin": 2.0, "lr": 3e-3, "append_eos": True}
+
+
+def leads(model: Any, tok: Any, requests: list[dict[str, str]]) -> list[float]:
+    """By how much each request's target and end token lead, by the full forward pass."""
+    found = []
+    for request in requests:
+        prompt = len(tok(request["prompt"])["input_ids"])
+        ids = torch.tensor([[*tok(f"{request['prompt']} {request['target_new']}")["input_ids"], tok.eos_token_id]])
+        with torch.no_grad():
+            found.append(lead(model(ids).logits[0, prompt - 1 : -1], ids[0, prompt:]).min().item())
+    return found
+
+
+def one_call_each(model: Any, tok: Any, requests: list[dict[str, str]], hparams: Any) -> None:
+    for request in requests:
+        apply_kdpo_to_model(model, tok, [request], hparams)
+
+
+@pytest.mark.parametrize("layers", [[4], [2, 4]], ids=["one-layer", "two-layers"])
+@pytest.mark.parametrize("objective", ["margin", "kdpo_token", "ce"])
+def test_every_edit_of_a_sequence_holds_by_the_margin(
+    llama: Any, settings: Any, objective: str, layers: list[int]
+) -> None:
+    model, tok = llama
+    one_call_each(model, tok, REQUESTS, settings(**{**MARGIN, "objective": objective}, layers=layers, replay=True))
+    assert min(leads(model, tok, REQUESTS)) > 2.0 - 1e-3
+
+
+def test_without_replay_an_earlier_edit_of_that_sequence_is_lost(llama: Any, settings: Any) -> None:
+    """What the test above would not show if later edits left earlier ones alone anyway."""
+    model, tok = llama
+    one_call_each(model, tok, REQUESTS, settings(**MARGIN))
+    assert min(leads(model, tok, REQUESTS)) < 2.0 - 1e-3
+
+
+def test_the_leads_remembered_are_those_of_the_full_forward(llama: Any, settings: Any) -> None:
+    """Captured inputs of edits of several lengths, made under other weights, are padded and replayed together."""
+    model, tok = llama
+    one_call_each(model, tok, REQUESTS, settings(**MARGIN, replay=True, layers=[2, 4]))
+    earlier = EarlierEdits.of(model, named(model, 2, 4))
+    assert [one.lead for one in earlier.kept] == pytest.approx(leads(model, tok, REQUESTS), abs=1e-3)
+
+
+def named(model: Any, *layers: int) -> dict[str, Any]:
+    return {name: model.get_parameter(name) for name in (PARAMETER.replace("4", str(n)) for n in layers)}
+
+
+@pytest.fixture
+def edited(llama: Any, settings: Any) -> tuple[Any, Any, Any]:
+    """A model with two edits that are remembered, its tokenizer, and the settings."""
+    model, tok = llama
+    hparams = settings(**MARGIN, replay=True)
+    one_call_each(model, tok, REQUESTS[:2], hparams)
+    return model, tok, hparams
+
+
+def remembered(model: Any) -> int:
+    return len(EarlierEdits.of(model, named(model, 4)).kept)
+
+
+def test_one_call_or_several_make_the_same_sequence(llama: Any, settings: Any) -> None:
+    model, tok = llama
+    hparams = settings(**MARGIN, replay=True)
+    one_call, _, _ = edit(copy.deepcopy(model), tok, REQUESTS, hparams)
+    one_call_each(model, tok, REQUESTS, hparams)
+    assert_same(model, state(one_call))
+
+
+def test_the_first_edit_is_the_same_with_and_without_replay(llama: Any, settings: Any) -> None:
+    model, tok = llama
+    with_replay, _, first = edit(copy.deepcopy(model), tok, [SECOND], settings(**MARGIN, replay=True))
+    _, _, second = edit(model, tok, [SECOND], settings(**MARGIN))
+    assert [c.negative for c in first[0].cycles] == [c.negative for c in second[0].cycles]
+    torch.testing.assert_close(with_replay.get_parameter(PARAMETER), model.get_parameter(PARAMETER))
+
+
+def test_a_restored_model_has_no_earlier_edits(llama: Any, settings: Any, caplog: pytest.LogCaptureFixture) -> None:
+    model, tok = llama
+    hparams = settings(**MARGIN, replay=True)
+    _, originals = apply_kdpo_to_model(model, tok, REQUESTS[:2], hparams, return_orig_weights=True)
+    assert remembered(model) == 2
+    with torch.no_grad():
+        for name, value in originals.items():
+            model.get_parameter(name).copy_(value)
+    with caplog.at_level(logging.INFO, "kdpo_editor"):
+        apply_kdpo_to_model(model, tok, [THIRD], hparams)
+    assert "2 earlier edits are forgotten" in caplog.text
+    assert remembered(model) == 1
+
+
+def test_one_changed_weight_is_enough_to_forget(edited: Any) -> None:
+    model, _, _ = edited
+    with torch.no_grad():
+        model.get_parameter(PARAMETER)[3, 5].add_(1e-4)
+    assert remembered(model) == 0
+
+
+def test_other_layers_begin_anew(edited: Any) -> None:
+    model, _, _ = edited
+    assert EarlierEdits.of(model, named(model, 3)).kept == []
+
+
+def test_a_copy_takes_the_earlier_edits_along(edited: Any) -> None:
+    model, tok, hparams = edited
+    copied, _ = apply_kdpo_to_model(model, tok, [THIRD], hparams, copy=True)
+    assert remembered(copied) == 3
+    assert remembered(model) == 2
+
+
+def test_an_edit_that_raises_is_not_remembered(edited: Any) -> None:
+    model, tok, hparams = edited
+    poison = model.model.norm.register_forward_hook(lambda m, a, out: out * float("nan"))
+    with pytest.raises(EditDiverged):
+        apply_kdpo_to_model(model, tok, [THIRD], hparams)
+    poison.remove()
+    assert remembered(model) == 2
+
+
+def test_a_prompt_edited_again_replaces_its_earlier_edit(edited: Any) -> None:
+    model, tok, hparams = edited
+    again = {**SECOND, "target_new": "Tortricidae"}
+    _, _, (trace,) = edit(model, tok, [again], hparams)
+    assert trace.converged
+    assert remembered(model) == 2
+    assert min(leads(model, tok, [REQUEST, again])) > 2.0 - 1e-3
+
+
+def test_the_memory_goes_with_the_model(settings: Any) -> None:
+    model, tok = load("llama")
+    one_call_each(model, tok, [SECOND], settings(**MARGIN, replay=True))
+    hidden = weakref.ref(EarlierEdits.of(model, named(model, 4)).kept[0].hidden)
+    assert hidden() is not None
+    del model
+    gc.collect()
+    assert hidden() is None
+
+
+def test_beyond_the_budget_the_safest_are_dropped_and_counted(
+    llama: Any, settings: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, tok = llama
+    one_call_each(model, tok, REQUESTS[:3], settings(**MARGIN, replay=True))
+    earlier = EarlierEdits.of(model, named(model, 4))
+    safest = max(earlier.kept, key=lambda one: one.lead)
+    earlier_sizes = sum(one.bytes for one in earlier.kept)
+    hparams = settings(**MARGIN, replay=True, replay_budget=earlier_sizes - 1)
+    with caplog.at_level(logging.INFO, "kdpo_editor"):
+        earlier.store(model, named(model, 4), hparams)
+    found = EarlierEdits.of(model, named(model, 4))
+    assert len(found.kept) == 2
+    assert safest not in found.kept
+    assert found.dropped == 1
+    assert "1 earlier edits were dropped" in caplog.text
+
+
+def test_edits_kept_on_the_host_give_the_same_edits(llama: Any, settings: Any) -> None:
+    model, tok = llama
+    other = copy.deepcopy(model)
+    one_call_each(model, tok, REQUESTS, settings(**MARGIN, replay=True))
+    one_call_each(other, tok, REQUESTS, settings(**MARGIN, replay=True, replay_on_host=True))
+    assert_same(model, state(other))
+    assert {t.hidden.device.type for t in EarlierEdits.of(other, named(other, 4)).kept} == {"cpu"}
