@@ -24,7 +24,9 @@ from .requests import EditTokens
 from .suffix import Arguments, Captured, Suffix
 
 LOG = logging.getLogger(__name__)
-ROUND = 8  # lengths are rounded up to a multiple of this, so that few shapes occur
+# Lengths are rounded up to a multiple of this, so that few shapes occur, and what blocks are called with is kept for
+# the last few.
+ROUND = 8
 SHAPES = 64
 
 
@@ -49,9 +51,9 @@ class Kept:
 class EarlierEdits:
     """The edits that one model has had, for as long as its edited matrices are what the last of them left.
 
-    ``kept``: the edits, oldest first. ``left``: the matrices after the last one, by name. ``dropped``: how many were
-    given up to stay within ``replay_budget``. ``repaired``: how often one had fallen below the margin and was trained
-    again.
+    ``kept``: the edits, oldest first, each phrasing by itself. ``left``: the matrices after the last one, by name.
+    ``dropped``: how many were given up to stay within ``replay_budget``. ``repaired``: how often one had fallen below
+    the margin and was trained again.
     """
 
     def __init__(self) -> None:
@@ -60,20 +62,21 @@ class EarlierEdits:
         self.dropped = 0
         self.repaired = 0
         self._seen = 0
-        self._arguments: dict[tuple[int, int], list[Arguments]] = {}
+        self._arguments: dict[tuple[int, int, torch.device], list[Arguments]] = {}
 
     @classmethod
     def of(cls, model: nn.Module, weights: dict[str, nn.Parameter]) -> EarlierEdits:
-        """The edits kept for ``model``, to be added to and then :meth:`stored`; none if ``weights``, the matrices to
-        be edited, are others than the last edit's or were changed since. Changes elsewhere in the model go unnoticed.
+        """The edits kept for ``model``, to be added to and handed to :meth:`store`.
+
+        None, if ``weights``, the matrices to be edited, are others than the last edit's or were changed since.
+        Changes elsewhere in the model go unnoticed.
         """
         stored = _STORED.get(model)
         if stored is None:
             return cls()
-        same = stored.left.keys() == weights.keys() and all(
-            torch.equal(weights[name].detach().to(value.device), value) for name, value in stored.left.items()
-        )
-        if not same:
+        if stored.left.keys() != weights.keys() or not all(
+            _same(weights[name], value) for name, value in stored.left.items()
+        ):
             LOG.info("%d earlier edits are forgotten: the edited weights are not as they left them", len(stored.kept))
             return cls()
         fresh = copy.copy(stored)
@@ -135,17 +138,16 @@ class EarlierEdits:
         return batches
 
     def _stack(self, suffix: Suffix, edits: Sequence[Kept], positions: Tensor) -> Captured:
-        longest = max(len(one.hidden) for one in edits)
+        """One capture of them all; what blocks are told besides hidden states is the same for any tokens."""
+        device = next(suffix.module.parameters()).device
         most = getattr(suffix.model.config, "max_position_embeddings", None) or inf
-        length = int(min(-(-longest // ROUND) * ROUND, most))
-        shape = (len(edits), length)
+        length = int(min(-(-max(len(one.hidden) for one in edits) // ROUND) * ROUND, most))
+        shape = (len(edits), length, device)
         if shape not in self._arguments:
             if len(self._arguments) == SHAPES:
                 del self._arguments[next(iter(self._arguments))]
-            # What blocks are told besides hidden states (masks, positions) is the same for any tokens.
-            ids = torch.zeros(shape, dtype=torch.int64)
-            self._arguments[shape] = suffix.capture(ids, positions)[0].arguments
-        device = next(suffix.module.parameters()).device
+            anything = torch.zeros(shape[:2], dtype=torch.int64)
+            self._arguments[shape] = suffix.capture(anything, positions)[0].arguments
 
         def stack(rows: list[Tensor]) -> Tensor:
             return torch.stack([nn.functional.pad(r.to(device), (0, 0, 0, length - len(r))) for r in rows])
@@ -161,6 +163,10 @@ class EarlierEdits:
             for member, value in zip(batch.members, leads.tolist(), strict=True):
                 edits[member].lead = value
         self.kept += edits[:new]
+
+
+def _same(weight: Tensor, value: Tensor) -> bool:
+    return weight.dtype == value.dtype and torch.equal(weight.detach().to(value.device), value)
 
 
 def _copied(tensor: Tensor, hparams: KDPOHyperParams) -> Tensor:

@@ -81,8 +81,6 @@ class KDPOHyperParams:
     replay_on_host: bool = False
     """Hold them in main memory instead of on the model's device."""
 
-    augment: int = 0
-    """Each edit is trained also behind so many short texts that are sampled from the model itself, once."""
     ledger: str | None = None
     """Folder of an :class:`~kdpo_editor.EditLedger` in which every successful call is journaled; ``None`` is none."""
 
@@ -108,7 +106,7 @@ class KDPOHyperParams:
             self._check(key, getattr(self, key) >= 1, "at least 1")
         for key in ("lr", "beta", "memory_budget", "replay_budget"):
             self._check(key, getattr(self, key) > 0, "more than 0")
-        for key in ("stop_loss", "weight_decay", "margin", "augment"):
+        for key in ("stop_loss", "weight_decay", "margin"):
             self._check(key, getattr(self, key) >= 0, "0 or more")
         self._check("norm_constraint", self.norm_constraint is None or self.norm_constraint > 0, "more than 0 or null")
         if isinstance(self.device, int):
@@ -118,7 +116,6 @@ class KDPOHyperParams:
         self._check("schedule", self.schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}")
         one_by_one = self.schedule == "depth_first" or self.objective != "dpo"
         self._check("schedule", one_by_one, "depth_first where objective is dpo")
-        self._check("augment", self.augment == 0 or self.objective != "dpo", "0 where objective is dpo")
         self._check("replay", not self.replay or self.objective != "dpo", "false where objective is dpo")
         self._check("ledger", self.ledger != "", "a folder or null")
 

@@ -25,9 +25,8 @@ from .ablation import OwnAnswerRound
 from .adam import Adam
 from .batches import Batch, Round, make_batches
 from .earlier import EarlierEdits
-from .errors import EditDiverged, ModelError
+from .errors import EditDiverged, ModelError, RequestError
 from .hparams import KDPOHyperParams
-from .prefixes import sample_prefixes
 from .requests import EditTokens, tokenize
 from .suffix import Suffix
 from .weights import blocks_name, find_matrices, only_training
@@ -102,11 +101,9 @@ def edit(
 ) -> tuple[nn.Module, dict[str, Tensor], list[EditTrace]]:
     """As :func:`apply_kdpo_to_model`, but always with the original weights, and with a trace of each edit."""
     edits = tokenize(tok, requests, append_eos=hparams.append_eos)
+    if hparams.objective == "dpo" and any(len(phrasings) > 1 for phrasings in edits):
+        raise RequestError("'rephrases' cannot be trained where objective is dpo")
     weights = find_matrices(model, hparams)
-    if hparams.augment:
-        with only_training(model, weights, {}):
-            prefixes = sample_prefixes(model, tok, hparams.augment)
-        edits = tokenize(tok, requests, append_eos=hparams.append_eos, prefixes=prefixes)
     _check_lengths(model, edits)
     given = model
     if copy:

@@ -31,34 +31,30 @@ class EditTokens:
         return torch.cat([self.prompt, self.chosen[:-1]])
 
 
-def tokenize(
-    tok: Any, requests: Sequence[Mapping[str, Any]], *, append_eos: bool = False, prefixes: Sequence[str] = ()
-) -> list[list[EditTokens]]:
+def tokenize(tok: Any, requests: Sequence[Mapping[str, Any]], *, append_eos: bool = False) -> list[list[EditTokens]]:
     """Tokenise ``prompt + " " + target_new`` once; the answer is what lies past the prompt's own length.
 
-    Gives for each request its prompt's tokens, then those of the same target after each of its ``rephrases``, if it
-    has that key, and after its prompt behind each of ``prefixes``. No padding and no truncation takes place, so a
-    tokenizer's settings for them do not matter. With ``append_eos`` the end token closes the answer. All requests are
-    checked before any is returned.
+    Gives the tokens of each request's prompt, followed by those of its ``rephrases``, if it has any: other prompts for
+    the same target. No padding and no truncation takes place, so a tokenizer's settings for them do not matter. With
+    ``append_eos`` the end token closes the answer. All requests are checked before any is returned.
 
     Raises :class:`~kdpo_editor.RequestError`, naming the request's position and what is wrong with it.
     """
     if isinstance(requests, (str, Mapping)) or not isinstance(requests, Sequence) or not requests:
         raise RequestError("requests must be a list of at least one {'prompt': ..., 'target_new': ...}")
     return [
-        [_tokenize(tok, one, f"request {i}", append_eos) for one in _phrasings(request, f"request {i}", prefixes)]
+        [_tokenize(tok, one, f"request {i}", append_eos) for one in _phrasings(request, f"request {i}")]
         for i, request in enumerate(requests)
     ]
 
 
-def _phrasings(request: Mapping[str, Any], name: str, prefixes: Sequence[str]) -> list[Mapping[str, Any]]:
+def _phrasings(request: Mapping[str, Any], name: str) -> list[Mapping[str, Any]]:
     if not isinstance(request, Mapping):
         raise RequestError(f"{name} is a {type(request).__name__}; it must be a dict")
     rephrases = request.get("rephrases") or ()
     if not isinstance(rephrases, (list, tuple)) or not all(isinstance(r, str) and r.strip() for r in rephrases):
-        raise RequestError(f"{name}: 'rephrases' must be a list of prompts, not {rephrases!r}")
-    behind = [f"{prefix}. {request.get('prompt')}" for prefix in prefixes]
-    return [request, *({**request, "prompt": prompt} for prompt in (*rephrases, *behind))]
+        raise RequestError(f"{name}: 'rephrases' is {rephrases!r}; it must be a list of prompts")
+    return [request, *({**request, "prompt": prompt} for prompt in rephrases)]
 
 
 def _tokenize(tok: Any, request: Mapping[str, Any], name: str, append_eos: bool) -> EditTokens:

@@ -30,6 +30,7 @@ from easyeditor.util.alg_dict import ALG_DICT  # noqa: E402
 
 from kdpo_editor import SHIPPED_MODEL, KDPOHyperParams, easyedit  # noqa: E402
 from kdpo_editor.testbed import load_records  # noqa: E402
+from kdpo_editor.weights import find_matrices  # noqa: E402
 
 HPARAMS = Path(__file__).parents[1] / "hparams"
 UPSTREAM = easyedit.is_upstream()
@@ -128,6 +129,18 @@ def sequential() -> dict[str, Any]:
         "as_by_hand": torch.equal(weight(by_hand), after),
         **scores(metrics),
     }
+
+
+def replayed() -> dict[str, Any]:
+    """One request a call, as the framework makes them; ``kept(True)`` restores after each."""
+    hparams = kdpo(objective="margin", margin=1.0, replay=True, lr=3e-3)
+    found = {}
+    for name, keep in (("in a row", False), ("restored", True)):
+        editor = BaseEditor.from_hparams(hparams)
+        editor.edit(**inputs(RECORDS[:4], locality=False), **kept(keep))
+        earlier = kdpo_editor.EarlierEdits.of(editor.model, find_matrices(editor.model, hparams))
+        found[name] = [one.lead for one in earlier.kept]
+    return found
 
 
 def batch_edit() -> dict[str, Any]:
@@ -249,7 +262,7 @@ def main() -> None:
     logging.disable(logging.INFO)
     results = {}
     for scenario in (
-        importing, single, sequential, batch_edit, edit_requests, generate_edit, ledger_of_a_sequence,
+        importing, single, sequential, replayed, batch_edit, edit_requests, generate_edit, ledger_of_a_sequence,
         ledger_of_single_edits, rivals, user_mistakes,
     ):  # fmt: skip
         try:

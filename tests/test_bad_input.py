@@ -54,10 +54,8 @@ def write(folder: Path, text: str) -> Path:
         ("objective: dpo\nschedule: breadth_first", r"schedule: .* it must be depth_first where objective is dpo"),
         ("memory_budget: 0", r"memory_budget: 0.0 is not allowed; it must be more than 0"),
         ("objective: dpo\nreplay: true", r"replay: True is not allowed; it must be false where objective is dpo"),
-        ("objective: dpo\naugment: 2", r"augment: 2 is not allowed; it must be 0 where objective is dpo"),
         ("replay_checks: 0", r"replay_checks: 0 is not allowed; it must be at least 1"),
         ("replay_budget: 0", r"replay_budget: 0.0 is not allowed; it must be more than 0"),
-        ("augment: -1", r"augment: -1 is not allowed; it must be 0 or more"),
         ("append_eos: 1", r"append_eos: 1 is not allowed; it must be bool"),
         ("alg_name: FT", r"alg_name: 'FT' is not allowed; it must be \"KDPO\""),
         ("model_name: ''", r"model_name: ''"),
@@ -120,6 +118,8 @@ def test_settings_come_from_omegaconf_too(tmp_path: Path) -> None:
         (["a"], r"request 0 is a str"),
         ([REQUEST, {"prompt": "a"}], r"request 1 has no 'target_new'; it has 'prompt'"),
         ([{"target_new": "a"}], r"request 0 has no 'prompt'"),
+        ([REQUEST, {**REQUEST, "rephrases": "a"}], r"request 1: 'rephrases' is 'a'; it must be a list of prompts"),
+        ([{**REQUEST, "rephrases": ["a", ""]}], r"request 0: 'rephrases' is \['a', ''\]; it must be"),
         ([{**REQUEST, "prompt": " "}], r"request 0: 'prompt' is empty"),
         ([REQUEST, {**REQUEST, "target_new": ""}], r"request 1: 'target_new' is empty"),
         ([{**REQUEST, "target_new": None}], r"request 0: 'target_new' is a NoneType; it must be text"),
@@ -132,6 +132,14 @@ def test_bad_requests_are_named_and_change_nothing(llama: Any, settings: Any, re
     before = state(model)
     with pytest.raises(KDPOError, match=message):
         apply_kdpo_to_model(model, tok, requests, settings())
+    assert_same(model, before)
+
+
+def test_rephrases_are_refused_where_they_cannot_be_trained(llama: Any, settings: Any) -> None:
+    model, tok = llama
+    before = state(model)
+    with pytest.raises(RequestError, match="'rephrases' cannot be trained where objective is dpo"):
+        apply_kdpo_to_model(model, tok, [{**REQUEST, "rephrases": ["a"]}], settings(objective="dpo"))
     assert_same(model, before)
 
 

@@ -13,7 +13,9 @@ import torch
 from conftest import PARAMETER, REQUEST, assert_same, load, state
 
 from kdpo_editor import EarlierEdits, EditDiverged, apply_kdpo_to_model, edit
+from kdpo_editor.earlier import Kept
 from kdpo_editor.objectives import lead
+from kdpo_editor.requests import EditTokens
 
 SECOND = {"prompt": "Which family does Epaspidoceras belong to?", "target_new": "Noctuidae"}
 THIRD = {"prompt": "What is the capital of the old country by the sea?", "target_new": "Noctuidae of the north"}
@@ -61,6 +63,44 @@ def test_the_leads_remembered_are_those_of_the_full_forward(llama: Any, settings
     one_call_each(model, tok, REQUESTS, settings(**MARGIN, replay=True, layers=[2, 4]))
     earlier = EarlierEdits.of(model, named(model, 2, 4))
     assert [one.lead for one in earlier.kept] == pytest.approx(leads(model, tok, REQUESTS), abs=1e-3)
+
+
+@pytest.mark.parametrize("budget", [2e9, 1.0], ids=["one-batch", "a-batch-each"])
+def test_batches_of_edits_hold_beside_those_before(llama: Any, settings: Any, budget: float) -> None:
+    model, tok = llama
+    hparams = settings(**MARGIN, replay=True, schedule="breadth_first", memory_budget=budget, layers=[2, 4])
+    for requests in (REQUESTS[:2], REQUESTS[2:]):
+        apply_kdpo_to_model(model, tok, requests, hparams)
+    assert min(leads(model, tok, REQUESTS)) > 2.0 - 1e-3
+
+
+def test_rephrases_are_remembered_too(llama: Any, settings: Any) -> None:
+    model, tok = llama
+    other = "The family of Epaspidoceras is"
+    one_call_each(model, tok, [{**SECOND, "rephrases": [other]}, *REQUESTS[2:]], settings(**MARGIN, replay=True))
+    assert min(leads(model, tok, [SECOND, {**SECOND, "prompt": other}, *REQUESTS[2:]])) > 2.0 - 1e-3
+
+
+def test_a_few_edits_are_checked_the_weakest_always() -> None:
+    earlier, answer, nothing = EarlierEdits(), torch.tensor([1]), torch.zeros(1, 1)
+    for i in range(100):
+        earlier.kept.append(Kept(EditTokens(torch.tensor([i]), answer), nothing, None, lead=float(i % 50)))
+    new = EditTokens(torch.tensor([100]), answer)
+    looked_at = [earlier.to_check([new], 10) for _ in range(30)]
+    assert {len(checked) for checked in looked_at} == {10}
+    assert all({one.lead for one in checked[:5]} == {0, 1, 2} for checked in looked_at)
+    assert len({one.tokens.prompt.item() for checked in looked_at for one in checked}) > 60
+
+
+def test_an_edit_runs_no_more_rows_however_many_were_before_it(llama: Any, settings: Any) -> None:
+    model, tok = llama
+    hparams = settings(**MARGIN, replay=True, replay_checks=3)
+    one_call_each(model, tok, [{**REQUEST, "prompt": f"What number is {i}?"} for i in range(8)], hparams)
+    rows: list[int] = []
+    model.model.layers[5].register_forward_pre_hook(lambda m, args: rows.append(args[0].shape[0]))
+    _, _, (trace,) = edit(model, tok, [SECOND], hparams)
+    assert trace.steps > 0
+    assert max(rows) == 1 + 3
 
 
 def named(model: Any, *layers: int) -> dict[str, Any]:

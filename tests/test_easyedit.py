@@ -98,6 +98,13 @@ def test_sequential_edits_stay_and_equal_edits_by_hand(results: dict[str, Any]) 
     assert min(found["rewrite"]) == 1.0
 
 
+def test_earlier_edits_are_replayed_in_a_sequence_and_forgotten_when_restored(results: dict[str, Any]) -> None:
+    found = scenario(results, "replayed")
+    assert len(found["in a row"]) == 4
+    assert min(found["in a row"]) >= 1.0
+    assert found["restored"] == []
+
+
 def test_batch_edit(results: dict[str, Any]) -> None:
     found = scenario(results, "batch_edit")
     assert found["metrics"] == 3

@@ -322,6 +322,32 @@ def test_a_step_computes_two_logits_an_answer_position(settings: Any) -> None:
     assert shapes == [whole, *[pairs] * 8] * 2 + [whole]
 
 
+REPHRASES = ["To which family does Epaspidoceras belong?", "The family of Epaspidoceras is"]
+
+
+@pytest.mark.parametrize("schedule", ["depth_first", "breadth_first"])
+def test_rephrases_are_trained_with_the_prompt(llama: Any, settings: Any, schedule: str) -> None:
+    model, tok = llama
+    phrasings = [{**SECOND, "prompt": prompt} for prompt in (SECOND["prompt"], *REPHRASES)]
+    plain, _, _ = edit(copy.deepcopy(model), tok, [SECOND], settings(schedule=schedule))
+    assert [answer(plain, tok, p) == "Noctuidae" for p in phrasings] != [True] * 3
+    requests = [{**SECOND, "rephrases": REPHRASES}, REQUEST]
+    _, _, traces = edit(model, tok, requests, settings(schedule=schedule))
+    assert [t.converged for t in traces] == [True] * 2
+    if schedule == "breadth_first":
+        assert [answer(model, tok, p) for p in phrasings] == ["Noctuidae"] * 3
+        assert answer(model, tok, REQUEST) == "male"
+
+
+def test_an_edit_has_converged_only_with_its_rephrases(llama: Any, settings: Any) -> None:
+    model, tok = llama
+    known = {**REQUEST, "target_new": answer(model, tok, {**REQUEST, "target_new": "human"})}
+    other = {**known, "rephrases": [SECOND["prompt"]]}
+    _, _, (trace,) = edit(model, tok, [other], settings(cycles=1, num_steps=1, lr=1e-6))
+    assert trace.cycles == []
+    assert not trace.converged
+
+
 # Several edits at once ----------------------------------------------------------------------------------------
 
 
@@ -367,6 +393,39 @@ def test_a_won_edit_is_left_out_and_looked_at_again(llama: Any, settings: Any) -
     assert traces[0].cycles == []
     assert traces[1].converged
     assert len(traces[1].cycles) >= 1
+
+
+def test_an_edit_that_held_at_first_is_trained_once_another_breaks_it(llama: Any, settings: Any) -> None:
+    model, tok = llama
+    near = {"prompt": "Which family does it belong to?", "target_new": "Aspidoceratidae"}
+    hparams = settings(schedule="breadth_first", lr=3e-3)
+    _, _, (known,) = edit(model, tok, [near], hparams)
+    assert known.steps == 0
+    _, _, traces = edit(model, tok, [near, SECOND], hparams)
+    assert all(t.converged and t.steps > 0 for t in traces)
+    assert [answer(model, tok, r) for r in (near, SECOND)] == [near["target_new"], SECOND["target_new"]]
+
+
+def test_breadth_first_ends_as_soon_as_all_edits_hold(llama: Any, settings: Any) -> None:
+    model, tok = llama
+    runs = [
+        edit(copy.deepcopy(model), tok, [SECOND, REQUEST, THIRD], settings(schedule="breadth_first", cycles=cycles))
+        for cycles in (20, 40)
+    ]
+    assert all(t.converged for t in runs[0][2])
+    assert max(len(t.cycles) for t in runs[0][2]) < 20
+    assert_same(runs[0][0], state(runs[1][0]))
+
+
+def test_breadth_first_edits_two_layers_together(llama: Any, settings: Any) -> None:
+    model, tok = llama
+    before = state(model)
+    requests = [SECOND, REQUEST, THIRD]
+    _, originals, traces = edit(model, tok, requests, settings(schedule="breadth_first", layers=[2, 4]))
+    assert all(t.converged for t in traces)
+    assert [answer(model, tok, r) for r in requests] == [r["target_new"] for r in requests]
+    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert changed == set(originals) == {PARAMETER, PARAMETER.replace("4", "2")}
 
 
 def test_steps_masked_on_the_device_equal_steps_not_taken(

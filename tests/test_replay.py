@@ -10,7 +10,8 @@ import transformers
 from plain import plain_kdpo
 from torch import nn
 
-from kdpo_editor import ModelError, edit
+from kdpo_editor import EarlierEdits, KDPOHyperParams, ModelError, edit
+from kdpo_editor.requests import EditTokens
 from kdpo_editor.suffix import Suffix, greedy
 
 LLAMA_LIKE = {
@@ -137,6 +138,22 @@ def test_replay_equals_full_forward(name: str, layer: int) -> None:
     rows = suffix.head_rows(pair)
     assert rows is not None
     torch.testing.assert_close(suffix.logits(suffix.replay(captured), rows), after.gather(-1, pair), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@torch.no_grad()
+def test_edits_captured_one_by_one_are_replayed_together(name: str) -> None:
+    """Of different lengths, after the edited matrix changed, with what the blocks are told made from other tokens."""
+    model, suffix, weight = suffix_of(name, 2)
+    hparams = KDPOHyperParams(model_name=name, layers=[2], rewrite_module_tmp="{}", replay=True)
+    edits = [EditTokens(ids[: n - 2], ids[n - 2 : n]) for ids, n in zip(IDS, LENGTHS.tolist(), strict=True)]
+    earlier = EarlierEdits()
+    kept = [one for tokens in edits for one in earlier.capture(suffix, [tokens], hparams)]
+    change(weight)
+    (batch,) = earlier.batches(suffix, kept, 2e9)
+    for tokens, logits in zip([edits[i] for i in batch.members], batch.logits, strict=True):
+        expected = model(input_ids=tokens.sequence.unsqueeze(0)).logits[0, -2:].float()
+        torch.testing.assert_close(logits, expected, atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
