@@ -36,7 +36,7 @@ def says_target(
     """For each request, whether the new answer is the model's choice at every position, under teacher forcing."""
     device = model.get_input_embeddings().weight.device  # type: ignore[operator]
     won = []
-    for edit in tokenize(tok, requests, append_eos=append_eos):
+    for edit, *_ in tokenize(tok, requests, append_eos=append_eos):
         logits = model(input_ids=edit.sequence.unsqueeze(0).to(device), use_cache=False).logits
         choice = logits[0, len(edit.prompt) - 1 :].argmax(-1).cpu()
         won.append(bool(torch.equal(choice, edit.chosen)))

@@ -123,7 +123,7 @@ def _edit_all(
     ledger: EditLedger,
     model: Any,
     tok: Any,
-    todo: list[tuple[str, dict[str, str]]],
+    todo: list[tuple[str, dict[str, Any]]],
     hparams: KDPOHyperParams,
     args: argparse.Namespace,
 ) -> int:
@@ -374,7 +374,7 @@ def _hparams(args: argparse.Namespace) -> KDPOHyperParams:
     return KDPOHyperParams.from_config({**values, "model_name": args.model})
 
 
-def _requests(args: argparse.Namespace) -> tuple[list[tuple[str, dict[str, str]]], list[str]]:
+def _requests(args: argparse.Namespace) -> tuple[list[tuple[str, dict[str, Any]]], list[str]]:
     """The requests, each with where it stands, and what is wrong with other lines."""
     from .request_file import read_lines
 
@@ -392,7 +392,7 @@ def _requests(args: argparse.Namespace) -> tuple[list[tuple[str, dict[str, str]]
     return good, [line.error for line in lines if line.error is not None]
 
 
-def _check(model: Any, tok: Any, request: dict[str, str], hparams: KDPOHyperParams) -> None:
+def _check(model: Any, tok: Any, request: dict[str, Any], hparams: KDPOHyperParams) -> None:
     """Raise what an edit of ``request`` would raise before it changes anything."""
     from .kdpo import _check_lengths
     from .requests import tokenize
@@ -400,16 +400,16 @@ def _check(model: Any, tok: Any, request: dict[str, str], hparams: KDPOHyperPara
     _check_lengths(model, tokenize(tok, [request], append_eos=hparams.append_eos))
 
 
-def _not_done(wanted: list[tuple[str, dict[str, str]]], done: list[dict[str, str]]) -> list[tuple[str, dict[str, str]]]:
+def _not_done(wanted: list[tuple[str, dict[str, Any]]], done: list[dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
     """Those of ``wanted`` that are left, ``done`` being a ledger's requests in order."""
-    rest: Iterator[dict[str, str]] = iter(done)
+    rest: Iterator[dict[str, Any]] = iter(done)
     for i, (_, request) in enumerate(wanted):
         if not any(_named(other) == _named(request) for other in rest):
             return wanted[i:]
     return []
 
 
-def _named(request: dict[str, str]) -> dict[str, str]:
+def _named(request: dict[str, Any]) -> dict[str, str]:
     return {"prompt": request["prompt"], "target_new": request.get("target_new", "")}
 
 

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from .contexts import note
 from .delta import Change, EditDelta
+from .earlier import EarlierEdits
 from .errors import DamagedFileError, EditDiverged, FingerprintError, LedgerError, LedgerLocked, StorageError
 from .hparams import KDPOHyperParams
 from .kdpo import EditTrace, edit
@@ -173,7 +174,7 @@ class EditLedger:
         return [self.edits[number] for number in self._path(self.head) if number]
 
     @property
-    def requests(self) -> list[dict[str, str]]:
+    def requests(self) -> list[dict[str, Any]]:
         """The requests of the edits that stand, in order."""
         return [request for one in self.branch for request in one.info.requests]
 
@@ -235,7 +236,8 @@ class EditLedger:
         """As :func:`kdpo_editor.edit`, and journaled as one edit once it succeeded.
 
         If the model is not at the head but where another edit left it, because its weights were put back, the
-        journal is first told so, and the edit goes on from there.
+        journal is first told so, and the edit goes on from there. With ``replay``, the earlier edits of a model that
+        was taken to the head just now are those of the current branch.
 
         Raises:
             FingerprintError: the model is in a state that the ledger does not know. Nothing was changed.
@@ -244,6 +246,8 @@ class EditLedger:
         self._check_writable()
         matrices = find_matrices(model, hparams)
         self.follow(model)
+        if hparams.replay:
+            EarlierEdits.recall(model, tok, self.requests, hparams)
         edited, originals, traces = edit(model, tok, requests, hparams, copy=copy)
         try:
             self.record(edited, originals, EditInfo.now(requests, hparams, traces), hparams.model_name)

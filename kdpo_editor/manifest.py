@@ -58,12 +58,13 @@ def values_from(record: Any, what: str) -> dict[str, Value]:
 class EditInfo:
     """What was asked in an edit, with which settings, and what came of it.
 
-    ``requests``: the text fields of each. ``outcomes``: ``{"converged": bool, "steps": int}`` of each, measured after
-    the edit (``converged``: under teacher forcing the new answer is the model's choice at every position); empty if not
-    known. ``hparams``: all settings, or ``None``. ``date``: UTC, ISO 8601. ``versions``: of what made the edit.
+    ``requests``: of each, the fields that are texts or lists of texts. ``outcomes``: ``{"converged": bool, "steps":
+    int}`` of each, measured after the edit (``converged``: teacher-forced, the new answer is the model's choice at
+    every position); empty if not known. ``hparams``: all settings, or ``None``. ``date``: UTC, ISO 8601.
+    ``versions``: of what made the edit.
     """
 
-    requests: list[dict[str, str]] = default(default_factory=list)
+    requests: list[dict[str, Any]] = default(default_factory=list)
     outcomes: list[dict[str, Any]] = default(default_factory=list)
     hparams: dict[str, Any] | None = None
     date: str = ""
@@ -83,7 +84,7 @@ class EditInfo:
         from . import __version__
 
         return cls(
-            requests=[{str(k): v for k, v in r.items() if isinstance(v, str)} for r in requests],
+            requests=[texts_of(r) for r in requests],
             outcomes=[{"converged": t.converged, "steps": t.steps} for t in traces],
             hparams=None if hparams is None else hparams.to_dict(),
             date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -110,17 +111,24 @@ class EditInfo:
             versions=field(record, "versions", dict, what),
         )
         for texts in (*info.requests, info.versions):
-            if not isinstance(texts, dict) or not all(isinstance(v, str) for v in texts.values()):
+            if not isinstance(texts, dict) or texts_of(texts) != texts:
                 raise DamagedFileError(f"{what}: requests and versions must hold texts only")
+        for request in info.requests:
+            field(request, "prompt", str, f"{what}: a request")
+            field(request, "target_new", str, f"{what}: a request")
         for outcome in info.outcomes:
             field(outcome, "converged", bool, f"{what}: an outcome")
             field(outcome, "steps", int, f"{what}: an outcome")
         return info
 
-    @property
-    def missed(self) -> list[dict[str, str]]:
-        """The requests that did not reach their target."""
-        return [r for r, o in zip(self.requests, self.outcomes, strict=False) if not o["converged"]]
+
+def texts_of(request: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a request that are texts or lists of texts; what else it has does not change an edit."""
+    return {
+        str(key): value
+        for key, value in request.items()
+        if isinstance(value, str) or (isinstance(value, list) and all(isinstance(v, str) for v in value))
+    }
 
 
 def config_of(model: nn.Module) -> dict[str, Any]:

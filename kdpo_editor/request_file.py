@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .errors import DamagedFileError, RequestError
+from .manifest import texts_of
 from .storage import MAX_JSON, parse_json
 
 ALIASES = {"target": "target_new"}
@@ -17,15 +18,15 @@ class Line:
     """One line: its number, from 1, and the request, or what is wrong with it."""
 
     number: int
-    request: dict[str, str] | None
+    request: dict[str, Any] | None
     error: str | None
 
 
 def read_lines(lines: Iterable[bytes], name: str) -> list[Line]:
     """Read ``{"prompt": ..., "target_new": ...}`` from each line that is not blank.
 
-    ``target`` is understood as ``target_new``; other texts are kept, anything else is left out. Bad lines do not raise:
-    each has an error that begins with ``name`` and the line's number.
+    ``target`` is understood as ``target_new``; other texts and lists of texts are kept, anything else is left out. Bad
+    lines do not raise: each has an error that begins with ``name`` and the line's number.
     """
     found = []
     for number, data in enumerate(lines, 1):
@@ -39,7 +40,7 @@ def read_lines(lines: Iterable[bytes], name: str) -> list[Line]:
     return found
 
 
-def _request(record: Any, what: str) -> dict[str, str]:
+def _request(record: Any, what: str) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise RequestError(f'{what} is a {type(record).__name__}; it must be {{"prompt": ..., "target_new": ...}}')
     record = {ALIASES.get(key, key): value for key, value in record.items()}
@@ -51,4 +52,4 @@ def _request(record: Any, what: str) -> dict[str, str]:
             raise RequestError(f"{what}: {key!r} is a {type(record[key]).__name__}; it must be text")
         if not record[key].strip():
             raise RequestError(f"{what}: {key!r} is empty")
-    return {key: value for key, value in record.items() if isinstance(value, str)}
+    return texts_of(record)

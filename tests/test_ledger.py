@@ -541,3 +541,27 @@ def test_a_pipe_in_place_of_the_journal_does_not_make_a_reader_wait(tmp_path: Pa
     os.mkfifo(tmp_path / "l" / "journal.jsonl")
     with pytest.raises(DamagedFileError, match="not a plain file"):
         EditLedger(tmp_path / "l")
+
+
+# Replay -------------------------------------------------------------------------------------------------------
+
+
+def test_a_resumed_run_with_replay_knows_its_earlier_edits(settings: Any, tmp_path: Path) -> None:
+    facts = list(dict.fromkeys((case["prompt"], case["target_new"]) for case in CASES))[:6]
+    requests = [{"prompt": p, "target_new": t} for p, t in facts]
+    hparams = settings(replay=True, ledger=str(tmp_path / "l"), margin=1.0)
+    undisturbed, tok = load("llama")
+    for request in requests:
+        apply_kdpo_to_model(undisturbed, tok, [request], settings(replay=True, margin=1.0))
+    first, _ = load("llama")
+    for request in requests[:3]:
+        apply_kdpo_to_model(first, tok, [request], hparams)
+    resumed, _ = load("llama")
+    EditLedger(tmp_path / "l").restore(resumed)
+    for request in requests[3:]:
+        apply_kdpo_to_model(resumed, tok, [request], hparams)
+    assert_same(resumed, state(undisturbed))
+    without, _ = load("llama")
+    for request in requests:
+        apply_kdpo_to_model(without, tok, [request], settings(margin=1.0))
+    assert not torch.equal(without.get_parameter(PARAMETER), resumed.get_parameter(PARAMETER)), "replay did something"

@@ -1,6 +1,6 @@
 """The command ``kdpo-compare``: methods, models and data sets side by side, a Hydra application.
 
-kdpo-compare -m method=kdpo,ft_l,ft_m,lora,rome,memit n_edits=100 protocol.eval_at=[1,10,100]
+    kdpo-compare -m method=kdpo,ft_l,ft_m,lora,rome,memit n_edits=100 protocol.eval_at=[1,10,100]
 """
 
 from __future__ import annotations

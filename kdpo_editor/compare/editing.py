@@ -73,9 +73,7 @@ class Editing:
         known = easyedit.methods()
         if self.algorithm not in known:
             form = "upstream" if easyedit.is_upstream() else "PyPI"
-            raise HyperParamsError(
-                f"EasyEdit's {form} form has no method {self.algorithm!r}; it has {', '.join(known)}"
-            )
+            raise HyperParamsError(f"EasyEdit's {form} form has no method {self.algorithm!r}; it has {', '.join(known)}")
         self.apply = known[self.algorithm]
         device = next(model.parameters()).device
         placed = {"device": "cpu" if device.type == "cpu" else device.index or 0}

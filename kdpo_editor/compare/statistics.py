@@ -70,9 +70,7 @@ def second_moments(
     """
     device = next(model.parameters()).device
     weights = {name: model.get_submodule(name).weight for name in names}
-    sizes = {
-        n: w.shape[0] if type(model.get_submodule(n)).__name__ == "Conv1D" else w.shape[1] for n, w in weights.items()
-    }  # type: ignore[union-attr, index]
+    sizes = {n: w.shape[0] if type(model.get_submodule(n)).__name__ == "Conv1D" else w.shape[1] for n, w in weights.items()}  # type: ignore[union-attr, index]
     sums = {name: torch.zeros(size, size, dtype=torch.float64) for name, size in sizes.items()}
     count = 0
     kept: list[Tensor] = []
