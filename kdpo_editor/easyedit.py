@@ -296,9 +296,9 @@ def _resumed(init: Callable[..., None]) -> Callable[..., None]:
         init(self, hparams)
         folder = _ledger_of(hparams)
         if folder is not None:
-            from .ledger import EditLedger
+            from .ledger import writing
 
-            with EditLedger(folder, write=True) as ledger:
+            with writing(folder) as ledger:
                 head = ledger.restore(self.model)
             if head:
                 LOG.warning("resumed from %s: the model has its edits up to %d", folder, head)
@@ -316,9 +316,9 @@ def _followed(method: Callable[..., Any]) -> Callable[..., Any]:
         finally:
             folder = _ledger_of(self.hparams)
             if folder is not None:
-                from .ledger import EditLedger
+                from .ledger import writing
 
-                with EditLedger(folder, write=True) as ledger:
+                with writing(folder) as ledger:
                     ledger.follow(self.model)
 
     return wrapped

@@ -89,9 +89,9 @@ def apply_kdpo_to_model(
     if hparams.ledger is None:
         model, originals, _ = edit(model, tok, requests, hparams, copy=copy)
     else:
-        from .ledger import EditLedger
+        from .ledger import writing
 
-        with EditLedger(hparams.ledger, write=True) as ledger:
+        with writing(hparams.ledger) as ledger:
             model, originals, _ = ledger.edit(model, tok, requests, hparams, copy=copy)
     return model, originals if return_orig_weights else {}
 

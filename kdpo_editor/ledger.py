@@ -16,8 +16,8 @@ import errno
 import hashlib
 import os
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -133,23 +133,29 @@ class EditLedger:
         self.model_name: str | None = None
         self._config: dict[str, Any] | None = None
         self._base: dict[str, Value] = {}
-        self._end = 0
         self._skip = skip_damaged
         self._lock: int | None = None
         self._journal = self.folder / JOURNAL
-        if not self._journal.exists():
-            self._check_fresh(write)
-        if write:
-            make_folder(self.folder)
-            self._lock = _lock(self.folder / LOCK, wait)
+        # How far the journal was read: lines, bytes, and the last of the lines.
+        self._lines, self._end, self._last = 0, 0, b""
+        self._open(write, wait)
+
+    def _open(self, write: bool, wait: float) -> None:
         try:
+            if not self._journal.exists():
+                self._check_fresh(write)
+            if write:
+                make_folder(self.folder)
+                self._lock = _lock(self.folder / LOCK, wait)
             self._read()
             if write:
                 for unfinished in self.folder.glob("*.part"):
                     with suppress(OSError):
                         unfinished.unlink()
-        except BaseException:
+        except BaseException as error:
             self.close()
+            if isinstance(error, OSError) and not isinstance(error, StorageError):
+                raise storage_error("open", self.folder, error) from error
             raise
 
     def __enter__(self) -> EditLedger:
@@ -418,21 +424,32 @@ class EditLedger:
             raise StorageError(errno.ENOENT, f"there is no ledger in {self.folder}")
 
     def _read(self) -> None:
-        self.edits, self._base, self.head, self._tip, self._end, self.damaged = {}, {}, 0, 0, 0, []
-        self._config = self.model_name = None
+        """Read what the journal has beyond what was read before; all of it if it is another one by now."""
         if not self._journal.exists():
+            self._forget()
             return
-        file = open_regular(self._journal)
-        with file:
+        with open_regular(self._journal) as file:
             if os.fstat(file.fileno()).st_size > MAX_JOURNAL:
                 raise DamagedFileError(f"{self._journal} is longer than {MAX_JOURNAL} bytes")
-            self._read_lines(file)
+            file.seek(self._end - len(self._last))
+            if not self._last or file.read(len(self._last)) != self._last:
+                self._forget()
+                file.seek(0)
+            try:
+                self._read_lines(file)
+            except BaseException:
+                self._forget()
+                raise
+
+    def _forget(self) -> None:
+        self.edits, self._base, self.head, self._tip, self.damaged = {}, {}, 0, 0, []
+        self._config = self.model_name = None
+        self._lines, self._end, self._last = 0, 0, b""
 
     def _read_lines(self, file: BinaryIO) -> None:
-        number = 0
         while line := file.readline(MAX_JSON + 2):
-            number += 1
-            what = f"{self._journal}, line {number}"
+            what = f"{self._journal}, line {self._lines + 1}"
+            whole = line
             if not line.endswith(b"\n") and len(line) <= MAX_JSON:
                 return  # cut short by a crash, or being written now
             try:
@@ -445,7 +462,7 @@ class EditLedger:
                     line = file.readline(MAX_JSON)
                 if not line:
                     return
-            self._end = file.tell()
+            self._lines, self._end, self._last = self._lines + 1, file.tell(), whole if line is whole else b""
 
     def _take_line(self, line: bytes, what: str) -> None:
         entry = parse_json(line.rstrip(b"\n"), what)
@@ -488,6 +505,8 @@ class EditLedger:
     def _append(self, record: dict[str, Any]) -> None:
         """Add a line, on the disk when this returns; on an error the journal is as before."""
         data = _line(record)
+        if len(data) > MAX_JSON or self._end + len(data) > MAX_JOURNAL:
+            raise LedgerError(f"{self._journal} would become too long: compact it, or edit fewer requests in one call")
         try:
             new = not self._journal.exists()
             descriptor = os.open(self._journal, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
@@ -508,7 +527,7 @@ class EditLedger:
                 os.close(descriptor)
         except OSError as error:
             raise storage_error("write", self._journal, error) from error
-        self._end += len(data)
+        self._lines, self._end, self._last = self._lines + 1, self._end + len(data), data
 
     # States ---------------------------------------------------------------------------------------------------
 
@@ -580,6 +599,25 @@ class EditLedger:
     def _check_writable(self) -> None:
         if self._lock is None:
             raise LedgerError(f"{self.folder} is open for reading only; open it with write=True")
+
+
+# Those that calls of this process wrote to, so that a long run reads its journal once.
+_WRITTEN: dict[Path, EditLedger] = {}
+
+
+@contextmanager
+def writing(folder: str | Path) -> Iterator[EditLedger]:
+    """Inside, the ledger in ``folder`` is open for writing, as by ``EditLedger(folder, write=True)``."""
+    path = Path(folder).absolute()
+    ledger = _WRITTEN.get(path)
+    if ledger is None:
+        ledger = _WRITTEN[path] = EditLedger(path, write=True)
+    else:
+        if ledger._lock is not None:
+            raise LedgerError(f"{folder} is being written to by another thread of this process")
+        ledger._open(True, 0.0)
+    with ledger:
+        yield ledger
 
 
 def _checksum(record: dict[str, Any]) -> str:

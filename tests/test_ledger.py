@@ -565,3 +565,41 @@ def test_a_resumed_run_with_replay_knows_its_earlier_edits(settings: Any, tmp_pa
     for request in requests:
         apply_kdpo_to_model(without, tok, [request], settings(margin=1.0))
     assert not torch.equal(without.get_parameter(PARAMETER), resumed.get_parameter(PARAMETER)), "replay did something"
+
+
+# A long run ---------------------------------------------------------------------------------------------------
+
+
+def test_what_another_process_did_meanwhile_is_seen(llama: Any, settings: Any, tmp_path: Path) -> None:
+    model, tok = llama
+    hparams = settings(ledger=str(tmp_path / "l"))
+    apply_kdpo_to_model(model, tok, [REQUEST], hparams)
+    with EditLedger(tmp_path / "l", write=True) as other:
+        other.undo(1, model)
+    apply_kdpo_to_model(model, tok, [SECOND], hparams)
+    assert [one.parent for one in EditLedger(tmp_path / "l").edits.values()] == [0, 0]
+    with EditLedger(tmp_path / "l", write=True) as other:
+        other.compact()
+    apply_kdpo_to_model(model, tok, [REQUEST], hparams)
+    assert [one.number for one in EditLedger(tmp_path / "l").branch] == [2, 3]
+
+
+def test_a_ledger_that_was_removed_begins_anew(llama: Any, settings: Any, tmp_path: Path) -> None:
+    model, tok = llama
+    hparams = settings(ledger=str(tmp_path / "l"))
+    apply_kdpo_to_model(model, tok, [REQUEST], hparams)
+    shutil.rmtree(tmp_path / "l")
+    apply_kdpo_to_model(model, tok, [SECOND], hparams)
+    assert [one.info.requests for one in EditLedger(tmp_path / "l").branch] == [[SECOND]]
+
+
+def test_a_folder_that_may_not_be_entered_is_named() -> None:
+    root = Path(tempfile.mkdtemp())
+    try:
+        make(root / "l", 1)
+        root.chmod(0o700)
+        said = as_nobody(lambda: raised(lambda: EditLedger(root / "l")))
+        if os.getuid() == 0:
+            assert said == f"StorageError: [Errno 13] cannot open {root}/l: Permission denied"
+    finally:
+        shutil.rmtree(root)
