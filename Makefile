@@ -1,7 +1,9 @@
-# make demo   edit real facts in the shipped model, KDPO beside FT
-# make test   lint, types, tests
-# make bench  speed and memory, side by side in one run (about ten minutes on two cores)
-# make model  train the shipped model again (under ten minutes on two cores)
+# make demo     edit real facts in the shipped model, KDPO beside FT
+# make test     lint, types, tests
+# make compare  every method on the shipped model, fifty edits in a row, ending with the table (under ten minutes)
+# make bench    speed and memory, side by side in one run (about ten minutes on two cores)
+# make tune     choose every method's settings for the shipped model again (an hour or two)
+# make model    train the shipped model again (under ten minutes on two cores)
 #
 # The environment is made in .venv. TORCH chooses the build of torch, for example TORCH=torch==2.6.0;
 # KDPO_EASYEDIT names an upstream EasyEdit checkout to use instead of the PyPI release.
@@ -10,7 +12,12 @@ VENV ?= .venv
 TORCH ?= torch>=2.4
 BIN := $(VENV)/bin
 
-.PHONY: demo test bench model clean
+.PHONY: demo test compare bench tune model clean
+
+# An experiment of kdpo_editor/compare/conf/experiment for make compare.
+EXPERIMENT ?= shipped
+RESULTS ?= results/$(EXPERIMENT)
+METHODS ?= kdpo kdpo_dpo ft_l ft_m lora rome memit
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m kdpo_editor.demo
@@ -21,9 +28,14 @@ test: $(VENV)/.installed
 	$(BIN)/mypy
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
 
+compare: $(VENV)/.installed
+	$(BIN)/kdpo-compare experiment=$(EXPERIMENT) out=$(RESULTS)
+
 bench: $(VENV)/.installed
-	$(BIN)/pip install --quiet --editable ".[bench]"
 	$(BIN)/python benchmarks/bench.py
+
+tune: $(VENV)/.installed
+	$(BIN)/python benchmarks/tune.py $(METHODS)
 
 model: $(VENV)/.installed
 	$(BIN)/python -m kdpo_editor.testbed.train --out kdpo_editor/testbed/llama-knowedit
@@ -36,6 +48,6 @@ $(VENV)/.installed: setup.cfg pyproject.toml
 	@$(PYTHON) -m venv $(VENV) || { echo "On Debian and Ubuntu: apt install python3-venv"; exit 1; }
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet "$(TORCH)"
-	$(BIN)/pip install --quiet --editable ".[easyedit,dev]"
+	$(BIN)/pip install --quiet --editable ".[easyedit,compare,joblib,slurm,tune,dev]"
 	$(BIN)/pip install --quiet --no-deps easyeditor==0.0.1.dev0
 	@touch $@

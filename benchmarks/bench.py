@@ -4,9 +4,9 @@
 
 On the shipped model and on random-weight models of real shapes (Qwen1.5-0.5B; Llama-2-7B and Qwen2.5-7B where there is
 a GPU) it measures, alternating, this editor, KDPO written plainly (``tests/plain.py``: two models, full forward
-passes), and the installed framework's FT and ROME; then how the cost of an edit grows with answer length, layer,
-earlier edits and batch size; and what share of the machine's matrix speed a step reaches. Writes
-``benchmarks/results/bench.{md,json,png}``.
+passes), and the installed framework's FT, ROME, LoRA and (upstream) DPO; then how the cost of an edit grows with
+answer length, layer, earlier edits and batch size; and what share of the machine's matrix speed a step reaches.
+Writes ``benchmarks/results/bench.{md,json,png}``.
 """
 
 from __future__ import annotations
@@ -24,11 +24,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from tqdm import tqdm
 
 from kdpo_editor import SHIPPED_MODEL, KDPOHyperParams, easyedit, edit
+from kdpo_editor.compare.datasets import Record
+from kdpo_editor.compare.editing import Editing
 from kdpo_editor.compare.memory import peak_bytes
-from kdpo_editor.demo import settings_for
 from kdpo_editor.easyedit import quietly
 from kdpo_editor.hparams import settings_folder
 from kdpo_editor.testbed import load_model, load_records
@@ -58,6 +60,8 @@ class Model:
     hparams: KDPOHyperParams
     parameter: str = field(init=False)
     original: torch.Tensor = field(init=False)
+    editings: dict[str, Editing] = field(default_factory=dict)
+    """The framework's methods that have edited it."""
 
     def __post_init__(self) -> None:
         self.parameter = self.hparams.rewrite_module_tmp.format(self.hparams.layers[0]) + ".weight"
@@ -68,6 +72,8 @@ class Model:
         return self.model.get_parameter(self.parameter)
 
     def undo(self) -> None:
+        for editing in self.editings.values():
+            editing.undo()
         self.model.requires_grad_(True)
         with torch.no_grad():
             self.weight.copy_(self.original)
@@ -110,16 +116,14 @@ def ours(m: Model, record: dict[str, Any]) -> tuple[int, Any]:
 
 
 def framework(method: str) -> Callable[[Model, dict[str, Any]], tuple[int, Any]]:
-    """The installed EasyEdit's own function for ``method``, at the same layer as KDPO (ROME: at its own)."""
-    hparams = settings_for(method, None)
+    """The installed EasyEdit's own function for ``method``, FT at the same layer as KDPO, the others at their own."""
+    folder = method if method != "FT" else "FT-M" if easyedit.is_upstream() else "FT-L"
+    config = yaml.safe_load((settings_folder() / folder / f"{SHIPPED_MODEL}.yaml").read_text("utf-8"))
 
     def run(m: Model, record: dict[str, Any]) -> tuple[int, Any]:
-        from easyeditor.util.alg_dict import ALG_DICT
-
-        if method == "FT":
-            hparams.layers = m.hparams.layers
-        hparams.device = m.hparams.device if torch.cuda.is_available() else "cpu"
-        m.tok.pad_token, m.tok.padding_side = m.tok.eos_token, "right" if method == "ROME" else "left"
+        if method not in m.editings:
+            layers = {"layers": m.hparams.layers} if method == "FT" else {}
+            m.editings[method] = Editing(m.model, m.tok, {**config, **layers}, seed=0, folder=RESULTS)
         steps = 0
         backward = torch.autograd.backward
 
@@ -129,21 +133,17 @@ def framework(method: str) -> Callable[[Model, dict[str, Any]], tuple[int, Any]]
             backward(*args, **kwargs)
 
         torch.autograd.backward = counted
-        names = {name: p.detach().clone() for name, p in m.model.named_parameters()} if method == "ROME" else {}
         try:
-            with quietly():
-                if easyedit.is_upstream():
-                    ALG_DICT[method](m.model, m.tok, [record], hparams)
-                else:
-                    with easyedit.on_device(hparams):
-                        ALG_DICT[method](m.model, m.tok, [record], hparams)
+            m.editings[method].edit([from_shipped(record)])
         finally:
             torch.autograd.backward = backward
-            for name, value in names.items():
-                m.model.get_parameter(name).data.copy_(value)
         return steps, None
 
     return run
+
+
+def from_shipped(record: dict[str, Any]) -> Record:
+    return Record(record["subject"], record["prompt"], record["target_new"], record["ground_truth"], (), {}, {}, 0)
 
 
 def synchronise() -> None:
@@ -341,7 +341,8 @@ def main() -> None:
     upstream = easyedit.is_upstream()
     ft = "FT-M, EasyEdit" if upstream else "FT-L, EasyEdit"
     cuda = torch.cuda.is_available()
-    plans: list[tuple[Callable[[], Model], tuple[str, ...], int]] = [(shipped, ("FT", "ROME"), 10)]
+    others = ("FT", "ROME", "LoRA", *(("DPO",) if upstream else ()))
+    plans: list[tuple[Callable[[], Model], tuple[str, ...], int]] = [(shipped, others, 10)]
     plans.append((lambda: random_model("Qwen1.5-0.5B", 21), ("FT",), 5))
     if cuda:
         plans += [

@@ -1,86 +1,63 @@
-"""Tune a method's settings for the shipped model on records that neither the demo nor the tests edit.
+"""Tune methods for the shipped model, each with the same budget, and keep what was found.
 
-    python benchmarks/tune.py KDPO|FT|ROME [--records 30]
+    python benchmarks/tune.py kdpo ft_m ... [--out DIR]
 
-Every method gets the same budget: 18 settings, the same records, single edits through ``BaseEditor``. The best is
-the one with the highest mean of success, rephrase and locality. Writes ``benchmarks/tuning/<method>.json``.
+Runs ``kdpo-compare experiment=tune_<method>`` (18 trials on the validation split, see
+``kdpo_editor/compare/conf/tuning.yaml``) for each method, then writes every trial in ``DIR``, best first, to
+``benchmarks/tuning/<method>-<form>.csv``. Trials that are there already are not run again.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
+import csv
 import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from tqdm import tqdm
+import pandas as pd
+import yaml
 
-from kdpo_editor import easyedit
-from kdpo_editor.demo import quietly, settings_for
-from kdpo_editor.testbed import load_records
+from kdpo_editor.compare.tune import objective
 
-RATES = (5e-4, 1e-3, 2e-3, 3e-3, 5e-3, 1e-2)
-GRIDS: dict[str, dict[str, tuple[Any, ...]]] = {
-    "KDPO": {"layers": ([2], [3], [4]), "lr": RATES},
-    "FT": {"layers": ([2], [3], [4]), "lr": RATES},
-    "ROME": {"layers": ([0], [1]), "v_num_grad_steps": (25, 60, 100), "v_lr": (0.1, 0.3, 0.5)},
-}
-
-
-def settings(method: str, **overrides: Any) -> Any:
-    hparams = settings_for(method, "cpu")
-    for key, value in overrides.items():
-        setattr(hparams, key, value)
-    return hparams
-
-
-def measure(hparams: Any, records: list[dict[str, Any]]) -> dict[str, float]:
-    from easyeditor import BaseEditor
-
-    facts = [r["locality"][0] for r in records]
-    with quietly():
-        metrics, _, _ = BaseEditor.from_hparams(hparams).edit(
-            prompts=[r["prompt"] for r in records],
-            target_new=[r["target_new"] for r in records],
-            ground_truth=[r["ground_truth"] for r in records],
-            rephrase_prompts=[r["rephrase_prompt"] for r in records],
-            subject=[r["subject"] for r in records],
-            locality_inputs={"same": {k: [f[k] for f in facts] for k in ("prompt", "ground_truth")}},
-            verbose=False,
-            **({} if easyedit.is_upstream() else {"keep_original_weight": True}),
-        )
-    return {
-        "success": float(np.mean([np.mean(m["post"]["rewrite_acc"]) for m in metrics])),
-        "rephrase": float(np.mean([np.mean(m["post"]["rephrase_acc"]) for m in metrics])),
-        "locality": float(np.mean([np.mean(m["post"]["locality"]["same_acc"]) for m in metrics])),
-    }
+HERE = Path(__file__).parent
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("method", choices=GRIDS)
-    parser.add_argument("--records", type=int, default=30)
+    parser.add_argument("methods", nargs="*")
+    parser.add_argument("--out", type=Path, default=Path("results/tuning"))
     args = parser.parse_args()
-    torch.set_num_threads(1)
-    easyedit.require()
-    records = load_records()[100 : 100 + args.records]
-    grid = GRIDS[args.method]
-    rows = []
-    for values in tqdm(list(itertools.product(*grid.values()))):
-        chosen = dict(zip(grid, values, strict=True))
-        found = measure(settings(args.method, **chosen), records)
-        rows.append({**chosen, **found, "mean": sum(found.values()) / len(found)})
-    rows.sort(key=lambda row: -row["mean"])
-    form = "upstream" if easyedit.is_upstream() else "pypi"
-    out = Path(__file__).parent / "tuning" / f"{args.method}-{form}.json"
-    out.parent.mkdir(exist_ok=True)
-    out.write_text(json.dumps({"records": args.records, "rows": rows}, indent=1) + "\n", "utf-8")
-    for row in rows[:6]:
-        sys.stdout.write(f"{row}\n")
+    for method in args.methods:
+        command = [sys.executable, "-m", "kdpo_editor.compare.app", f"experiment=tune_{method}", f"out={args.out}"]
+        subprocess.run(command, check=True)
+    trials: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for file in sorted(args.out.glob("*/manifest.json")):
+        manifest = json.loads(file.read_text("utf-8"))
+        if manifest["status"] == "complete":
+            trials.setdefault((manifest["method"], manifest["form"]), []).append(trial(file.parent))
+    (HERE / "tuning").mkdir(exist_ok=True)
+    for (method, form), rows in trials.items():
+        searched = [k for k in rows[0] if k in FIGURES or len({str(row[k]) for row in rows}) > 1]
+        rows.sort(key=lambda row: -row["mean"])
+        with open(HERE / "tuning" / f"{method}-{form}.csv", "w", encoding="utf-8", newline="") as stream:
+            writer = csv.DictWriter(stream, searched, extrasaction="ignore", lineterminator="\n")
+            writer.writeheader()
+            writer.writerows({k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+
+
+FIGURES = ("rewrite", "rephrase", "locality", "mean")
+
+
+def trial(cell: Path) -> dict[str, Any]:
+    """Settings and figures of one trial."""
+    hparams = yaml.safe_load((cell / "config.yaml").read_text("utf-8"))["method"]["hparams"]
+    frame = pd.read_parquet(cell / "rows.parquet")
+    frame = frame[frame["when"] == "checkpoint"]
+    kinds = frame["metric"].str.extract(r"^(rewrite|rephrase|locality)(?:\..*)?_acc$")[0]
+    return {**hparams, **frame.groupby(kinds)["value"].mean().to_dict(), "mean": objective(cell)}
 
 
 if __name__ == "__main__":

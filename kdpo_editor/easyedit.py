@@ -25,8 +25,8 @@ ledgers              With ``ledger`` in KDPO's settings, an editor takes its mod
                      ever tells a method so.
 PyPI's contract      The PyPI form writes back every weight a method returns unless it was asked to keep the original,
                      so KDPO returns none then. Can go with the PyPI form.
-PyPI's MEMIT         Expects blocks to return tuples, as they did before transformers 4.56; its traces are shown such. Can
-                     go with the PyPI form.
+PyPI's MEMIT         Expects blocks to return tuples, as they did before transformers 4.56; its traces are shown
+                     such. Can go with the PyPI form.
 PyPI's LoRA          Is AdaLoRA, which current peft refuses without the number of steps; it is told. Needs an attribute
                      ``model_parallel`` that its settings lack; they get it. Can go with the PyPI form.
 :func:`settings`     A method's settings in whichever class the installed form reads, whose fields differ.
@@ -332,7 +332,7 @@ def _ledger_of(hparams: Any) -> str | None:
 
 
 def _mend_memit() -> None:
-    compute_z = importlib.import_module("easyeditor.models.memit.compute_z")
+    compute_z: Any = importlib.import_module("easyeditor.models.memit.compute_z")
     nethook = compute_z.nethook
 
     class TraceDict(nethook.TraceDict):  # type: ignore[misc, name-defined]
@@ -356,7 +356,7 @@ def _mend_memit() -> None:
 
 
 def _mend_lora() -> None:
-    lora = importlib.import_module("easyeditor.models.lora.lora_main")
+    lora: Any = importlib.import_module("easyeditor.models.lora.lora_main")
     hparams_class = importlib.import_module("easyeditor.models.lora.lora_hparams").LoRAHyperParams
     hparams_class.model_parallel = False
     config_class, run = lora.AdaLoraConfig, lora.execute_lora

@@ -1,6 +1,6 @@
 """The command ``kdpo-compare``: methods, models and data sets side by side, a Hydra application.
 
-    kdpo-compare -m method=kdpo,ft_l,ft_m,lora,rome,memit n_edits=100 protocol.eval_at=[1,10,100]
+kdpo-compare -m method=kdpo,ft_l,ft_m,lora,rome,memit n_edits=100 protocol.eval_at=[1,10,100]
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ LOG = logging.getLogger(__name__)
 _OUT: dict[str, Any] = {}
 
 OmegaConf.register_new_resolver("kdpo_settings", lambda: str(settings_folder()), replace=True)
+OmegaConf.register_new_resolver("gpu", lambda: _gpu(), replace=True)
 _store = ConfigStore.instance()
 _store.store("schema", schema.Compare)
 for _name, _schema in (
@@ -36,6 +37,17 @@ for _name, _schema in (
     ("protocol", schema.Protocol),
 ):
     _store.store(f"{_name}_schema", _schema)
+
+
+def _gpu() -> str:
+    """For ``model.device=${gpu:}``: a GPU of its own for each job that a launcher runs at the same time."""
+    import torch
+    from hydra.core.hydra_config import HydraConfig
+
+    count = torch.cuda.device_count()
+    job = HydraConfig.get().job
+    number = 0 if OmegaConf.is_missing(job, "num") else job.num  # a single run has none
+    return f"cuda:{number % count}" if count else "cpu"
 
 
 class Refused(CompactHydraException):
@@ -102,4 +114,6 @@ def _manifests(folder: Path, since: float) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from kdpo_editor.compare import app  # by its own name, which the callback above goes by
+
+    sys.exit(app.main())

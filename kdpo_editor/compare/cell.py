@@ -287,6 +287,7 @@ def _records(config: Compare) -> tuple[list[Record], list[Record]]:
 def _cell(config: Compare, edited: Sequence[Record]) -> Cell:
     easyedit.require()
     told = {k: v for k, v in asdict(config).items() if k not in ELSEWHERE}
+    del told["model"]["device"]
     told |= {"records": content_hash(edited), "form": "upstream" if easyedit.is_upstream() else "pypi"}
     code = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:12]
     identity = {

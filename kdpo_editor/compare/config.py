@@ -44,7 +44,7 @@ class Model:
     characters: int = 20_000_000
     """Of that text, at most."""
     held_out_text: str | None = None
-    """Text for the perplexity, likewise; null is a piece of the Simple English Wikipedia that comes with the package."""
+    """Text for the perplexity, likewise; null is a piece of the Simple English Wikipedia, in the package."""
 
 
 @dataclass
@@ -54,7 +54,7 @@ class Dataset:
     name: str = MISSING
     """As in results."""
     source: str = MISSING
-    """"shipped", a name of :data:`~kdpo_editor.compare.datasets.KNOWN`, ``hub:<owner/name>:<file>``, or a local file."""
+    """"shipped", a name of :data:`~.datasets.KNOWN`, ``hub:<owner/name>:<file>``, or a local file."""
     offset: int = 0
     """Records of the seeded order to leave out at the start."""
     split: str = "test"

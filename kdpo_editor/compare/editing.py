@@ -73,7 +73,9 @@ class Editing:
         known = easyedit.methods()
         if self.algorithm not in known:
             form = "upstream" if easyedit.is_upstream() else "PyPI"
-            raise HyperParamsError(f"EasyEdit's {form} form has no method {self.algorithm!r}; it has {', '.join(known)}")
+            raise HyperParamsError(
+                f"EasyEdit's {form} form has no method {self.algorithm!r}; it has {', '.join(known)}"
+            )
         self.apply = known[self.algorithm]
         device = next(model.parameters()).device
         placed = {"device": "cpu" if device.type == "cpu" else device.index or 0}
@@ -230,7 +232,7 @@ class Editing:
         if self._reset is not None:
             for module in self.base.modules():
                 if hasattr(module, "key_id"):
-                    module.key_id = position
+                    setattr(module, "key_id", position)  # noqa: B010  (not a tensor, whatever modules are typed as)
 
 
 def available(config: dict[str, Any]) -> bool:

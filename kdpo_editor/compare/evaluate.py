@@ -180,7 +180,7 @@ def normalised(text: str) -> str:
 
 def ngram_entropy(text: str) -> float:
     """Fluency as ROME defines it: entropies of 2- and 3-grams in bits, averaged with weights 2/3 and 4/3."""
-    from nltk.tokenize import NLTKWordTokenizer
+    from nltk.tokenize import NLTKWordTokenizer  # type: ignore[import-untyped]
 
     words = NLTKWordTokenizer().tokenize(text)
 

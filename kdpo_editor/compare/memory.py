@@ -15,7 +15,7 @@ class LiveBytes(TorchDispatchMode):
     """Bytes of the tensor storages made inside and still alive; ``peak`` is their highest."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.storages: dict[int, tuple[StorageWeakRef, int]] = {}
         self.peak = 0
 
@@ -37,7 +37,7 @@ def peak_bytes(call: Callable[[], Any]) -> int:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         call()
-        return torch.cuda.max_memory_allocated() - before
+        return int(torch.cuda.max_memory_allocated()) - before
     with LiveBytes() as live:
         call()
-    return live.peak
+    return int(live.peak)

@@ -25,7 +25,10 @@ SAME_IN_ROWS = ("method", "label", "model", "dataset", "protocol", "seed", "n_ed
 COLUMNS = {"edit": pa.int64(), "checkpoint": pa.int64(), "when": pa.string(), "metric": pa.string()}
 WHEN = {"pre", "right_after", "checkpoint"}
 # Where and with which seed a cell ran does not make it another variant of its method.
-NOT_A_SETTING = ("seed", "device", "dir", "folder", "path", "root", "out", "output", "cache")
+NOT_A_SETTING = (
+    "seed", "device", "dir", "stats_dir", "folder", "path", "root", "out", "output", "cache",
+    "overwrite", "threads", "report", "experiment",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)

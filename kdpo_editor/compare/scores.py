@@ -41,7 +41,7 @@ class Outputs:
 
 
 def probes(record: Record) -> dict[str, tuple[Probe, ...]]:
-    """All that is asked about one edit, by group: ``rewrite``, ``rephrase``, ``locality.<key>``, ``portability.<key>``."""
+    """What is asked about one edit, by group: ``rewrite``, ``rephrase``, ``locality.<key>``, ``portability.<key>``."""
     new = (record.target_new,)
     return {
         "rewrite": (Probe(record.prompt, new),),
@@ -56,7 +56,9 @@ def observe(evaluator: Evaluator, records: Sequence[Record], longest: int, fluen
 
     ``longest``: tokens generated at most for an answer. ``fluency``: tokens generated for the n-gram entropy, or 0.
     """
-    asked = [(i, group, probe) for i, record in enumerate(records) for group, of in probes(record).items() for probe in of]
+    asked = [
+        (i, group, probe) for i, record in enumerate(records) for group, of in probes(record).items() for probe in of
+    ]
     # An answer that is not known (locality may lack one) is replaced by a word: only agreement is looked at.
     forced = evaluator.predict([(p.prompt, p.answers[0] if p.answers else "the") for _, _, p in asked])
     free = [(i, group, probe) for i, group, probe in asked if not group.startswith("locality.")]

@@ -27,7 +27,7 @@ from ..errors import DataError, KDPOError
 from ..testbed import taught_texts
 from .evaluate import as_found
 
-OPENERS = {".xz": lzma.open, ".gz": gzip.open, ".bz2": bz2.open}
+OPENERS: dict[str, Any] = {".xz": lzma.open, ".gz": gzip.open, ".bz2": bz2.open}
 WINDOW = 256
 
 
@@ -36,7 +36,8 @@ def ensure(
 ) -> bool:
     """Compute the moments that the method settings ``config`` ask for, unless they lie in ``folder``.
 
-    ``text``: a file for :func:`read_text`, at most ``characters`` of it, or "shipped", what the shipped model was taught.
+    ``text``: a file for :func:`read_text`, at most ``characters`` of it, or "shipped": what the shipped model
+    was taught.
 
     Returns whether any had to be computed. Raises :class:`~kdpo_editor.errors.DataError` if some are missing and
     there is no text to compute them from.
@@ -69,9 +70,7 @@ def second_moments(
     ``text``: documents, each read in windows of 256 tokens at most.
     """
     device = next(model.parameters()).device
-    weights = {name: model.get_submodule(name).weight for name in names}
-    sizes = {n: w.shape[0] if type(model.get_submodule(n)).__name__ == "Conv1D" else w.shape[1] for n, w in weights.items()}  # type: ignore[union-attr, index]
-    sums = {name: torch.zeros(size, size, dtype=torch.float64) for name, size in sizes.items()}
+    sums = {name: torch.zeros(2 * (_inputs(model.get_submodule(name)),), dtype=torch.float64) for name in names}
     count = 0
     kept: list[Tensor] = []
 
@@ -89,7 +88,7 @@ def second_moments(
                 ids = nn.utils.rnn.pad_sequence(group, batch_first=True).to(device)
                 mask = nn.utils.rnn.pad_sequence([torch.ones_like(g) for g in group], batch_first=True).to(device)
                 kept[:] = [mask.bool()]
-                model(input_ids=ids, attention_mask=mask)
+                model(input_ids=ids, attention_mask=mask, use_cache=False)
                 count += int(mask.sum())
     finally:
         for handle in handles:
@@ -113,6 +112,12 @@ def read_text(path: str | Path, most: int | None = None) -> list[str]:
     separator = "</doc>" if "</doc>" in text else "\n\n"
     documents = [d.partition(">")[2] if d.lstrip().startswith("<doc") else d for d in text.split(separator)]
     return [d.strip() for d in documents if d.strip()]
+
+
+def _inputs(module: nn.Module) -> int:
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return int(weight.shape[0] if type(module).__name__ == "Conv1D" else weight.shape[1])
 
 
 def _windows(tok: Any, text: Sequence[str], batch: int) -> Iterator[list[Tensor]]:
@@ -139,15 +144,13 @@ def _save(file: Path, moment: Tensor, count: int, samples: int) -> None:
 
     file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(f"{file.name}.partial.npz")
-    np.savez(
-        partial,
-        **{
-            "mom2.constructor": np.array("util.runningstats.SecondMoment()"),
-            "mom2.count": np.array(count),
-            "mom2.mom2": moment.numpy(),
-            "sample_size": np.array(samples),
-        },
-    )
+    arrays: dict[str, Any] = {
+        "mom2.constructor": np.array("util.runningstats.SecondMoment()"),
+        "mom2.count": np.array(count),
+        "mom2.mom2": moment.numpy(),
+        "sample_size": np.array(samples),
+    }
+    np.savez(partial, **arrays)
     partial.replace(file)
 
 

@@ -1,0 +1,406 @@
+"""The comparison: fair to every method, complete on disk, and not to be stopped by a failure or a kill."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import yaml
+
+from kdpo_editor import SHIPPED_MODEL
+from kdpo_editor.easyedit import VARIABLE
+from kdpo_editor.errors import CellBusy, DataError, HyperParamsError, ResultsError
+from kdpo_editor.hparams import settings_folder
+
+CHECKOUT = os.environ.get(VARIABLE)
+HAS_PYPI = importlib.util.find_spec("easyeditor") is not None
+SCENARIOS = Path(__file__).parent / "compare_scenarios.py"
+# In a single process on a small model: enough to be a comparison.
+SMALL = ["n_edits=4", "protocol.eval_at=[2]", "protocol.unrelated=5", "protocol.perplexity=false", "report=false"]
+METHODS = ["KDPO", "KDPO-DPO", "FT-L", "FT-M", "LoRA", "ROME", "MEMIT", "DPO", "AlphaEdit", "WISE", "GRACE"]
+UPSTREAM_ONLY = {"FT-M", "DPO", "AlphaEdit", "WISE", "GRACE"}
+
+pytestmark = [
+    pytest.mark.xdist_group("compare"),
+    pytest.mark.skipif(not HAS_PYPI and not CHECKOUT, reason="no form of EasyEdit is installed"),
+]
+
+
+def environment(form: str, **more: str) -> dict[str, str]:
+    kept = {k: v for k, v in os.environ.items() if k != VARIABLE}
+    if form == "upstream":
+        kept[VARIABLE] = str(CHECKOUT)
+    return {**kept, "OMP_NUM_THREADS": "1", **more}
+
+
+def compare(folder: Path, *arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
+    form = "pypi" if HAS_PYPI else "upstream"
+    command = [sys.executable, "-m", "kdpo_editor.compare.app", *arguments, f"out={folder}", f"cache={folder}/cache"]
+    return subprocess.run(command, capture_output=True, text=True, env=environment(form, **more), check=False)
+
+
+def cells(folder: Path) -> dict[str, Path]:
+    return {json.loads(f.read_text("utf-8"))["method"]: f.parent for f in folder.glob("*/manifest.json")}
+
+
+def manifest(cell: Path) -> dict[str, Any]:
+    return dict(json.loads((cell / "manifest.json").read_text("utf-8")))
+
+
+def figures(cell: Path) -> pd.DataFrame:
+    """All rows but those that measure the machine."""
+    rows = pd.read_parquet(cell / "rows.parquet")
+    return rows[~rows["metric"].isin(["seconds", "peak_memory"])].reset_index(drop=True)
+
+
+# Methods --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param("pypi", marks=pytest.mark.skipif(not HAS_PYPI, reason="the PyPI form is not installed")),
+        pytest.param("upstream", marks=pytest.mark.skipif(not CHECKOUT, reason=f"{VARIABLE} names no checkout")),
+    ],
+)
+def scenarios(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("scenarios")
+    run = subprocess.run(
+        [sys.executable, str(SCENARIOS), str(folder), *METHODS],
+        capture_output=True,
+        text=True,
+        env=environment(request.param),
+        cwd=folder,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr[-4000:]
+    return {"form": request.param, **json.loads(run.stdout.splitlines()[-1])}
+
+
+def test_figures_agree_with_the_frameworks(scenarios: dict[str, Any]) -> None:
+    pairs = [pair for record in scenarios["framework"] for pair in record.values()]
+    assert any(0 < ours < 1 for ours, _ in pairs)
+    for ours, theirs in pairs:
+        assert ours == pytest.approx(theirs, abs=1e-6)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_leaves_nothing_behind_and_keeps_its_edits(scenarios: dict[str, Any], method: str) -> None:
+    found = scenarios[method]
+    if scenarios["form"] == "pypi" and method in UPSTREAM_ONLY:
+        assert found is None
+        return
+    assert found["restored"]
+    assert found["evaluation_mode"]
+    assert found["use_cache"]
+    assert found["trainable"] == found["hooks"] == 0
+    assert not found["checkpointing"]
+    if found["resumed"] is not None:
+        assert found["resumed"], "a resumed sequence ended with other weights"
+    # The first edit is there after the second: no adapter was dropped.
+    assert found["kept"][0] >= min(found["kept_after_first"], 0.5)
+
+
+@pytest.mark.parametrize("method", ["KDPO", "ROME", "MEMIT"])
+def test_a_method_works_on_the_shipped_model(scenarios: dict[str, Any], method: str) -> None:
+    assert min(scenarios[method]["rewrite"]) >= 0.9
+
+
+@pytest.mark.parametrize(
+    "file", sorted(settings_folder().glob("*/*.yaml")), ids=lambda file: f"{file.parent.name}-{file.stem}"
+)
+def test_settings_fit_the_frameworks_classes(file: Path) -> None:
+    from kdpo_editor import easyedit
+    from kdpo_editor.compare.editing import available
+
+    config = {**yaml.safe_load(file.read_text("utf-8")), "device": 0}
+    if config["alg_name"] not in easyedit.methods():
+        pytest.skip(f"this form of EasyEdit has no {config['alg_name']}")
+    hparams, ignored = easyedit.settings(config)
+    assert hparams.model_name == config["model_name"]
+    assert available(config) or "objective_optimization" in ignored
+
+
+def test_an_unknown_setting_of_a_rival_is_refused() -> None:
+    from kdpo_editor import easyedit
+
+    config = yaml.safe_load((settings_folder() / "ROME" / f"{SHIPPED_MODEL}.yaml").read_text("utf-8"))
+    with pytest.raises(HyperParamsError, match="v_lrr"):
+        easyedit.settings({**config, "v_lrr": 1})
+    del config["v_lr"]
+    with pytest.raises(HyperParamsError, match="v_lr"):
+        easyedit.settings(config)
+
+
+# Cells ----------------------------------------------------------------------------------------------------------
+
+
+def composed(folder: Path, *overrides: str) -> Any:
+    from hydra import compose, initialize_config_module
+    from omegaconf import OmegaConf
+
+    import kdpo_editor.compare.app  # noqa: F401  (registers the schema)
+
+    with initialize_config_module("kdpo_editor.compare.conf", version_base="1.3"):
+        config = compose("config", [f"out={folder}", f"cache={folder}/cache", *SMALL, *overrides])
+    return OmegaConf.to_object(config)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with one complete sequence of KDPO."""
+    from kdpo_editor.compare.cell import run
+
+    folder = tmp_path_factory.mktemp("finished")
+    cell = run(composed(folder))
+    assert cell.manifest()["status"] == "complete", (cell.folder / "run.log").read_text("utf-8")
+    return folder
+
+
+def test_a_cell_holds_its_settings_versions_figures_and_generations(finished: Path) -> None:
+    (cell,) = cells(finished).values()
+    found = manifest(cell)
+    assert found["versions"]["torch"]
+    assert len(found["model_fingerprint"]) == 64
+    assert yaml.safe_load((cell / "config.yaml").read_text("utf-8"))["method"]["hparams"]["alg_name"] == "KDPO"
+    rows = pd.read_parquet(cell / "rows.parquet")
+    measured = set(rows["metric"])
+    assert {"rewrite_acc", "rephrase_acc", "locality.same_subject_acc", "rewrite_gen", "seconds"} <= measured
+    at_end = rows[(rows["when"] == "checkpoint") & (rows["checkpoint"] == 4) & (rows["metric"] == "rewrite_acc")]
+    assert sorted(at_end["edit"]) == [0, 1, 2, 3]
+    at_two = rows[(rows["when"] == "checkpoint") & (rows["checkpoint"] == 2) & (rows["metric"] == "rewrite_acc")]
+    assert sorted(at_two["edit"]) == [0, 1]
+    said = [json.loads(line) for line in (cell / "generations.jsonl").read_text("utf-8").splitlines()]
+    assert {entry["kind"] for entry in said} == {"rewrite", "rephrase"}
+    assert not list(cell.glob("checkpoint*"))
+
+
+def test_a_complete_cell_is_left_alone(finished: Path) -> None:
+    from kdpo_editor.compare.cell import run
+
+    (cell,) = cells(finished).values()
+    before = (cell / "rows.parquet").stat().st_mtime_ns
+    run(composed(finished))
+    assert (cell / "rows.parquet").stat().st_mtime_ns == before
+
+
+def test_another_setting_is_another_cell(finished: Path) -> None:
+    from kdpo_editor.compare.cell import _cell, _records
+
+    here, there = (composed(finished, *more) for more in ([], ["method.hparams.lr=5e-3"]))
+    assert _cell(here, _records(here)[0]).hash != _cell(there, _records(there)[0]).hash
+
+
+def test_a_half_written_cell_is_named_and_computed_only_when_asked(tmp_path: Path) -> None:
+    from kdpo_editor.compare.cell import run
+
+    short = ["n_edits=1", "protocol.eval_at=[]"]
+    cell = run(composed(tmp_path, *short)).folder
+    (cell / "manifest.json").write_text('{"schema": 1, "ha', "utf-8")
+    with pytest.raises(ResultsError, match=r"manifest\.json .*overwrite=true"):
+        run(composed(tmp_path, *short))
+    assert run(composed(tmp_path, *short, "overwrite=true")).manifest()["status"] == "complete"
+
+
+def test_two_processes_do_not_compute_the_same_cell(finished: Path) -> None:
+    from kdpo_editor.compare.cell import _cell, _records, run
+
+    config = composed(finished)
+    with (
+        _cell(config, _records(config)[0]).locked(),
+        pytest.raises(CellBusy, match=f"being computed by process {os.getpid()}"),
+    ):
+        run(config)
+
+
+def test_single_edits_are_undone_exactly(tmp_path: Path) -> None:
+    from kdpo_editor.compare.cell import run
+
+    cell = run(composed(tmp_path, "protocol=single", "n_edits=2"))
+    assert cell.manifest()["status"] == "complete"
+    rows = pd.read_parquet(cell.folder / "rows.parquet")
+    assert set(rows.loc[rows["when"] == "checkpoint", "checkpoint"]) == {1}
+
+
+def test_outputs_before_any_edit_are_computed_once(finished: Path) -> None:
+    from kdpo_editor.compare.cell import run
+
+    files = {f: f.stat().st_mtime_ns for f in (finished / "cache" / "before").iterdir()}
+    assert len(files) == 1
+    run(composed(finished, "method=unedited"))
+    assert {f: f.stat().st_mtime_ns for f in (finished / "cache" / "before").iterdir()} == files
+
+
+def test_the_unedited_model_scores_as_before(finished: Path) -> None:
+    from kdpo_editor.compare.cell import run
+
+    rows = figures(run(composed(finished, "method=unedited")).folder)
+    locality = rows[(rows["when"] == "checkpoint") & rows["metric"].str.startswith("locality")]
+    assert (locality["value"] == 1).all()
+    pre = rows[(rows["when"] == "pre") & (rows["metric"] == "rewrite_acc")].set_index("edit")["value"]
+    post = rows[(rows["checkpoint"] == 4) & (rows["when"] == "checkpoint") & (rows["metric"] == "rewrite_acc")]
+    assert (post.set_index("edit")["value"] == pre).all()
+
+
+def test_more_requests_at_a_time_end_at_every_checkpoint() -> None:
+    from kdpo_editor.compare.cell import _calls
+
+    assert _calls(10, 4, [1, 10]) == [(0, 1), (1, 5), (5, 9), (9, 10)]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "error", "words"),
+    [
+        (["protocol.name=parallel"], HyperParamsError, "protocol.name.*sequence, single"),
+        (["dataset.split=train"], HyperParamsError, "dataset.split.*test, validation, all"),
+        (["n_edits=1000"], DataError, "1000"),
+        (["n_edits=0"], HyperParamsError, "n_edits"),
+        (["dataset.source=nowhere.json"], DataError, "nowhere.json"),
+    ],
+)
+def test_what_cannot_be_met_is_named_before_anything_is_written(
+    tmp_path: Path, overrides: Sequence[str], error: type[Exception], words: str
+) -> None:
+    from kdpo_editor.compare.cell import run
+
+    with pytest.raises(error, match=words):
+        run(composed(tmp_path, *overrides))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_record_without_a_target_is_named(tmp_path: Path) -> None:
+    from kdpo_editor.compare.cell import run
+
+    file = tmp_path / "mine.json"
+    good = {"subject": "A", "prompt": "A is", "target_new": "b", "ground_truth": "c", "rephrase_prompt": "What is A?"}
+    good |= {"locality_prompt": "D is", "locality_ground_truth": "e"}
+    file.write_text(json.dumps([good, {**good, "target_new": ""}]), "utf-8")
+    with pytest.raises(DataError, match=r"mine\.json.*1.*target_new"):
+        run(composed(tmp_path / "out", "dataset=file", f"dataset.source={file}", "dataset.split=all", "n_edits=1"))
+
+
+# The command ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["method=kdop"], ["method/kdop", "ft_m", "kdpo", "rome"]),
+        (["model=nothing"], ["nothing", "kdpo-llama-knowedit"]),
+        (["dataset=nothing"], ["nothing", "counterfact", "zsre"]),
+        (["method.hparams.lrr=1"], ["lrr"]),
+        (["n_edit=1"], ["n_edit"]),
+        (["dataset=file", "dataset.source=nowhere.json"], ["nowhere.json"]),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_named_without_a_traceback(
+    tmp_path: Path, arguments: list[str], words: list[str]
+) -> None:
+    run = compare(tmp_path, *arguments, *SMALL)
+    assert run.returncode != 0
+    assert "Traceback" not in run.stderr
+    for word in words:
+        assert word in run.stderr
+
+
+def test_one_failing_cell_leaves_the_others(tmp_path: Path) -> None:
+    own = tmp_path / "own" / "method"
+    own.mkdir(parents=True)
+    layers = "defaults: [/method_schema, /FT-L@hparams: kdpo-llama-knowedit, _self_]\nhparams: {layers: [99]}\n"
+    (own / "broken.yaml").write_text(f"{layers}name: broken\nlabel: Broken\n", "utf-8")
+    out = tmp_path / "out"
+    arguments = ["n_edits=2", "protocol.eval_at=[]", "protocol.perplexity=false"]
+    run = compare(out, "--config-dir", str(own.parent), "-m", "method=unedited,broken,kdpo", *arguments)
+    assert run.returncode == 1
+    assert {name: manifest(cell)["status"] for name, cell in cells(out).items()} == {
+        "unedited": "complete",
+        "broken": "failed",
+        "kdpo": "complete",
+    }
+    assert "Traceback" in (cells(out)["broken"] / "run.log").read_text("utf-8")
+    assert "Traceback" not in run.stderr
+    assert "KDPO" in run.stdout
+    assert (out / "report" / "report.html").exists()
+
+
+def test_a_method_that_the_form_lacks_is_skipped_and_said(tmp_path: Path) -> None:
+    if not HAS_PYPI:
+        pytest.skip("the PyPI form is not installed")
+    run = compare(tmp_path, "-m", "method=grace,kdpo", "n_edits=1", "protocol.eval_at=[]", *SMALL[2:])
+    assert run.returncode == 0
+    found = cells(tmp_path)
+    assert manifest(found["grace"])["status"] == "skipped"
+    assert manifest(found["kdpo"])["status"] == "complete"
+    assert "PyPI form does not have this method" in run.stdout + run.stderr
+
+
+def test_a_full_disk_is_said_and_leaves_no_half_results(tmp_path: Path) -> None:
+    import resource
+
+    def small_files() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+
+    command = [sys.executable, "-m", "kdpo_editor.compare.app", f"out={tmp_path}", f"cache={tmp_path}/c", *SMALL]
+    run = subprocess.run(
+        command, capture_output=True, text=True, env=environment("pypi" if HAS_PYPI else "upstream"),
+        preexec_fn=small_files, check=False,
+    )  # fmt: skip
+    assert run.returncode != 0
+    assert "File too large" in run.stderr + run.stdout
+    assert not list(tmp_path.glob("*/rows.parquet"))
+
+
+def test_a_killed_run_goes_on_and_ends_as_an_undisturbed_one(tmp_path: Path) -> None:
+    arguments = ["n_edits=12", "protocol.eval_at=[2,4,6,8,10]", *SMALL[2:], "method=kdpo"]
+    undisturbed = compare(tmp_path / "whole", *arguments)
+    assert undisturbed.returncode == 0, undisturbed.stderr
+    form = "pypi" if HAS_PYPI else "upstream"
+    folder = tmp_path / "killed"
+    command = [sys.executable, "-m", "kdpo_editor.compare.app", f"out={folder}", f"cache={folder}/cache", *arguments]
+    process = subprocess.Popen(command, env=environment(form), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 300
+    while process.poll() is None and not list(folder.glob("*/checkpoint-[4-9]")) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    (cell,) = cells(folder).values()
+    assert manifest(cell)["status"] == "running", "it was over before it was killed"
+    again = compare(folder, *arguments)
+    assert again.returncode == 0, again.stderr
+    assert "going on after" in (cell / "run.log").read_text("utf-8")
+    (whole,) = cells(tmp_path / "whole").values()
+    pd.testing.assert_frame_equal(figures(cell), figures(whole))
+    assert (cell / "generations.jsonl").read_bytes() == (whole / "generations.jsonl").read_bytes()
+
+
+def test_joblib_and_submitit_compute_cells_too(tmp_path: Path) -> None:
+    for launcher, package in (("joblib", "hydra_joblib_launcher"), ("submitit_local", "hydra_submitit_launcher")):
+        if importlib.util.find_spec(f"hydra_plugins.{package}") is None:
+            pytest.skip(f"{package} is not installed")
+        more = ["hydra.launcher.n_jobs=2"] if launcher == "joblib" else []
+        folder = tmp_path / launcher
+        run = compare(
+            folder, "-m", f"hydra/launcher={launcher}", *more, "method=unedited,kdpo", "n_edits=1", *SMALL[1:]
+        )
+        assert run.returncode == 0, run.stderr
+        assert {manifest(c)["status"] for c in cells(folder).values()} == {"complete"}
+        assert set(cells(folder)) == {"unedited", "kdpo"}
+
+
+@pytest.mark.parametrize("experiment", ["smoke", "paper_100", "paper_500", "ablation_dpo", "tune_ft_m", "tune_rome"])
+def test_experiments_compose(experiment: str, tmp_path: Path) -> None:
+    if experiment.startswith("tune") and importlib.util.find_spec("hydra_plugins.hydra_optuna_sweeper") is None:
+        pytest.skip("hydra_optuna_sweeper is not installed")
+    config = composed(tmp_path, f"experiment={experiment}")
+    assert config.method.hparams["model_name"] == SHIPPED_MODEL
