@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -20,6 +21,7 @@ from .hparams import KDPOHyperParams
 from .kdpo import EditTrace, edit
 from .manifest import EditInfo, Value, check_config, config_hash, config_of, matrices_of, value_of, values_from
 from .storage import (
+    MAX_JSON,
     Spec,
     check_tensors,
     dump_json,
@@ -179,8 +181,8 @@ class EditDelta:
         info: EditInfo,
         pairs: Mapping[str, tuple[Tensor, Tensor]],
     ) -> EditDelta:
-        tensors = {f"up:{name}": up.cpu() for name, (up, _) in pairs.items()}
-        tensors |= {f"down:{name}": down.cpu() for name, (_, down) in pairs.items()}
+        tensors = {f"up:{name}": up for name, (up, _) in pairs.items()}
+        tensors |= {f"down:{name}": down for name, (_, down) in pairs.items()}
         return cls(config, changes, info, {key: value_of(w) for key, w in tensors.items()}, lambda: tensors)
 
     # Looking at -----------------------------------------------------------------------------------------------
@@ -339,7 +341,7 @@ class EditDelta:
         weights = self._matrices(model, force=False)
         pairs = {}
         for name, change in self.change().items():
-            parts = torch.linalg.svd(change.to(weights[name].device), full_matrices=False)
+            parts = decompose(change, weights[name])
             pairs[name] = pair_of(parts, rank if rank is not None else _rank_within(parts[1], tolerance or 0.0))
         with self.before(model):
             after = {name: value_of(_add(weights[name].detach(), u @ d)) for name, (u, d) in pairs.items()}
@@ -401,7 +403,7 @@ class EditDelta:
         """
         folder = Path(path)
         if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / MANIFEST).is_file())):
-            raise StorageError(17, f"{folder} exists and is not a saved delta")
+            raise StorageError(errno.EEXIST, f"{folder} exists and is not a saved delta")
         make_folder(folder)
         old = {f for f in folder.glob("change-*.safetensors") if f.is_file()}
         tensors = self.tensors()
@@ -419,6 +421,8 @@ class EditDelta:
             "info": self.info.to_json(),
         }
         data = dump_json(manifest)
+        if len(data) > MAX_JSON:
+            raise StorageError(errno.EFBIG, f"cannot write {folder / MANIFEST}: it would have over {MAX_JSON} bytes")
         write_file(folder / MANIFEST, data)
         for leftover in old - {file}:
             with suppress(OSError):
@@ -489,6 +493,12 @@ def _wide(w: Tensor) -> Tensor:
 
 def _add(w: Tensor, change: Tensor) -> Tensor:
     return (_wide(w) + change.to(w.device)).to(w.dtype)
+
+
+def decompose(change: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The singular value decomposition of ``change``, computed where ``weight`` is, on the CPU."""
+    up, scale, down = torch.linalg.svd(change.to(weight.device), full_matrices=False)
+    return up.cpu(), scale.cpu(), down.cpu()
 
 
 def pair_of(parts: tuple[Tensor, Tensor, Tensor], rank: int) -> tuple[Tensor, Tensor]:

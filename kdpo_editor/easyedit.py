@@ -311,15 +311,14 @@ def _followed(method: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(method)
     def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
-        try:
-            return method(self, *args, **kwargs)
-        finally:
-            folder = _ledger_of(self.hparams)
-            if folder is not None:
-                from .ledger import writing
+        result = method(self, *args, **kwargs)
+        folder = _ledger_of(self.hparams)
+        if folder is not None:
+            from .ledger import writing
 
-                with writing(folder) as ledger:
-                    ledger.follow(self.model)
+            with writing(folder) as ledger:
+                ledger.follow(self.model)
+        return result
 
     return wrapped
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -44,12 +45,17 @@ def save_lora(delta: EditDelta, path: Path, model: nn.Module, tok: Any, rank: in
     """
     from peft import PeftModel
 
+    from .delta import decompose
+
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise StorageError(17, f"{path} exists and is not an empty folder")
+        raise StorageError(errno.EEXIST, f"{path} exists and is not an empty folder")
     make_folder(path.parent)
-    parts = {name: torch.linalg.svd(change, full_matrices=False) for name, change in delta.change().items()}
+    weights = dict(model.named_parameters())
+    parts = {name: decompose(change, weights[name]) for name, change in delta.change().items()}
     full = max(len(scale) for _, scale, _ in parts.values())
     ranks = [rank] if rank is not None else [*(2**i for i in range(full.bit_length()) if 2**i < full), full]
+    if rank is None and not delta.info.requests:
+        ranks = [full]  # nothing tells when a smaller one would do
     with delta.before(model):
         wanted = [said for _, said in delta.behaviour(model, tok)]
         for r in ranks:
