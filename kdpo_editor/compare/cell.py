@@ -309,6 +309,8 @@ def _cell(config: Compare, edited: Sequence[Record]) -> Cell:
 def _settings(config: Compare) -> tuple[dict[str, Any] | None, list[str]]:
     """The method's settings, or what stands in for it, or ``None`` for none; and what is to be said about it."""
     settings = config.method.hparams
+    if settings is not None and config.method.lr_factor != 1:
+        settings = {**settings, "lr": settings["lr"] * config.method.lr_factor}
     if settings is None or available(settings):
         return settings, []
     form = "upstream" if easyedit.is_upstream() else "PyPI"

@@ -21,6 +21,8 @@ class Method:
     """As in tables."""
     hparams: dict[str, Any] | None = MISSING
     """The method's settings: ``hparams/<METHOD>/<model>.yaml``. ``null`` edits nothing."""
+    lr_factor: float = 1.0
+    """Multiplies ``hparams.lr``: the paper takes a fifth of KDPO's rate for edits in a sequence."""
     requests_per_call: int = 1
     """Edits handed to the method at a time, in a sequence; for those that edit several together."""
     without: str = ""

@@ -209,12 +209,15 @@ class Editing:
         training = [module for module in model.modules() if module.training]
         needing = [p for p in model.parameters() if p.requires_grad]
         checkpointing = bool(getattr(model, "is_gradient_checkpointing", False))
+        hooks = [(d, set(d)) for m in model.modules() for d in (m._forward_hooks, m._forward_pre_hooks)]
         try:
             yield
         finally:
             if getattr(model, "is_gradient_checkpointing", False) and not checkpointing:
                 model.gradient_checkpointing_disable()  # type: ignore[operator]
-                model.disable_input_require_grads()  # type: ignore[operator]
+            for registered, known in hooks:
+                for handle in set(registered) - known:
+                    del registered[handle]
             if supports is None:
                 model.__dict__.pop("supports_gradient_checkpointing", None)
             config.use_cache, tok.padding_side, tok.pad_token_id = kept
