@@ -546,3 +546,11 @@ def test_saving_again_replaces_the_delta_and_leaves_nothing(tmp_path: Path) -> N
     second.save(tmp_path / "d")
     assert len(list((tmp_path / "d").iterdir())) == 2
     assert EditDelta.load(tmp_path / "d").changes == second.changes
+
+
+def test_without_requests_the_adapter_is_the_whole_change(shipped: tuple[Any, Any], tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    model, tok = shipped
+    _, originals = apply_kdpo_to_model(model, tok, load_records()[:1], shipped_settings(), return_orig_weights=True)
+    delta = EditDelta.of(model, originals)
+    assert delta.save_lora(tmp_path / "adapter", model, tok) == 192
