@@ -17,7 +17,16 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import yaml
 from tqdm import tqdm
 
-from .errors import EditDiverged, HyperParamsError, KDPOError, LedgerError, ModelError, RequestError, StorageError
+from .errors import (
+    DamagedFileError,
+    EditDiverged,
+    HyperParamsError,
+    KDPOError,
+    LedgerError,
+    ModelError,
+    RequestError,
+    StorageError,
+)
 from .hparams import KDPOHyperParams, settings_folder
 
 if TYPE_CHECKING:
@@ -78,6 +87,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except (KDPOError, OSError, ModuleNotFoundError) as error:
         _complain(str(error.strerror if isinstance(error, StorageError) else error))
+        if isinstance(error, DamagedFileError) and "journal.jsonl, line" in str(error):
+            _complain("--skip-damaged leaves such lines out")
         return 1
 
 

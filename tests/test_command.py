@@ -182,6 +182,19 @@ def test_undo_redo_checkout_and_log(tmp_path: Path, capsys: Any) -> None:
     assert lines[0]["freed_bytes"] > 0
 
 
+def test_a_damaged_ledger_is_named_and_read_when_asked(tmp_path: Path, capsys: Any) -> None:
+    make(tmp_path / "e", 2)
+    with open(tmp_path / "e" / "journal.jsonl", "a") as journal:
+        journal.write("oops\n")
+    code, out, err = kdpo(capsys, "log", tmp_path / "e", "--json")
+    assert (code, out) == (1, [])
+    assert "line 4 is not JSON" in err
+    assert "--skip-damaged" in err
+    code, out, err = kdpo(capsys, "log", tmp_path / "e", "--json", "--skip-damaged")
+    assert (code, len(out)) == (0, 2)
+    assert "skipped: " in err
+
+
 def test_show_puts_before_and_after_side_by_side(edits: Path, capsys: Any) -> None:
     code, lines, _ = kdpo(capsys, "show", edits, "--json")
     assert code == 0
