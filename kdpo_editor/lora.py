@@ -38,7 +38,7 @@ def save_lora(delta: EditDelta, path: Path, model: nn.Module, tok: Any, rank: in
         The adapter's rank.
 
     Raises:
-        CompressionError: an answer differs; names its prompt.
+        CompressionError: an answer differs, and its prompt is named; or the edits changed nothing.
         ModuleNotFoundError: PEFT is not installed.
         StorageError: the folder is not empty, or cannot be written.
         FingerprintError: the model is neither as before the edit nor as after it.
@@ -49,6 +49,8 @@ def save_lora(delta: EditDelta, path: Path, model: nn.Module, tok: Any, rank: in
 
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise StorageError(errno.EEXIST, f"{path} exists and is not an empty folder")
+    if not delta.changes:
+        raise CompressionError("the edits changed no weight; there is nothing for an adapter to hold")
     make_folder(path.parent)
     weights = dict(model.named_parameters())
     parts = {name: decompose(change, weights[name]) for name, change in delta.change().items()}

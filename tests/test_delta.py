@@ -554,3 +554,9 @@ def test_without_requests_the_adapter_is_the_whole_change(shipped: tuple[Any, An
     _, originals = apply_kdpo_to_model(model, tok, load_records()[:1], shipped_settings(), return_orig_weights=True)
     delta = EditDelta.of(model, originals)
     assert delta.save_lora(tmp_path / "adapter", model, tok) == 192
+
+
+def test_a_change_of_nothing_makes_no_adapter(shipped: tuple[Any, Any], tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    with pytest.raises(CompressionError, match="changed no weight"):
+        EditDelta.of(shipped[0], {}).save_lora(tmp_path / "adapter", *shipped)
