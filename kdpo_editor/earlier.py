@@ -10,9 +10,10 @@ from __future__ import annotations
 import copy
 import logging
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -21,8 +22,9 @@ from torch import Tensor, nn
 from .batches import Batch, group, make_batch, padded
 from .hparams import KDPOHyperParams
 from .objectives import lead
-from .requests import EditTokens
+from .requests import EditTokens, tokenize
 from .suffix import Arguments, Captured, Suffix
+from .weights import blocks_name, find_matrices, only_training
 
 LOG = logging.getLogger(__name__)
 # Lengths are rounded up to a multiple of this, so that few shapes occur, and what blocks are called with is kept for
@@ -83,6 +85,31 @@ class EarlierEdits:
         fresh = copy.copy(stored)
         fresh.kept = list(stored.kept)
         return fresh
+
+    @classmethod
+    def recall(
+        cls, model: nn.Module, tok: Any, requests: Sequence[Mapping[str, Any]], hparams: KDPOHyperParams
+    ) -> None:
+        """Keep ``requests``, oldest first, as the edits that ``model`` has had, unless some are kept for it already.
+
+        This is how a run that goes on from a ledger knows what it did before. With no more of them than
+        ``replay_checks`` it goes on bit for bit as if it had never stopped; with more, others are looked at, since how
+        they led is not known.
+        """
+        weights = find_matrices(model, hparams)
+        earlier = cls.of(model, weights)
+        if earlier.kept or not requests:
+            return
+        latest = {request["prompt"]: request for request in requests}
+        done = [request for request in requests if latest[request["prompt"]] is request]
+        edits = tokenize(tok, done, append_eos=hparams.append_eos)
+        first = min(hparams.layers)
+        module = dict(zip(hparams.layers, weights, strict=True))[first].rpartition(".")[0]
+        with only_training(model, weights, {name: w.detach().clone() for name, w in weights.items()}):
+            suffix = Suffix(model, blocks_name(hparams), first, module)
+            # Each by itself, as when it was made: the shape of a batch shows in the last bits.
+            earlier.kept = [one for phrasings in edits for one in earlier.capture(suffix, phrasings, hparams)]
+        earlier.store(model, weights, hparams)
 
     def store(self, model: nn.Module, weights: dict[str, nn.Parameter], hparams: KDPOHyperParams) -> None:
         """Keep these edits for ``model`` with ``weights`` as they are now, within ``replay_budget``."""

@@ -20,6 +20,9 @@ model loading        Both forms choose a loader by the letters of a model's whol
 devices              The PyPI form writes ``cuda:`` before whatever device it is given. While one of its editors works
                      on a CPU, requests for CUDA are answered with the CPU; ``cuda:1`` is read as 1. Can go with the
                      PyPI form.
+ledgers              With ``ledger`` in KDPO's settings, an editor takes its model to the ledger's head when it is made,
+                     and after each of its runs the ledger is told if the weights were put back. Can go if the framework
+                     ever tells a method so.
 PyPI's contract      The PyPI form writes back every weight a method returns unless it was asked to keep the original,
                      so KDPO returns none then. Can go with the PyPI form.
 PyPI's MEMIT         Expects blocks to return tuples, as they did before transformers 4.56; its traces are shown
@@ -60,8 +63,10 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 
 from .errors import HyperParamsError
+from .hparams import KDPOHyperParams
 from .kdpo import apply_kdpo_to_model
 
+LOG = logging.getLogger(__name__)
 VARIABLE = "KDPO_EASYEDIT"
 HOW_TO_GET_IT = (
     "EasyEdit was not found. Either install its PyPI release with its needs,\n"
@@ -226,7 +231,10 @@ def _register() -> None:
     was_batchable = batch.is_batchable_method
     batch.is_batchable_method = staticmethod(lambda name: name == "KDPO" or was_batchable(name))
     editor = _editor_class()
-    editor.__init__ = _with_model_loaded(editor.__init__, upstream)
+    editor.__init__ = _resumed(_with_model_loaded(editor.__init__, upstream))
+    for name in ("edit", "batch_edit", "edit_requests", "edit_dataset", "generate_edit"):
+        if hasattr(editor, name):
+            setattr(editor, name, _followed(getattr(editor, name)))
     if not upstream:
         for name in ("__init__", "edit", "batch_edit", "edit_requests", "edit_dataset"):
             setattr(editor, name, _on_device(getattr(editor, name)))
@@ -275,6 +283,48 @@ def _load(name: str, hparams: Any) -> tuple[nn.Module, Any]:
     tok.pad_token_id = tok.eos_token_id
     tok.padding_side = "right" if hparams.alg_name in RIGHT_PADDED else "left"
     return model, tok
+
+
+# Ledgers ------------------------------------------------------------------------------------------------------
+
+
+def _resumed(init: Callable[..., None]) -> Callable[..., None]:
+    """``BaseEditor.__init__``, after which the model is where the ledger's head is."""
+
+    @functools.wraps(init)
+    def wrapped(self: Any, hparams: Any) -> None:
+        init(self, hparams)
+        folder = _ledger_of(hparams)
+        if folder is not None:
+            from .ledger import writing
+
+            with writing(folder) as ledger:
+                head = ledger.restore(self.model)
+            if head:
+                LOG.warning("resumed from %s: the model has its edits up to %d", folder, head)
+
+    return wrapped
+
+
+def _followed(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A method of ``BaseEditor`` after which the ledger's head is where the model is, edited or put back."""
+
+    @functools.wraps(method)
+    def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = method(self, *args, **kwargs)
+        folder = _ledger_of(self.hparams)
+        if folder is not None:
+            from .ledger import writing
+
+            with writing(folder) as ledger:
+                ledger.follow(self.model)
+        return result
+
+    return wrapped
+
+
+def _ledger_of(hparams: Any) -> str | None:
+    return hparams.ledger if isinstance(hparams, KDPOHyperParams) else None
 
 
 # The PyPI form's methods --------------------------------------------------------------------------------------

@@ -33,3 +33,27 @@ class ResultsError(KDPOError, ValueError):
 
 class CellBusy(KDPOError, RuntimeError):
     """Another process computes the same cell of a comparison."""
+
+
+class StorageError(KDPOError, OSError):
+    """A file of a saved edit or a ledger that could not be written or read: disk full, read-only, not there."""
+
+
+class DamagedFileError(KDPOError, ValueError):
+    """A saved edit, ledger or list of requests that is not what it should be; names the file, and the line if any."""
+
+
+class FingerprintError(KDPOError, ValueError):
+    """A saved edit or ledger that was made on another model, or on this one in another state; says what differs."""
+
+
+class LedgerError(KDPOError, ValueError):
+    """Something a ledger cannot do: undo more edits than there are, go to an edit it does not have."""
+
+
+class LedgerLocked(LedgerError):
+    """Another process is writing to the ledger; names its process id."""
+
+
+class CompressionError(KDPOError, ValueError):
+    """A low-rank form that would not hold its edit: a request whose answer it changes is named."""

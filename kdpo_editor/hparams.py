@@ -81,6 +81,9 @@ class KDPOHyperParams:
     replay_on_host: bool = False
     """Hold them in main memory instead of on the model's device."""
 
+    ledger: str | None = None
+    """Folder of an :class:`~kdpo_editor.EditLedger` in which every successful call is journaled; ``None`` is none."""
+
     max_length: int = 40
     """Truncation length of EasyEdit's evaluation, in tokens. Editing does not truncate."""
     batch_size: int = 1
@@ -114,6 +117,7 @@ class KDPOHyperParams:
         one_by_one = self.schedule == "depth_first" or self.objective != "dpo"
         self._check("schedule", one_by_one, "depth_first where objective is dpo")
         self._check("replay", not self.replay or self.objective != "dpo", "false where objective is dpo")
+        self._check("ledger", self.ledger != "", "a folder or null")
 
     def _check(self, key: str, ok: bool, allowed: str) -> None:
         if not ok:

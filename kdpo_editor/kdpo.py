@@ -73,7 +73,7 @@ def apply_kdpo_to_model(
         tok: its tokenizer; neither its padding side nor anything else of it is changed.
         requests: ``[{"prompt": str, "target_new": str}, ...]``, edited in this order; ``"rephrases"``, a list of other
             prompts for the same target, is trained too; other keys are ignored.
-        hparams: settings.
+        hparams: settings. With ``ledger`` set, a call that succeeds is journaled there (:meth:`EditLedger.edit`).
         copy: edit and return a deep copy instead.
         return_orig_weights: also return the edited matrices as they were.
         keep_original_weight, kwargs: accepted for EasyEdit's sake, without effect.
@@ -86,7 +86,13 @@ def apply_kdpo_to_model(
         EditDiverged: a loss or weight became NaN or infinite. Whatever is raised during an edit, the model
             is left as it was before the call.
     """
-    model, originals, _ = edit(model, tok, requests, hparams, copy=copy)
+    if hparams.ledger is None:
+        model, originals, _ = edit(model, tok, requests, hparams, copy=copy)
+    else:
+        from .ledger import writing
+
+        with writing(hparams.ledger) as ledger:
+            model, originals, _ = ledger.edit(model, tok, requests, hparams, copy=copy)
     return model, originals if return_orig_weights else {}
 
 

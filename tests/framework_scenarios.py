@@ -192,6 +192,39 @@ def generate_edit() -> dict[str, Any]:
     }
 
 
+def ledger_of_a_sequence() -> dict[str, Any]:
+    hparams = kdpo(ledger="sequence")
+    editor = BaseEditor.from_hparams(hparams)
+    editor.edit(**inputs(RECORDS[:2]), **kept(False))
+    resumed = BaseEditor.from_hparams(hparams)
+    same = torch.equal(weight(resumed), weight(editor))
+    resumed.edit(**inputs(RECORDS[2:3]), **kept(False))
+    undisturbed = BaseEditor.from_hparams(kdpo())
+    undisturbed.edit(**inputs(RECORDS[:3]), **kept(False))
+    ledger = kdpo_editor.EditLedger("sequence")
+    return {
+        "resumed": same,
+        "as_undisturbed": torch.equal(weight(resumed), weight(undisturbed)),
+        "parents": [one.parent for one in ledger.branch],
+        "prompts": [request["prompt"] for request in ledger.requests],
+    }
+
+
+def ledger_of_single_edits() -> dict[str, Any]:
+    hparams = kdpo(ledger="single")
+    editor = BaseEditor.from_hparams(hparams)
+    before = weight(editor)
+    _, _, weights_copy = editor.edit(**inputs(RECORDS[:3]), **kept(True))
+    ledger = kdpo_editor.EditLedger("single")
+    return {
+        "restored": torch.equal(before, weight(editor)),
+        "originals": all(torch.equal(v, before) for v in weights_copy.values()),
+        "head": ledger.head,
+        "parents": [one.parent for one in ledger.edits.values()],
+        "fresh_editor_is_unedited": torch.equal(before, weight(BaseEditor.from_hparams(hparams))),
+    }
+
+
 def rivals() -> dict[str, Any]:
     out = {}
     for name, kind in (("FT", FTHyperParams), ("ROME", ROMEHyperParams)):
@@ -229,7 +262,8 @@ def main() -> None:
     logging.disable(logging.INFO)
     results = {}
     for scenario in (
-        importing, single, sequential, replayed, batch_edit, edit_requests, generate_edit, rivals, user_mistakes,
+        importing, single, sequential, replayed, batch_edit, edit_requests, generate_edit, ledger_of_a_sequence,
+        ledger_of_single_edits, rivals, user_mistakes,
     ):  # fmt: skip
         try:
             results[scenario.__name__] = scenario()

@@ -132,6 +132,23 @@ def test_generate_edit(form: str, results: dict[str, Any]) -> None:
     assert all(got.startswith(r["target_new"]) for got, r in zip(found["post"], records, strict=True))
 
 
+def test_a_sequence_is_journaled_and_resumed_by_the_next_editor(results: dict[str, Any]) -> None:
+    found = scenario(results, "ledger_of_a_sequence")
+    assert found["resumed"]
+    assert found["as_undisturbed"], "a resumed sequence ends as one in one go, bit for bit"
+    assert found["parents"] == [0, 1, 2]
+    assert len(found["prompts"]) == 3
+
+
+def test_single_edits_are_journaled_as_taken_back(results: dict[str, Any]) -> None:
+    found = scenario(results, "ledger_of_single_edits")
+    assert found["restored"]
+    assert found["originals"]
+    assert found["parents"] == [0, 0, 0], "each began at the unedited model"
+    assert found["head"] == 0
+    assert found["fresh_editor_is_unedited"]
+
+
 def test_ft_and_rome_run_beside_it(results: dict[str, Any]) -> None:
     found = scenario(results, "rivals")
     assert all(found[method]["restored"] for method in ("FT", "ROME"))

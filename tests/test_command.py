@@ -1,0 +1,335 @@
+"""The command ``kdpo``, as someone uses it who meets it for the first time."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import assert_same, state
+from small import make
+
+from kdpo_editor import SHIPPED_MODEL, EditDelta, EditLedger
+from kdpo_editor.answers import generate
+from kdpo_editor.command import EXAMPLES, main
+from kdpo_editor.testbed import load_model, load_records
+
+MODEL = ["--model", SHIPPED_MODEL]
+RECORDS = load_records()[:6]
+FACTS = [{"prompt": r["prompt"], "target_new": r["target_new"]} for r in RECORDS]
+
+
+def write(path: Path, lines: list[Any]) -> str:
+    path.write_text("".join(f"{line if isinstance(line, str) else json.dumps(line)}\n" for line in lines), "utf-8")
+    return str(path)
+
+
+def kdpo(capsys: Any, *arguments: str) -> tuple[int, list[dict[str, Any]], str]:
+    """Exit code, JSON lines and messages of a command."""
+    code = main([*map(str, arguments)])
+    out, err = capsys.readouterr()
+    return code, [json.loads(line) for line in out.splitlines()], err
+
+
+@pytest.fixture(scope="module")
+def edits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A ledger of six edits, not to be written to."""
+    folder = tmp_path_factory.mktemp("command")
+    assert main(["edit", *MODEL, "--file", write(folder / "f.jsonl", FACTS), "--out", str(folder / "edits")]) == 0
+    return folder / "edits"
+
+
+def test_one_edit(tmp_path: Path, capsys: Any) -> None:
+    first = FACTS[1]
+    code, lines, err = kdpo(
+        capsys, "edit", *MODEL, "--prompt", first["prompt"], "--target", first["target_new"], "--out", tmp_path / "e"
+    )
+    assert (code, err) == (0, "")
+    assert lines == [{"edit": 1, **first, "converged": True, "steps": lines[0]["steps"]}]
+    model, tok = load_model()
+    EditLedger(tmp_path / "e").restore(model)
+    assert generate(model, tok, first["prompt"]) == first["target_new"]
+
+
+def test_a_file_from_standard_input(tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
+    with open(write(tmp_path / "f.jsonl", [{"prompt": FACTS[1]["prompt"], "target": FACTS[1]["target_new"]}])) as file:
+        monkeypatch.setattr(sys, "stdin", file)
+        code, lines, _ = kdpo(capsys, "edit", *MODEL, "--file", "-", "--out", tmp_path / "e")
+    assert (code, len(lines)) == (0, 1)
+
+
+def test_settings_can_be_set(tmp_path: Path, capsys: Any) -> None:
+    code, lines, _ = kdpo(
+        capsys, "edit", *MODEL, "--file", write(tmp_path / "f.jsonl", FACTS), "--out", tmp_path / "e",
+        "--set", "schedule=breadth_first", "--set", "append_eos=true",
+    )  # fmt: skip
+    assert code == 0
+    assert [line["edit"] for line in lines] == [1] * 6, "a breadth-first run is one edit"
+    hparams = EditLedger(tmp_path / "e").branch[0].info.hparams
+    assert hparams is not None
+    assert (hparams["schedule"], hparams["append_eos"]) == ("breadth_first", True)
+
+
+def test_an_edit_that_misses_its_target_gives_exit_code_one(tmp_path: Path, capsys: Any) -> None:
+    code, lines, _ = kdpo(
+        capsys, "edit", *MODEL, "--file", write(tmp_path / "f.jsonl", FACTS[:1]), "--out", tmp_path / "e",
+        "--set", "cycles=1", "--set", "num_steps=1", "--set", "lr=1e-7",
+    )  # fmt: skip
+    assert code == 1
+    assert lines[0]["converged"] is False
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"prompt": "x"}, "line 601 has no 'target_new'; it has 'prompt'"),
+        ('{"prompt": "x", ', "line 601 is not JSON"),
+        ({"prompt": "x", "target_new": ["y"]}, "line 601: 'target_new' is a list; it must be text"),
+        ({"prompt": " ", "target_new": "y"}, "line 601: 'prompt' is empty"),
+        ("[]", "line 601 is a list"),
+        ({"prompt": "x", "target_new": "y " * 3000}, "line 601 has 6001 tokens"),
+    ],
+)
+def test_a_bad_line_among_a_thousand_is_named_and_nothing_is_edited(
+    tmp_path: Path, capsys: Any, bad: Any, message: str
+) -> None:
+    lines: list[Any] = [FACTS[i % 6] for i in range(1000)]
+    lines[600] = bad
+    file = write(tmp_path / "f.jsonl", lines)
+    code, out, err = kdpo(capsys, "edit", *MODEL, "--file", file, "--out", tmp_path / "e")
+    assert (code, out) == (1, [])
+    assert message in err
+    assert "nothing was edited" in err
+    assert not (tmp_path / "e" / "journal.jsonl").exists()
+
+
+def test_keep_going_skips_bad_lines_and_says_so(tmp_path: Path, capsys: Any) -> None:
+    file = write(tmp_path / "f.jsonl", [FACTS[0], "oops", "", FACTS[1]])
+    code, out, err = kdpo(capsys, "edit", *MODEL, "--file", file, "--out", tmp_path / "e", "--keep-going")
+    assert code == 1
+    assert [line["prompt"] for line in out] == [FACTS[0]["prompt"], FACTS[1]["prompt"]]
+    assert "line 2 is not JSON" in err
+
+
+def test_resuming_leaves_out_what_is_there(tmp_path: Path, capsys: Any, edits: Path) -> None:
+    half = write(tmp_path / "half.jsonl", FACTS[:3])
+    whole = write(tmp_path / "whole.jsonl", FACTS)
+    kdpo(capsys, "edit", *MODEL, "--file", half, "--out", tmp_path / "e")
+    code, out, err = kdpo(capsys, "edit", *MODEL, "--file", whole, "--out", tmp_path / "e", "--resume")
+    assert (code, len(out)) == (0, 3)
+    assert "3 of 6 edits are in the ledger already" in err
+    assert EditLedger(tmp_path / "e").state(6) == EditLedger(edits).state(6), "as in one go, bit for bit"
+
+
+def test_interrupted_it_leaves_a_ledger_to_go_on_from(tmp_path: Path, capsys: Any, edits: Path) -> None:
+    file = write(tmp_path / "f.jsonl", FACTS * 50)
+    command = [
+        sys.executable,
+        "-m",
+        "kdpo_editor.command",
+        "edit",
+        *MODEL,
+        "--file",
+        file,
+        "--out",
+        str(tmp_path / "e"),
+    ]
+    root = str(Path(__file__).parents[1])
+    run = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root},
+    )
+    assert run.stdout is not None
+    assert json.loads(run.stdout.readline())["edit"] == 1
+    time.sleep(0.1)
+    run.send_signal(signal.SIGINT)
+    out, err = run.communicate()
+    assert run.returncode == 130, err
+    assert "interrupted" in err
+    assert "--resume" in err
+    assert "Traceback" not in err
+    ledger = EditLedger(tmp_path / "e")
+    assert ledger.head in (1 + len(out.splitlines()), 2 + len(out.splitlines()))
+    assert ledger.head < 300
+
+
+def test_undo_redo_checkout_and_log(tmp_path: Path, capsys: Any) -> None:
+    make(tmp_path / "e", 4)
+    assert kdpo(capsys, "undo", tmp_path / "e", "-n", "2") == (0, [{"head": 2, "edits": 2}], "")
+    assert kdpo(capsys, "redo", tmp_path / "e") == (0, [{"head": 3, "edits": 3}], "")
+    assert main(["log", str(tmp_path / "e")]) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert [line[0] for line in out[:4]] == [" ", " ", "*", "-"]
+    assert "question 3 -> answer 3" in out[2]
+    assert out[4] == "3 edits stand, 1 are undone (-); * is the head"
+    assert kdpo(capsys, "checkout", tmp_path / "e", "0") == (0, [{"head": 0, "edits": 0}], "")
+    _, lines, _ = kdpo(capsys, "log", tmp_path / "e", "--json")
+    assert [line["stands"] for line in lines] == [False] * 4
+    assert lines[0]["requests"] == [{"prompt": "question 1", "target_new": "answer 1"}]
+    kdpo(capsys, "checkout", tmp_path / "e", "4")
+    _, lines, _ = kdpo(capsys, "compact", tmp_path / "e", "--keep", "1")
+    assert lines[0]["edits"] == 2
+    assert lines[0]["freed_bytes"] > 0
+
+
+def test_a_damaged_ledger_is_named_and_read_when_asked(tmp_path: Path, capsys: Any) -> None:
+    make(tmp_path / "e", 2)
+    with open(tmp_path / "e" / "journal.jsonl", "a") as journal:
+        journal.write("oops\n")
+    code, out, err = kdpo(capsys, "log", tmp_path / "e", "--json")
+    assert (code, out) == (1, [])
+    assert "line 4 is not JSON" in err
+    assert "--skip-damaged" in err
+    code, out, err = kdpo(capsys, "log", tmp_path / "e", "--json", "--skip-damaged")
+    assert (code, len(out)) == (0, 2)
+    assert "skipped: " in err
+
+
+def test_show_puts_before_and_after_side_by_side(edits: Path, capsys: Any) -> None:
+    code, lines, _ = kdpo(capsys, "show", edits, "--json")
+    assert code == 0
+    assert [line["before"] for line in lines[:3]] == [r["ground_truth"] for r in RECORDS[:3]]
+    assert [line["after"] for line in lines[:3]] == [r["target_new"] for r in RECORDS[:3]]
+    assert main(["show", str(edits), "--prompt", FACTS[1]["prompt"], "--edit", "1"]) == 0
+    table = capsys.readouterr().out
+    assert table.split()[:3] == ["prompt", "before", "after"]
+    assert table.count(RECORDS[1]["ground_truth"]) == 2, "edit 1 was of another fact"
+
+
+def test_export_of_the_model(edits: Path, tmp_path: Path, capsys: Any) -> None:
+    from transformers import AutoModelForCausalLM
+
+    code, lines, _ = kdpo(capsys, "export", edits, "--as", "model", "--to", tmp_path / "m")
+    assert code == 0
+    assert lines[0]["bytes"] > 8e6
+    model, _ = load_model()
+    EditLedger(edits).restore(model)
+    assert_same(AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype=torch.float32), state(model))
+
+
+def test_export_and_apply_of_a_delta(edits: Path, tmp_path: Path, capsys: Any) -> None:
+    assert kdpo(capsys, "export", edits, "--as", "delta", "--to", tmp_path / "d", "--edit", "2")[0] == 0
+    assert [r["prompt"] for r in EditDelta.load(tmp_path / "d").info.requests] == [f["prompt"] for f in FACTS[:2]]
+    code, lines, _ = kdpo(capsys, "apply", tmp_path / "d", *MODEL, "--out", tmp_path / "e")
+    assert (code, lines[0]["edit"]) == (0, 1)
+    assert EditLedger(tmp_path / "e").state(1) == EditLedger(edits).state(2)
+    code, _, err = kdpo(capsys, "apply", tmp_path / "d", *MODEL, "--out", tmp_path / "e")
+    assert code == 1
+    assert "is applied to this model already" in err
+
+
+def test_export_of_an_adapter(edits: Path, tmp_path: Path, capsys: Any) -> None:
+    peft = pytest.importorskip("peft")
+    code, lines, _ = kdpo(capsys, "export", edits, "--as", "lora", "--to", tmp_path / "a", "--edit", "2")
+    assert code == 0
+    assert lines[0]["rank"] <= 192
+    model, tok = load_model()
+    adapted = peft.PeftModel.from_pretrained(model, str(tmp_path / "a"))
+    assert [generate(adapted, tok, f["prompt"]) for f in FACTS[:2]] == [f["target_new"] for f in FACTS[:2]]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["edti"], "there is no command 'edti'; did you mean edit?"),
+        (["edit", "--promt", "x"], "there is no option --promt; did you mean --prompt?"),
+        (["edit", *MODEL, "--prompt", "x", "--out", "e"], "give --prompt and --target, or --file"),
+        (
+            ["edit", *MODEL, "--prompt", "x", "--file", "f", "--out", "e"],
+            "give either --file, or --prompt and --target",
+        ),
+        (["edit", *MODEL, "--prompt", "x", "--target", "y"], "--out"),
+        (["undo", "e", "-n", "-1"], "'-1' is not a number from 1"),
+        (["undo", "e", "-n", "many"], "'many' is not a number from 1"),
+        (["export", "e", "--as", "pickle", "--to", "x"], "invalid choice: 'pickle'"),
+        ([], "COMMAND"),
+    ],
+)
+def test_wrong_usage_gives_exit_code_two_and_a_hint(arguments: list[str], message: str, capsys: Any) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["edit", *MODEL, "--file", "nowhere.jsonl", "--out", "e"], "nowhere.jsonl"),
+        (
+            ["edit", "--model", "gpt-5", "--prompt", "x", "--target", "y", "--out", "e"],
+            "no ready-made settings for gpt-5",
+        ),
+        (
+            [
+                "edit",
+                "--model",
+                "/no/model",
+                "--hparams",
+                SHIPPED_MODEL,
+                "--prompt",
+                "x",
+                "--target",
+                "y",
+                "--out",
+                "e",
+            ],
+            "cannot load the model /no/model",
+        ),
+        (["edit", *MODEL, "--prompt", "x", "--target", "y", "--out", "e", "--set", "lrr=1"], "did you mean lr?"),
+        (["edit", *MODEL, "--prompt", "x", "--target", "y", "--out", "e", "--set", "lr"], "write it as key=value"),
+        (["edit", *MODEL, "--prompt", "x", "--target", "y", "--out", "."], "is not a ledger; it holds thesis.tex"),
+        (["log", "nowhere"], "there is no ledger in nowhere"),
+        (["undo", "nowhere"], "there is no ledger in nowhere"),
+        (["log", "."], "is not a ledger"),
+    ],
+)
+def test_mistakes_give_exit_code_one_and_name_the_culprit(
+    arguments: list[str], message: str, tmp_path: Path, capsys: Any, monkeypatch: Any
+) -> None:
+    (tmp_path / "thesis.tex").write_text("...", "utf-8")
+    monkeypatch.chdir(tmp_path)
+    code, out, err = kdpo(capsys, *arguments)
+    assert (code, out) == (1, [])
+    assert message in err
+    assert "Traceback" not in err
+    assert not (tmp_path / "nowhere").exists()
+
+
+@pytest.mark.parametrize("command", [c for c in EXAMPLES if c])
+def test_help_has_examples_and_exit_codes(command: str, capsys: Any) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main([command, "--help"])
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    assert f"kdpo {command} " in text
+    assert "exit codes:" in text
+
+
+def test_code_that_comes_with_a_model_is_not_run_for_a_ledgers_sake(edits: Path, capsys: Any) -> None:
+    code, _, err = kdpo(capsys, "show", edits, "--trust-remote-code")
+    assert code == 1
+    assert "name the model yourself" in err
+
+
+def test_a_ledger_cannot_steer_the_terminal(tmp_path: Path, capsys: Any) -> None:
+    from small import Small, change, info
+
+    model = Small()
+    with EditLedger(tmp_path / "e", write=True) as ledger:
+        what = info(1)
+        what.requests[0]["prompt"] = "\x1b]0;owned\x07\x9b31m"
+        ledger.record(model, change(model, 1), what)
+    for arguments in (["log", str(tmp_path / "e")], ["log", str(tmp_path / "e"), "--json"]):
+        main(arguments)
+        assert all(c.isprintable() or c == "\n" for c in capsys.readouterr().out)
