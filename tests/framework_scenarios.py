@@ -25,7 +25,8 @@ LAZY = "easyeditor" not in sys.modules
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from easyeditor import BaseEditor, FTHyperParams, ROMEHyperParams  # noqa: E402
+import yaml  # noqa: E402
+from easyeditor import BaseEditor  # noqa: E402
 from easyeditor.util.alg_dict import ALG_DICT  # noqa: E402
 
 from kdpo_editor import SHIPPED_MODEL, KDPOHyperParams, easyedit  # noqa: E402
@@ -227,10 +228,9 @@ def ledger_of_single_edits() -> dict[str, Any]:
 
 def rivals() -> dict[str, Any]:
     out = {}
-    for name, kind in (("FT", FTHyperParams), ("ROME", ROMEHyperParams)):
-        hparams = kind.from_hparams(
-            str(HPARAMS / name / f"{SHIPPED_MODEL}{'' if UPSTREAM or name != 'FT' else '-pypi'}")
-        )
+    for name, folder in (("FT", "FT-M" if UPSTREAM else "FT-L"), ("ROME", "ROME")):
+        config = yaml.safe_load((HPARAMS / folder / f"{SHIPPED_MODEL}.yaml").read_text("utf-8"))
+        hparams, _ = easyedit.settings({**config, "device": "cpu"})
         editor = BaseEditor.from_hparams(hparams)
         before = weight(editor)
         metrics, _, _ = editor.edit(**inputs(RECORDS[:8]), **kept(True))
