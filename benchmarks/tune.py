@@ -4,8 +4,8 @@
 
 For each method: ``kdpo-compare experiment=tune_<method>``, 18 trials of 15 edits in a row on the validation split;
 then, with the best of these, ``experiment=tune_rates``: its rate, a half, a quarter and an eighth of it, 50 edits in
-a row. Every trial goes to ``benchmarks/tuning/<method>-<form>.csv``, those of 50 edits first, the best on top. Trials that
-are in ``DIR`` already are not run again.
+a row. Every trial goes to ``benchmarks/tuning/<method>-<form>.csv``, those of 50 edits first, the best on top. Trials
+that are in ``DIR`` already are not run again.
 """
 
 from __future__ import annotations
