@@ -398,7 +398,9 @@ def test_joblib_and_submitit_compute_cells_too(tmp_path: Path) -> None:
         assert set(cells(folder)) == {"unedited", "kdpo"}
 
 
-@pytest.mark.parametrize("experiment", ["smoke", "paper_100", "paper_500", "ablation_dpo", "tune_ft_m", "tune_rome"])
+@pytest.mark.parametrize(
+    "experiment", ["smoke", "paper_100", "paper_500", "ablation_dpo", "layers", "tune_ft_m", "tune_rome"]
+)
 def test_experiments_compose(experiment: str, tmp_path: Path) -> None:
     if experiment.startswith("tune") and importlib.util.find_spec("hydra_plugins.hydra_optuna_sweeper") is None:
         pytest.skip("hydra_optuna_sweeper is not installed")

@@ -116,9 +116,11 @@ class Evaluator:
         return found
 
     def _generation(self, ids: list[int]) -> Generation:
-        ended = self.tok.eos_token_id in ids
-        if ended:
-            ids = ids[: ids.index(self.tok.eos_token_id)]
+        configured = getattr(self._inner, "generation_config", None)
+        ends = getattr(configured, "eos_token_id", None)
+        known = {self.tok.eos_token_id, *(ends if isinstance(ends, list) else [ends])}
+        first = next((i for i, token in enumerate(ids) if token in known), len(ids))
+        ended, ids = first < len(ids), ids[:first]
         text = self.tok.decode(ids, skip_special_tokens=True)
         line, newline, _ = text.lstrip().partition("\n")
         return Generation(line.strip(), ended or bool(newline))
@@ -135,6 +137,8 @@ class Evaluator:
                 ids = nn.utils.rnn.pad_sequence([pieces[i] for i in group], batch_first=True).to(device)
                 mask = nn.utils.rnn.pad_sequence([torch.ones_like(pieces[i]) for i in group], batch_first=True)
                 labels = ids.where(mask.bool().to(device), -100)[:, 1:]
+                if self.at is not None:
+                    self.at(ids.shape[1] - 1)
                 logits = self.model(input_ids=ids, attention_mask=mask.to(device)).logits[:, :-1].float()
                 total += float(nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="sum"))
                 count += int((labels != -100).sum())
