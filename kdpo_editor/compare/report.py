@@ -101,7 +101,7 @@ def report(folder: Path, out: Path, formats: set[str], partial: bool = False) ->
         sys.stderr.write(_printable(f"Left out {name}: {reason}\n", sys.stderr))
     written = [_write(out / name, content) for name, content in files.items()]
     for path in written:
-        if path.parent == out:
+        if path.suffix != ".svg":  # each figure's PNG stands for both
             say(f"wrote {path}")
     return written
 
