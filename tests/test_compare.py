@@ -18,6 +18,7 @@ import pytest
 import yaml
 
 from kdpo_editor import SHIPPED_MODEL
+from kdpo_editor.compare.reading import read_cells
 from kdpo_editor.easyedit import VARIABLE
 from kdpo_editor.errors import CellBusy, DataError, HyperParamsError, ResultsError
 from kdpo_editor.hparams import settings_folder
@@ -376,6 +377,10 @@ def test_a_killed_run_goes_on_and_ends_as_an_undisturbed_one(tmp_path: Path) -> 
     process.wait()
     (cell,) = cells(folder).values()
     assert manifest(cell)["status"] == "running", "it was over before it was killed"
+    with pytest.raises(ResultsError, match="its status is 'running'"):
+        read_cells(folder)
+    unfinished, _ = read_cells(folder, partial=True)
+    assert [c.label for c in unfinished] == ["KDPO (partial)"]
     again = compare(folder, *arguments)
     assert again.returncode == 0, again.stderr
     assert "going on after" in (cell / "run.log").read_text("utf-8")

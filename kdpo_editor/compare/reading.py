@@ -75,13 +75,22 @@ def read_cells(folder: Path, partial: bool = False) -> tuple[list[Cell], list[tu
 
 
 def _cell_folders(folder: Path) -> list[Path]:
-    return sorted(Path(at) for at, _, files in os.walk(folder) if {"manifest.json", "rows.parquet"} & set(files))
+    found = (Path(at) for at, _, files in os.walk(folder) if {"manifest.json", "rows.parquet"} & set(files))
+    return sorted(path for path in found if not path.name.startswith("checkpoint"))
+
+
+def _rows_file(folder: Path) -> Path:
+    """The cell's rows, or those of its last checkpoint while it is being computed."""
+    kept = {int(p.name.rpartition("-")[2]): p for p in folder.glob("checkpoint-*") if p.name[11:].isdigit()}
+    final = folder / "rows.parquet"
+    return kept[max(kept)] / "rows.parquet" if kept and not final.exists() else final
 
 
 def _read_cell(folder: Path, name: str, partial: bool) -> Cell:
     manifest = _read_manifest(folder)
     finished = manifest["status"] == "complete"
-    if not finished and not partial and not (folder / "rows.parquet").exists():
+    file = _rows_file(folder)
+    if not finished and not partial and not file.exists():
         raise ResultsError(_unfinished(manifest))
     config = _read_text(folder / "config.yaml")
     try:
@@ -90,7 +99,7 @@ def _read_cell(folder: Path, name: str, partial: bool) -> Cell:
         raise ResultsError(f"config.yaml cannot be read ({_line(str(error))})") from error
     if not isinstance(resolved, dict):
         raise ResultsError("config.yaml is not a mapping")
-    rows = _read_rows(folder / "rows.parquet", manifest)
+    rows = _read_rows(file, manifest)
     if not finished:
         whole = complete_checkpoints(rows, single=manifest["protocol"] == "single")
         shown = ", ".join(map(str, whole))
