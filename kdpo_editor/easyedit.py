@@ -27,8 +27,9 @@ PyPI's contract      The PyPI form writes back every weight a method returns unl
                      so KDPO returns none then. Can go with the PyPI form.
 PyPI's MEMIT         Expects blocks to return tuples, as they did before transformers 4.56; its traces are shown
                      such. Can go with the PyPI form.
-PyPI's LoRA          Is AdaLoRA, which current peft refuses without the number of steps; it is told. Needs an attribute
-                     ``model_parallel`` that its settings lack; they get it. Can go with the PyPI form.
+AdaLoRA              The PyPI form's LoRA and upstream's default. Current peft refuses it without the number of steps;
+                     it is told. The PyPI form's settings lack an attribute that its own code reads; they get it. Can go
+                     when upstream passes the number.
 :func:`settings`     A method's settings in whichever class the installed form reads, whose fields differ.
 :func:`quietly`      Both forms print every step and write logs into the working directory. Can go when they stop.
 :func:`forget`       Methods keep state in their modules (context templates, covariances, null spaces, histories) that
@@ -239,7 +240,7 @@ def _register() -> None:
         for name in ("__init__", "edit", "batch_edit", "edit_requests", "edit_dataset"):
             setattr(editor, name, _on_device(getattr(editor, name)))
         _mend_memit()
-        _mend_lora()
+    _mend_adalora()
 
 
 @functools.wraps(apply_kdpo_to_model)
@@ -354,17 +355,18 @@ def _mend_memit() -> None:
     compute_z.nethook = SimpleNamespace(**{**vars(nethook), "TraceDict": TraceDict})
 
 
-def _mend_lora() -> None:
+def _mend_adalora() -> None:
     lora: Any = importlib.import_module("easyeditor.models.lora.lora_main")
     hparams_class = importlib.import_module("easyeditor.models.lora.lora_hparams").LoRAHyperParams
-    hparams_class.model_parallel = False
+    if not hasattr(hparams_class, "model_parallel"):
+        hparams_class.model_parallel = False
     config_class, run = lora.AdaLoraConfig, lora.execute_lora
 
     @functools.wraps(run)
-    def execute(model: nn.Module, tok: Any, requests: Sequence[Any], hparams: Any, **kwargs: Any) -> Any:
+    def execute(model: nn.Module, tok: Any, requests: Sequence[Any], hparams: Any, *args: Any, **kwargs: Any) -> Any:
         lora.AdaLoraConfig = functools.partial(config_class, total_step=hparams.num_steps)
         try:
-            return run(model, tok, requests, hparams, **kwargs)
+            return run(model, tok, requests, hparams, *args, **kwargs)
         finally:
             lora.AdaLoraConfig = config_class
 

@@ -11,7 +11,9 @@ from kdpo_editor import SHIPPED_MODEL, KDPOHyperParams
 from kdpo_editor.hparams import settings_folder
 
 FOLDER = Path(__file__).parents[1] / "hparams"
-FILES = sorted(file for kind in ("KDPO", "KDPO-DPO", "KDPO-L", "KDPO-L-BF", "FT-BF") for file in (FOLDER / kind).glob("*.yaml"))
+FILES = sorted(
+    file for kind in ("KDPO", "KDPO-DPO", "KDPO-L", "KDPO-L-BF", "FT-BF") for file in (FOLDER / kind).glob("*.yaml")
+)
 
 # Layer, steps, cycles, rate, stop_loss (paper, appendix; steps and cycles of the ablation in brackets below).
 PAPER = {

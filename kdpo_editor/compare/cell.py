@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from omegaconf import OmegaConf
 from tqdm import tqdm
 
 from .. import easyedit
 from ..errors import DataError, HyperParamsError, KDPOError
+from ..hparams import settings_folder
 from ..requests import tokenize
 from ..testbed import taught_texts
 from . import statistics
@@ -287,22 +289,24 @@ def _records(config: Compare) -> tuple[list[Record], list[Record]]:
 
 def _cell(config: Compare, edited: Sequence[Record]) -> Cell:
     easyedit.require()
+    settings, notes = _settings(config)
+    label = config.method.label
+    if notes and settings is not None:
+        label += " (own CE)" if config.method.without == "ce" else f" ({config.method.without})"
     told = {k: v for k, v in asdict(config).items() if k not in ELSEWHERE}
     del told["model"]["device"]
-    told |= {"records": content_hash(edited), "form": "upstream" if easyedit.is_upstream() else "pypi"}
+    told |= {"settings": settings, "records": content_hash(edited)}
+    told |= {"form": "upstream" if easyedit.is_upstream() else "pypi"}
     code = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:12]
     identity = {
         "method": config.method.name,
-        "label": config.method.label,
+        "label": label,
         "model": config.model.name,
         "dataset": config.dataset.name,
         "protocol": config.protocol.name,
         "seed": config.seed,
         "n_edits": config.n_edits,
     }
-    _, notes = _settings(config)
-    if notes and config.method.without == "ce":
-        identity["label"] = f"{config.method.label} (own CE)"
     name = slug([*(identity[k] for k in ("method", "model", "dataset", "protocol", "n_edits")), f"s{config.seed}"])
     return Cell(Path(config.out) / f"{name}-{code}", code, identity)
 
@@ -315,13 +319,19 @@ def _settings(config: Compare) -> tuple[dict[str, Any] | None, list[str]]:
         settings = {**settings, rate: settings[rate] * config.method.rate_factor}
     if settings is None or available(settings):
         return settings, []
-    form = "upstream" if easyedit.is_upstream() else "PyPI"
-    if config.method.without != "ce":
-        return None, [f"EasyEdit's {form} form does not have this method"]
-    own = {k: settings[k] for k in ("model_name", "layers", "rewrite_module_tmp", "num_steps", "lr", "weight_decay")}
-    # One round of as many steps; FT-M stops below this loss as well.
-    own |= {"alg_name": "KDPO", "objective": "ce", "cycles": 1, "stop_loss": 1e-2}
-    return own, [f"EasyEdit's {form} form lacks FT-M: this package's cross-entropy over the whole target stands in"]
+    form, without = "upstream" if easyedit.is_upstream() else "PyPI", config.method.without
+    other = settings_folder() / without / f"{config.model.settings}.yaml"
+    if without == "ce":
+        own = {
+            k: settings[k] for k in ("model_name", "layers", "rewrite_module_tmp", "num_steps", "lr", "weight_decay")
+        }
+        # One round of as many steps; FT-M stops below this loss as well.
+        own |= {"alg_name": "KDPO", "objective": "ce", "cycles": 1, "stop_loss": 1e-2}
+        return own, [f"EasyEdit's {form} form lacks FT-M: this package's cross-entropy over the whole target stands in"]
+    if without and other.exists():
+        taken: dict[str, Any] = yaml.safe_load(other.read_text("utf-8"))
+        return taken, [f"EasyEdit's {form} form knows {without} instead; settings are those of hparams/{without}"]
+    return None, [f"EasyEdit's {form} form does not have this method"]
 
 
 def _progress(config: Compare, numbers: range, done: int) -> Iterator[int]:

@@ -27,8 +27,9 @@ class Method:
     requests_per_call: int = 1
     """Edits handed to the method at a time, in a sequence; for those that edit several together."""
     without: str = ""
-    """Where the installed form of EasyEdit lacks the method: "" skips it, "ce" makes it with this package's own
-    cross-entropy objective, in the same layer, with the same rate and number of steps."""
+    """Where the installed form of EasyEdit lacks the method: "" skips it; "ce" makes it with this package's own
+    cross-entropy objective, in the same layer, with the same rate and number of steps; a folder of ``hparams/`` takes
+    the settings there instead."""
 
 
 @dataclass
@@ -37,6 +38,8 @@ class Model:
 
     name: str = MISSING
     """Hugging Face id, folder, or the shipped model's name."""
+    settings: str = ""
+    """The name of its files in the folders of ``hparams/``."""
     dtype: str = "float32"
     """float32, bfloat16, float16, or auto (as saved)."""
     device: str | None = None

@@ -242,6 +242,8 @@ def available(config: dict[str, Any]) -> bool:
     """Whether the installed form of EasyEdit has the method that ``config`` (with its ``alg_name``) is for."""
     if config["alg_name"] == "FT" and config.get("objective_optimization") == "target_new":
         return easyedit.is_upstream()  # the PyPI form knows FT-L only
+    if config["alg_name"] == "LoRA" and config.get("lora_type") == "lora":
+        return easyedit.is_upstream()  # the PyPI form knows AdaLoRA only
     return config["alg_name"] in easyedit.methods()
 
 
