@@ -129,7 +129,7 @@ def test_settings_fit_the_frameworks_classes(file: Path) -> None:
         pytest.skip(f"this form of EasyEdit has no {config['alg_name']}")
     hparams, ignored = easyedit.settings(config)
     assert hparams.model_name == config["model_name"]
-    assert available(config) or "objective_optimization" in ignored
+    assert available(config) or {"objective_optimization", "lora_type"} & set(ignored)
 
 
 def test_an_unknown_setting_of_a_rival_is_refused() -> None:
