@@ -16,7 +16,7 @@ from pathlib import Path
 
 from peft import PeftModel
 
-from kdpo_editor import EditDelta, EditLedger, FingerprintError, KDPOHyperParams, edited, original
+from kdpo_editor import CompressionError, EditDelta, EditLedger, FingerprintError, KDPOHyperParams, edited, original
 from kdpo_editor.answers import generate
 from kdpo_editor.compare.evaluate import fingerprint
 from kdpo_editor.compare.models import load
@@ -102,10 +102,14 @@ with edited(model, both):
 # `save_lora` takes the smallest rank that keeps the answer, and writes what PEFT loads, here onto a fresh model.
 
 # %%
-small = delta.compress(model, tok, rank=8)
-print(f"full: {delta.nbytes / 1e3:.0f} kB, rank {small.rank}: {small.nbytes / 1e3:.0f} kB")
-with edited(model, small):
-    print("small:", ask(0))
+try:
+    small = delta.compress(model, tok, rank=8)
+except CompressionError as error:
+    print("refused:", error)
+else:
+    print(f"full: {delta.nbytes / 1e3:.0f} kB, rank {small.rank}: {small.nbytes / 1e3:.0f} kB")
+    with edited(model, small):
+        print("small:", ask(0))
 
 rank = delta.save_lora(FOLDER / "adapter", model, tok)
 print(f"an adapter of rank {rank}:", sorted(f.name for f in (FOLDER / "adapter").iterdir()))
