@@ -28,7 +28,21 @@ HAS_PYPI = importlib.util.find_spec("easyeditor") is not None
 SCENARIOS = Path(__file__).parent / "compare_scenarios.py"
 # In a single process on a small model: enough to be a comparison.
 SMALL = ["n_edits=4", "protocol.eval_at=[2]", "protocol.unrelated=5", "protocol.perplexity=false", "report=false"]
-METHODS = ["KDPO", "KDPO-DPO", "KDPO-L", "FT-L", "FT-M", "LoRA", "AdaLoRA", "ROME", "MEMIT", "DPO", "AlphaEdit", "WISE", "GRACE"]
+METHODS = [
+    "KDPO",
+    "KDPO-DPO",
+    "KDPO-L",
+    "FT-L",
+    "FT-M",
+    "LoRA",
+    "AdaLoRA",
+    "ROME",
+    "MEMIT",
+    "DPO",
+    "AlphaEdit",
+    "WISE",
+    "GRACE",
+]
 UPSTREAM_ONLY = {"FT-M", "LoRA", "DPO", "AlphaEdit", "WISE", "GRACE"}
 
 pytestmark = [

@@ -14,6 +14,7 @@ import torch
 from kdpo_editor import SHIPPED_MODEL
 from kdpo_editor.compare import statistics
 from kdpo_editor.compare.evaluate import Evaluator, Generation, accuracy, fingerprint, ngram_entropy, normalised
+from kdpo_editor.compare.memory import peak_bytes
 from kdpo_editor.compare.models import load
 from kdpo_editor.errors import DataError, ModelError
 from kdpo_editor.testbed import load_records
@@ -168,3 +169,15 @@ def test_the_command_names_a_missing_file(tmp_path: Path, capsys: pytest.Capture
     arguments = ["--model", SHIPPED_MODEL, "--text", "shipped", "--hparams", str(tmp_path / "none.yaml")]
     assert statistics.main(arguments) == 1
     assert "none.yaml" in capsys.readouterr().err
+
+
+def test_peak_memory_counts_what_is_alive_at_once() -> None:
+    def call() -> None:
+        kept = torch.zeros(1000)
+        for _ in range(5):
+            temporary = torch.ones(500) + kept[:500]  # two of them for a moment
+            del temporary
+        torch.zeros(2000)
+
+    if not torch.cuda.is_available():
+        assert peak_bytes(call) == 4 * 3000

@@ -17,6 +17,7 @@ class LiveBytes(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.storages: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.held = 0
         self.peak = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -25,9 +26,13 @@ class LiveBytes(TorchDispatchMode):
         for t in tree_leaves(result):
             if isinstance(t, torch.Tensor) and t.untyped_storage().data_ptr() not in known:
                 storage = t.untyped_storage()
+                _, before = self.storages.get(storage.data_ptr(), (None, 0))
                 self.storages[storage.data_ptr()] = (StorageWeakRef(storage), storage.nbytes())
-        self.storages = {k: v for k, v in self.storages.items() if not v[0].expired()}
-        self.peak = max(self.peak, sum(size for _, size in self.storages.values()))
+                self.held += storage.nbytes() - before
+        if self.held > self.peak:  # some of it may be gone by now
+            self.storages = {k: v for k, v in self.storages.items() if not v[0].expired()}
+            self.held = sum(size for _, size in self.storages.values())
+            self.peak = max(self.peak, self.held)
         return result
 
 
