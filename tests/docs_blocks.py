@@ -1,8 +1,8 @@
-"""Run the Python blocks of pages: ``python docs_blocks.py blocks.json``; called by test_docs.py in a process of its own.
+"""Run the Python blocks of pages: ``python docs_blocks.py blocks.json``; test_docs.py calls it.
 
-``blocks.json`` maps each page to its blocks. The blocks of a page share their names, as when typed one after the other, and
-begin with the shipped model and its tokenizer as ``model`` and ``tok``. Every page has an empty folder with ``hparams`` in it.
-Standard output ends with a line of JSON: the traceback of each page that failed.
+``blocks.json`` maps each page to its blocks. The blocks of a page share their names, as when typed one after the other,
+and begin with the shipped model and its tokenizer as ``model`` and ``tok``. Every page has a folder with nothing but
+``hparams`` in it. Standard output ends with a line of JSON: the traceback of each page that failed.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What README and docs print works: Python blocks, commands, links, numbers of the model cards; names are documented."""
+"""What README and docs print works: code, commands, links, the model cards' numbers; public names are documented."""
 
 from __future__ import annotations
 
@@ -34,7 +34,18 @@ if not (ROOT / "docs").is_dir():
     pytest.skip("there is no documentation beside these tests", allow_module_level=True)
 # What pages show for a large model runs on the shipped one.
 SHIPPED = {"hparams/KDPO/llama-2-7b": "hparams/KDPO/kdpo-llama-knowedit"}
-PROGRAMS = ("kdpo", "kdpo-compare", "kdpo-report", "kdpo-statistics", "make", "pip", "python", "mkdocs", "git", "export")
+PROGRAMS = (
+    "kdpo",
+    "kdpo-compare",
+    "kdpo-report",
+    "kdpo-statistics",
+    "make",
+    "pip",
+    "python",
+    "mkdocs",
+    "git",
+    "export",
+)
 FENCE = re.compile(r"^```(?P<info>[^\n`]*)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
 NOT_RUN = re.compile(r"<!-- not run: [^>]+ -->\s*$")
 
@@ -393,7 +404,9 @@ def public(tree: ast.Module) -> Iterator[tuple[str, ast.AST, str]]:
 
 
 MODULES = sorted((ROOT / "kdpo_editor").rglob("*.py"))
-SHAPE = re.compile(r"``?[^`]*\[[^`\]]*\]|scalar|bit for bit|any shape|as it was|by name|a matrix|\(.*, `.*\)")
+SHAPE = re.compile(r"``\[[^`]+\]``|\bscalar\b|any shape")
+# Weights by their parameters' names have whichever shape the model gives them.
+BY_NAME = re.compile(r"(?:dict|Mapping)\[str, (?:torch\.)?Tensor\]|Callable\[\[\], Tensor\]")
 
 
 @pytest.mark.parametrize("file", MODULES, ids=lambda f: str(f.relative_to(ROOT / "kdpo_editor")))
@@ -407,8 +420,8 @@ def test_public_names_have_docstrings_and_tensors_shapes(file: Path) -> None:
         if isinstance(node, ast.FunctionDef):
             asked = [ast.unparse(a.annotation) for a in [*node.args.args, *node.args.kwonlyargs] if a.annotation]
             asked += [ast.unparse(node.returns)] if node.returns else []
-            if any(re.search(r"(?<!nn\.)\bTensor\b", annotation) for annotation in asked):
-                assert SHAPE.search(own + around + module), f"{name} takes or gives a tensor and says no shape"
+            if any(re.search(r"\bTensor\b", BY_NAME.sub("", annotation)) for annotation in asked):
+                assert SHAPE.search(own + around), f"{name} takes or gives a tensor and says no shape"
 
 
 def test_public_names_of_the_package_have_docstrings() -> None:
@@ -439,4 +452,4 @@ def test_the_site_builds_without_warnings_and_loads_nothing_from_elsewhere(tmp_p
         loaded += re.findall(r"<link(?![^>]+rel=\"?canonical)[^>]+href=\"?(https?:[^\s\">]+)", text)
         assert not loaded, page.name
         roles = re.findall(r":(?:class|func|meth|mod|data|attr):", text)
-        assert not roles, f"{page.name}: a cross-reference was left as it is written"
+        assert not roles or page.name == "contributing.html", f"{page.name}: a cross-reference is as it was written"

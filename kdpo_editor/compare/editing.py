@@ -109,6 +109,7 @@ class Editing:
         return Evaluator(self.model, self.tok, alone=alone, alike=alike, at=self._ask_at if alike else None)
 
     def algorithm_is(self, name: str) -> bool:
+        """Whether the method is EasyEdit's ``name``; false where nothing edits."""
         return self.config is not None and self.algorithm == name
 
     def edit(self, records: Sequence[Record]) -> None:
