@@ -359,8 +359,7 @@ def test_model_cards_are_of_their_files(file: Path) -> None:
     cells = {k: (v, why) for k, v, why in re.findall(r"^\| ([^|]+) \| ([^|]+) \| ([^|]+) \|$", card, re.MULTILINE)}
     assert int(cells["Layer"][0].split()[0]) == hparams.layers[0]
     assert float(cells["Rate"][0]) == hparams.lr
-    cycles, stop_loss = cells["Cycles, stop_loss"][0].split(", ")
-    assert (int(cycles), float(stop_loss)) == (hparams.cycles, hparams.stop_loss)
+    assert (int(cells["Cycles"][0]), float(cells["Stop loss"][0])) == (hparams.cycles, hparams.stop_loss)
     derived = "Not in the paper" in file.read_text("utf-8")
     assert ("derived" in cells["Layer"][1]) is derived
     assert ("**Measured here:** nothing" in card) or file.stem in ("kdpo-llama-knowedit", "qwen1.5-0.5b")
