@@ -1,6 +1,8 @@
 # make demo     edit real facts in the shipped model, KDPO beside FT
 # make test     lint, types, tests
 # make compare  every method on the shipped model, fifty edits in a row, ending with the table (under ten minutes)
+# make docs     the documentation, into site/
+# make examples run the notebooks again (five minutes)
 # make bench    speed and memory, side by side in one run (about ten minutes on two cores)
 # make tune     choose every method's settings for the shipped model again (an hour or two)
 # make model    train the shipped model again (under ten minutes on two cores)
@@ -12,7 +14,7 @@ VENV ?= .venv
 TORCH ?= torch>=2.4
 BIN := $(VENV)/bin
 
-.PHONY: demo test compare bench tune model clean
+.PHONY: demo test compare docs examples bench tune model clean
 
 # An experiment of kdpo_editor/compare/conf/experiment for make compare.
 EXPERIMENT ?= shipped
@@ -31,6 +33,12 @@ test: $(VENV)/.installed
 compare: $(VENV)/.installed
 	$(BIN)/kdpo-compare experiment=$(EXPERIMENT) out=$(RESULTS)
 
+docs: $(VENV)/.installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
+examples: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python examples/run.py
+
 bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/bench.py
 
@@ -41,13 +49,13 @@ model: $(VENV)/.installed
 	$(BIN)/python -m kdpo_editor.testbed.train --out kdpo_editor/testbed/llama-knowedit
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) build dist site *.egg-info
 
 $(VENV)/.installed: setup.cfg pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 10) and "Python 3.10 or later is needed, this is %d.%d; name another one with PYTHON=..." % v[:2])'
 	@$(PYTHON) -m venv $(VENV) || { echo "On Debian and Ubuntu: apt install python3-venv"; exit 1; }
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet "$(TORCH)"
-	$(BIN)/pip install --quiet --editable ".[easyedit,compare,examples,joblib,slurm,tune,dev]"
+	$(BIN)/pip install --quiet --editable ".[easyedit,compare,examples,joblib,slurm,tune,docs,dev]"
 	$(BIN)/pip install --quiet --no-deps easyeditor==0.0.1.dev0
 	@touch $@

@@ -122,7 +122,7 @@ def make_batches(suffix: Suffix, edits: Sequence[EditTokens], budget: float) -> 
 def make_batch(
     suffix: Suffix, members: list[int], captured: Captured, hidden: Tensor, chosen: Tensor, mask: Tensor
 ) -> Batch:
-    """A batch whose reference is the policy as it is now."""
+    """A batch whose reference is the policy as it is now; arguments as :class:`Batch`, ``chosen`` ``[B, T]``."""
     logits = suffix.logits(hidden.detach()).to(suffix.device)
     return Batch(members, captured, chosen.to(logits.device), mask.to(logits.device), hidden, logits, logits)
 

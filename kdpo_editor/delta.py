@@ -496,7 +496,7 @@ def _add(w: Tensor, change: Tensor) -> Tensor:
 
 
 def decompose(change: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The singular value decomposition of ``change``, computed where ``weight`` is, on the CPU."""
+    """The singular value decomposition of ``change`` ``[rows, columns]``, computed where ``weight`` is, on the CPU."""
     up, scale, down = torch.linalg.svd(change.to(weight.device), full_matrices=False)
     return up.cpu(), scale.cpu(), down.cpu()
 

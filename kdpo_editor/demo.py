@@ -23,6 +23,7 @@ UNRELATED = 20
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m kdpo_editor.demo",
         description="Edit real KnowEdit records in a small model that knows them, with KDPO and with FT.",
@@ -77,6 +78,7 @@ def settings_for(method: str, device: str | int | None) -> Any:
 
 
 def editor_for(hparams: Any) -> Any:
+    """EasyEdit's ``BaseEditor`` for these settings."""
     from easyeditor import BaseEditor
 
     return BaseEditor.from_hparams(hparams)
@@ -166,6 +168,7 @@ def table(rows: list[tuple[str, dict[str, float]]]) -> str:
 
 
 def say(text: str) -> None:
+    """Write ``text``, if there is any, to standard output."""
     if text:
         sys.stdout.write(f"{text}\n")
         sys.stdout.flush()

@@ -72,6 +72,7 @@ class LedgerEdit:
     merged: int = 1
 
     def to_json(self) -> dict[str, Any]:
+        """As a line of the journal, without its checksum."""
         return {
             "kind": "edit",
             "number": self.number,
@@ -84,6 +85,7 @@ class LedgerEdit:
 
     @classmethod
     def from_json(cls, record: Any, what: str) -> LedgerEdit:
+        """Of its JSON form; raises :class:`~kdpo_editor.DamagedFileError`, beginning with ``what``."""
         found = cls(
             number=field(record, "number", int, what),
             parent=field(record, "parent", int, what),

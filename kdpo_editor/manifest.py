@@ -32,15 +32,17 @@ class Value:
     spec: Spec
 
     def to_json(self) -> dict[str, Any]:
+        """Hash, shape and dtype as plain values."""
         return {"sha256": self.sha256, "shape": list(self.spec.shape), "dtype": self.spec.dtype}
 
     @classmethod
     def from_json(cls, record: Any, what: str) -> Value:
+        """Of its JSON form; raises :class:`~kdpo_editor.DamagedFileError`, beginning with ``what``."""
         return cls(hash_from(record, "sha256", what), spec_from(record, what))
 
 
 def value_of(tensor: Tensor) -> Value:
-    """The :class:`Value` of a tensor. Equal values mean bit-identical tensors."""
+    """The :class:`Value` of a tensor of any shape. Equal values mean bit-identical tensors."""
     spec = spec_of(tensor)
     digest = hashlib.sha256(f"{spec}:".encode())
     digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
@@ -98,6 +100,7 @@ class EditInfo:
         )
 
     def to_json(self) -> dict[str, Any]:
+        """As plain values."""
         return asdict(self)
 
     @classmethod

@@ -72,7 +72,7 @@ def kdpo_token_loss(pairs: Tensor, reference: Tensor, beta: float, mask: Tensor 
     ``sum_t -log sigmoid(beta * [(z_w - z_l) - (z_ref_w - z_ref_l)])``
 
     Over positions where chosen and rejected token differ; ``mask`` is true there. Arguments and result as
-    :func:`kdpo_loss`. This project's own; with one differing position it is the same.
+    :func:`kdpo_loss`, ``[..., T, 2]`` to ``[...]``. This project's own; with one differing position it is the same.
     """
     return _masked(F.softplus(-beta * _gain(pairs, reference)), mask).sum(-1)
 
@@ -102,7 +102,7 @@ def ipo_loss(pairs: Tensor, reference: Tensor, beta: float, mask: Tensor | None 
     It asks for a gain of ``1 / (2 beta)`` and no more: a new answer that starts further behind never gets ahead.
     The mean over the answer's ``T`` tokens stands where the paper writes the log-probability of the whole answer; its
     authors confirmed that their results were computed so, and TRL does the same. Arguments and result as
-    :func:`kdpo_loss`; ``T`` counts every position that is not padded.
+    :func:`kdpo_loss`, ``[..., T, 2]`` to ``[...]``; ``T`` counts every position that is not padded.
     """
     gain = _masked(_gain(pairs, reference), mask)
     length = gain.shape[-1] if mask is None else mask.sum(-1)

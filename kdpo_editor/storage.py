@@ -43,6 +43,7 @@ class Spec:
 
     @property
     def nbytes(self) -> int:
+        """Bytes that a tensor of this kind takes."""
         return math.prod(self.shape) * DTYPES[self.dtype].itemsize
 
     def __str__(self) -> str:
@@ -50,7 +51,7 @@ class Spec:
 
 
 def spec_of(tensor: Tensor) -> Spec:
-    """The spec of a floating-point tensor."""
+    """The spec of a floating-point tensor of any shape."""
     return Spec(tuple(tensor.shape), NAMES[tensor.dtype])
 
 

@@ -79,7 +79,7 @@ def one_method(model: Any, tok: Any, config: dict[str, Any], records: list[Recor
         "use_cache": model.config.use_cache == use_cache,
         "trainable": sum(p.requires_grad for p in model.parameters()),
         "hooks": sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()),
-        "checkpointing": bool(model.is_gradient_checkpointing),
+        "checkpointing": any(getattr(m, "gradient_checkpointing", False) for m in model.modules()),
         "padding_side": after_load,
     }
 

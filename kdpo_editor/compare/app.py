@@ -58,6 +58,7 @@ class RememberOut(Callback):
     """Notes where results will go, for the report at the end."""
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
+        """Called by Hydra; also before a sweep."""
         _OUT.update(folder=Path(config.out).absolute(), report=config.report)
 
     on_multirun_start = on_run_start

@@ -109,6 +109,7 @@ class Editing:
         return Evaluator(self.model, self.tok, alone=alone, alike=alike, at=self._ask_at if alike else None)
 
     def algorithm_is(self, name: str) -> bool:
+        """Whether the method is EasyEdit's ``name``; false where nothing edits."""
         return self.config is not None and self.algorithm == name
 
     def edit(self, records: Sequence[Record]) -> None:
@@ -183,7 +184,6 @@ class Editing:
             "target_neg": record.ground_truth,
             "subject": record.subject,
             "loc_prompt": self.unrelated[self.count % len(self.unrelated)],
-            "rephrase_prompt": record.rephrase_prompts[0] if record.rephrase_prompts else None,
             "portability": {},
             "locality": {},
         }
@@ -208,12 +208,12 @@ class Editing:
         supports = model.__dict__.get("supports_gradient_checkpointing")
         training = [module for module in model.modules() if module.training]
         needing = [p for p in model.parameters() if p.requires_grad]
-        checkpointing = bool(getattr(model, "is_gradient_checkpointing", False))
+        checkpointing = _checkpointed(model)
         hooks = [(d, set(d)) for m in model.modules() for d in (m._forward_hooks, m._forward_pre_hooks)]
         try:
             yield
         finally:
-            if getattr(model, "is_gradient_checkpointing", False) and not checkpointing:
+            if _checkpointed(model) and not checkpointing:
                 model.gradient_checkpointing_disable()  # type: ignore[operator]
             for registered, known in hooks:
                 for handle in set(registered) - known:
@@ -245,6 +245,11 @@ def available(config: dict[str, Any]) -> bool:
     if config["alg_name"] == "LoRA" and config.get("lora_type") == "lora":
         return easyedit.is_upstream()  # the PyPI form knows AdaLoRA only
     return config["alg_name"] in easyedit.methods()
+
+
+def _checkpointed(model: nn.Module) -> bool:
+    """Whether any block recomputes its activations; transformers renames its own answer to this."""
+    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
 
 
 def seed_everything(seed: int) -> None:

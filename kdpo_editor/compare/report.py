@@ -29,6 +29,7 @@ report or a file cannot be written; 2 for wrong usage.
 
 
 def main(argv: list[str] | None = None) -> int:
+    """The command ``kdpo-report``; returns the exit status."""
     parser = argparse.ArgumentParser(
         prog="kdpo-report",
         description="Tables, radar plots, curves and an HTML page from the results of a comparison of editing methods.",
@@ -131,6 +132,7 @@ def _printable(text: str, stream: TextIO) -> str:
 
 
 def say(text: str) -> None:
+    """Write a line to standard output, whatever its encoding."""
     sys.stdout.write(_printable(f"{text}\n", sys.stdout))
 
 

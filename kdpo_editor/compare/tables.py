@@ -47,6 +47,11 @@ class Entry(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Table:
+    """One table: the methods are its rows, named by ``labels``.
+
+    ``n_edits``: edits of the run. ``columns``: the metrics, as printed.
+    """
+
     model: str
     dataset: str
     protocol: str
@@ -61,10 +66,12 @@ class Table:
 
     @property
     def caption(self) -> str:
+        """What it is of, in words."""
         return f"{self.model}, {self.dataset}, {self.when}" + (": by key and right after each edit" * self.detail)
 
     @property
     def when(self) -> str:
+        """When its figures were taken, in words."""
         return after(self.protocol, self.n_edits, self.made)
 
 

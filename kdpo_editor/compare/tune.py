@@ -1,6 +1,6 @@
 """What tuning maximises; the same for every method.
 
-kdpo-compare -m hydra/sweeper=optuna experiment=tune method=ft_m 'method.hparams.lr=tag(log, interval(1e-4, 1e-2))'
+kdpo-compare experiment=tune_ft_m
 """
 
 from __future__ import annotations

@@ -171,10 +171,12 @@ def phrasings(subject: str, relation: str) -> list[str]:
 
 
 def clean(text: str) -> str:
+    """``text`` with single spaces, and none at its ends."""
     return re.sub(r"\s+", " ", text).strip()
 
 
 def first_answer(ground_truth: Any) -> str:
+    """The first of answers that are listed at any depth, ``""`` where there is none."""
     while isinstance(ground_truth, list):
         if not ground_truth:
             return ""
@@ -183,6 +185,7 @@ def first_answer(ground_truth: Any) -> str:
 
 
 def plain(text: str) -> bool:
+    """Whether an answer is short and ASCII, as all that the model is taught are."""
     return 0 < len(text) <= 32 and text.isascii()
 
 
@@ -326,6 +329,7 @@ def choose_facts(
 
 
 def main() -> None:
+    """Choose records and facts, and write them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--knowedit", type=Path, required=True, help="folder of KnowEdit's JSON files")
     folder = parser.parse_args().knowedit

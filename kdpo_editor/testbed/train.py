@@ -66,8 +66,8 @@ class Row:
 
 
 def encode(tok: PreTrainedTokenizerFast, prompt: str, answer: str, subject: str = "") -> Row:
-    start = len(tok(prompt)["input_ids"])
     """``prompt`` must contain ``subject``; a leading space belongs to the first token."""
+    start = len(tok(prompt)["input_ids"])
     at = prompt.find(subject)
     text = tok(f"{prompt} {answer}", return_offsets_mapping=True)
     spans = enumerate(text["offset_mapping"])
@@ -102,7 +102,7 @@ def batches(
 def loss_of(
     model: LlamaForCausalLM, rows: list[Row], prompt_weight: float, hidden: float, rng: random.Random
 ) -> torch.Tensor:
-    """Mean next-token cross-entropy over the answers, plus ``prompt_weight`` times that of all other tokens.
+    """Mean next-token cross-entropy (a scalar) over the answers, plus ``prompt_weight`` times that of all other tokens.
 
     In a share ``hidden`` of the rows nothing after the subject sees more of it than its last token, so that what the
     model knows of a subject is gathered there, where causal tracing finds it in large models (Meng et al. 2022).
@@ -232,6 +232,7 @@ def train(out: Path, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> None:
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--width", type=int, default=192)

@@ -1,0 +1,454 @@
+"""What README and docs print works: code, commands, links, the model cards' numbers; public names are documented."""
+
+from __future__ import annotations
+
+import ast
+import configparser
+import importlib
+import importlib.util
+import inspect
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import kdpo_editor
+from kdpo_editor import KDPOHyperParams
+from kdpo_editor.command import _check_options, make_parser
+
+ROOT = Path(__file__).parents[1]
+HERE = Path(__file__).parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [page for page in PAGES if page.is_file()]
+if not (ROOT / "docs").is_dir():
+    pytest.skip("there is no documentation beside these tests", allow_module_level=True)
+# What pages show for a large model runs on the shipped one.
+SHIPPED = {"hparams/KDPO/llama-2-7b": "hparams/KDPO/kdpo-llama-knowedit"}
+PROGRAMS = (
+    "kdpo",
+    "kdpo-compare",
+    "kdpo-report",
+    "kdpo-statistics",
+    "make",
+    "pip",
+    "python",
+    "mkdocs",
+    "git",
+    "export",
+)
+FENCE = re.compile(r"^```(?P<info>[^\n`]*)\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)
+NOT_RUN = re.compile(r"<!-- not run: [^>]+ -->\s*$")
+
+
+@dataclass
+class Block:
+    """A fenced block. ``skipped``: a comment before it says why it is not run."""
+
+    page: str
+    line: int
+    language: str
+    info: str
+    code: str
+    skipped: bool
+
+
+def blocks(page: Path) -> list[Block]:
+    text = page.read_text("utf-8")
+    found = []
+    for match in FENCE.finditer(text):
+        info, before = match["info"].strip(), text[: match.start()]
+        skipped = bool(NOT_RUN.search(before))
+        line = before.count("\n") + 1
+        found.append(Block(page.name, line, info.partition(" ")[0], info, match["code"], skipped))
+    return found
+
+
+ALL = [block for page in PAGES for block in blocks(page)]
+
+
+def environment(package: Path = ROOT) -> dict[str, str]:
+    paths = [str(package), *filter(None, [os.environ.get("PYTHONPATH")])]
+    quiet = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+    return {**os.environ, **quiet, "PYTHONPATH": os.pathsep.join(paths)}
+
+
+def run_blocks(pages: dict[str, list[str]], folder: Path, package: Path = ROOT) -> dict[str, str]:
+    file = folder / "blocks.json"
+    file.write_text(json.dumps(pages), "utf-8")
+    done = subprocess.run(
+        [sys.executable, str(HERE / "docs_blocks.py"), str(file)],
+        capture_output=True, text=True, env=environment(package), cwd=folder, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+# Python -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("block", [b for b in ALL if b.language == "python"], ids=lambda b: f"{b.page}:{b.line}")
+def test_python_blocks_compile(block: Block) -> None:
+    compile(block.code, f"{block.page}, line {block.line}", "exec")
+
+
+def test_python_blocks_of_readme_and_docs_run_on_the_shipped_model(tmp_path: Path) -> None:
+    runnable: dict[str, list[str]] = {}
+    framework = importlib.util.find_spec("easyeditor") is not None or kdpo_editor.easyedit.VARIABLE in os.environ
+    for block in ALL:
+        needs = "easyeditor" in block.code and not framework
+        if block.language == "python" and not (block.skipped or needs or block.page == "CONTRIBUTING.md"):
+            code = block.code
+            for large, shipped in SHIPPED.items():
+                code = code.replace(large, shipped)
+            runnable.setdefault(block.page, []).append(code)
+    assert len(runnable) >= 7
+    failed = run_blocks(runnable, tmp_path)
+    assert not failed, "\n".join(f"{page}: {error}" for page, error in failed.items())
+
+
+def test_worked_examples_of_contributing_work(tmp_path: Path) -> None:
+    """Each diff, applied to a copy, makes the Python after it run."""
+    copy = tmp_path / "copy"
+    for part in ("kdpo_editor", "hparams", "tests"):
+        shutil.copytree(ROOT / part, copy / part, ignore=shutil.ignore_patterns("__pycache__", "golden", "data"))
+    examples = [b for b in ALL if b.page == "CONTRIBUTING.md" and b.language in ("diff", "python")]
+    assert [b.language for b in examples] == ["diff", "python"] * 3
+    for block in examples[::2]:
+        applied = subprocess.run(
+            ["git", "apply", "--unidiff-zero", "-C1", "-"],
+            input=block.code, text=True, capture_output=True, cwd=copy, check=False,
+            env={**os.environ, "GIT_CEILING_DIRECTORIES": str(tmp_path)},
+        )  # fmt: skip
+        assert applied.returncode == 0, f"line {block.line}: {applied.stderr}"
+    code = [b.code.replace('"tests/', f'"{copy}/tests/') for b in examples[1::2]]
+    failed = run_blocks({f"example {i}": [c] for i, c in enumerate(code)}, tmp_path, package=copy)
+    assert not failed, "\n".join(failed.values())
+
+
+# Commands ---------------------------------------------------------------------------------------------------------
+
+
+def commands() -> Iterator[tuple[str, str, bool]]:
+    """Where, command, and whether it is complete: those in text may be mentioned without their arguments."""
+    for block in ALL:
+        if block.language in ("sh", "bash", "console", ""):
+            for line in block.code.replace("\\\n", " ").splitlines():
+                words = line.split()
+                if words and (words[0] in PROGRAMS or block.language):
+                    yield block.page, line.strip().removeprefix("$ "), True
+    for page in PAGES:
+        for text in re.findall(r"(?<!`)`([^`]+)`(?!`)", FENCE.sub("", page.read_text("utf-8"))):
+            words = text.split()
+            if len(words) > 1 and words[0] in PROGRAMS and re.match(r"[\w.'$/\[-]+", words[1]):
+                yield page.name, " ".join(words), False
+
+
+@pytest.mark.parametrize(("page", "command", "complete"), sorted(set(commands())))
+def test_commands_exist(page: str, command: str, complete: bool, tmp_path: Path) -> None:
+    words = shlex.split(command, comments=True)
+    if not words:
+        return
+    program, arguments = words[0], words[1:]
+    assert program in PROGRAMS, f"{page}: {program} is not a program that these tests know"
+    for word in arguments:
+        if word.startswith(("hparams/", "benchmarks/", "tests/")):
+            assert any((ROOT / f"{word}{suffix}").exists() for suffix in ("", ".yaml")), f"{word} does not exist"
+    if complete or program in ("kdpo-compare", "make", "pip", "python"):
+        CHECKS.get(program, lambda *_: None)(arguments, tmp_path)
+    elif program == "kdpo":
+        _, known = make_parser()
+        assert arguments[0] in known or arguments[0].startswith("-")
+
+
+def check_kdpo(arguments: list[str], folder: Path) -> None:
+    parser, known = make_parser()
+    _check_options(parser, known, arguments)
+    parsed = parser.parse_args(arguments)
+    values = dict(pair.split("=", 1) for pair in getattr(parsed, "set", []))
+    assert set(values) <= {f.name for f in fields(KDPOHyperParams)}
+
+
+def check_compare(arguments: list[str], folder: Path) -> None:
+    """Every choice of a sweep is composed, against the schema."""
+    pytest.importorskip("hydra")
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    from kdpo_editor.compare import app
+
+    own = arguments[arguments.index("--config-dir") + 1] if "--config-dir" in arguments else None
+    if own is not None:
+        arguments = [a for a in arguments if a not in ("--config-dir", own)]
+        for block in ALL:
+            titled = re.search(r'title="([^"]+)"', block.info)
+            if titled and titled[1].startswith(f"{own}/"):
+                (folder / titled[1]).parent.mkdir(parents=True, exist_ok=True)
+                (folder / titled[1]).write_text(block.code, "utf-8")
+        if not (folder / own).is_dir():
+            return  # a folder that the text leaves to the reader
+    overrides = [a for a in arguments if a not in ("-m", "--multirun")]
+    if "--help" in overrides:
+        return
+    for plugin in ("joblib", "submitit", "optuna"):
+        used = plugin in " ".join(overrides) or (plugin == "optuna" and "experiment=tune_" in " ".join(overrides))
+        used = used or (plugin == "joblib" and "experiment=shipped" in overrides)
+        missing = not any(
+            importlib.util.find_spec(f"hydra_plugins.hydra_{plugin}_{kind}") for kind in ("launcher", "sweeper")
+        )
+        if used and missing:
+            pytest.skip(f"hydra's plugin for {plugin} is not installed")
+    parsed = OverridesParser.create().parse_overrides(overrides)
+    choices = []
+    for one in parsed:
+        if one.is_choice_sweep():
+            choices.append([f"{one.get_key_element()}={value}" for value in one.sweep_string_iterator()])
+        else:
+            choices.append([str(one.input_line)])
+    for number in range(max(map(len, choices), default=1)):
+        given = [values[min(number, len(values) - 1)] for values in choices]
+        composed(app, given, folder / own if own else None, folder)
+
+
+def composed(app: Any, overrides: list[str], own: Path | None, folder: Path) -> None:
+    from hydra import compose, initialize_config_module
+    from omegaconf import OmegaConf
+
+    path = [f"file://{own}"] if own else []
+    if own is not None:
+        overrides = [*overrides, f"hydra.searchpath=[{','.join([f'file://{app.settings_folder()}', *path])}]"]
+    if any(o.startswith("dataset=file") for o in overrides):
+        overrides = [o for o in overrides if not o.startswith("dataset.source")] + ["dataset.source=x.json"]
+    with initialize_config_module("kdpo_editor.compare.conf", version_base="1.3"):
+        config = compose("config", [*overrides, f"cache={folder}"])
+    config.model.device = "cpu"
+    OmegaConf.to_object(config)
+
+
+def check_report(arguments: list[str], folder: Path) -> None:
+    from kdpo_editor.compare import report
+
+    words = [str(folder / a) if i == 0 else a for i, a in enumerate(arguments)]
+    assert report.main(words) == 1  # there are no results here; wrong usage would exit
+
+
+def check_statistics(arguments: list[str], folder: Path) -> None:
+    from kdpo_editor.compare import statistics
+
+    hidden = [str(folder / "none.yaml") if a.startswith("hparams/") else a for a in arguments]
+    assert statistics.main(hidden) == 1  # the settings are not there; wrong usage would exit
+
+
+def check_make(arguments: list[str], folder: Path) -> None:
+    text = (ROOT / "Makefile").read_text("utf-8")
+    for word in arguments:
+        name, equals, value = word.partition("=")
+        assert re.search(rf"^{name} \?=" if equals else rf"^{name}:", text, re.MULTILINE), f"make has no {name}"
+        if name == "EXPERIMENT":
+            assert (ROOT / "kdpo_editor/compare/conf/experiment" / f"{value}.yaml").is_file()
+
+
+def check_pip(arguments: list[str], folder: Path) -> None:
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    for extras in re.findall(r"(?:^|\s)(?:\.|kdpo-editor)\[([\w,]+)\]", " ".join(arguments)):
+        assert set(extras.split(",")) <= set(config["options.extras_require"])
+
+
+def check_python(arguments: list[str], folder: Path) -> None:
+    if arguments[0] == "-c":
+        compile(arguments[1], "-c", "exec")
+    elif arguments[0] == "-m":
+        source = importlib.util.find_spec(arguments[1])
+        assert source is not None
+        assert all(f'"{a}"' in Path(str(source.origin)).read_text("utf-8") for a in arguments if a.startswith("--"))
+
+
+CHECKS = {
+    "kdpo": check_kdpo,
+    "kdpo-compare": check_compare,
+    "kdpo-report": check_report,
+    "kdpo-statistics": check_statistics,
+    "make": check_make,
+    "pip": check_pip,
+    "python": check_python,
+}
+
+
+# Links ------------------------------------------------------------------------------------------------------------
+
+
+def anchors(page: Path) -> set[str]:
+    """Of a page's headings, as Markdown and GitHub make them."""
+    text = FENCE.sub("", page.read_text("utf-8"))
+    titles = re.findall(r"^#{1,6} +(.+?)\s*$", text, re.MULTILINE)
+    return {re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", title.replace("`", "")).strip().lower()) for title in titles}
+
+
+def links() -> Iterator[tuple[Path, str]]:
+    for page in PAGES:
+        text = re.sub(r"`[^`\n]+`", "`", FENCE.sub("", page.read_text("utf-8")))
+        for target in re.findall(r"\]\(([^)\s]+)\)", text):
+            if not target.startswith(("http:", "https:", "mailto:")):
+                yield page, target
+
+
+@pytest.mark.parametrize(("page", "target"), sorted(set(links())), ids=lambda value: getattr(value, "name", value))
+def test_relative_links_and_anchors_resolve(page: Path, target: str) -> None:
+    path, _, anchor = target.partition("#")
+    file = (page.parent / path).resolve() if path else page
+    assert file.exists(), f"{page.name}: {target}"
+    if not anchor or anchor in anchors(file):
+        return
+    assert file.name == "api.md", f"{page.name}: {target}"
+    assert anchor.startswith("kdpo_editor."), f"{page.name}: {target}"
+    module, _, name = anchor.rpartition(".")
+    assert hasattr(importlib.import_module(module), name), f"{page.name}: {target}"
+
+
+def test_pages_end_up_in_the_navigation() -> None:
+    text = (ROOT / "mkdocs.yml").read_text("utf-8")
+    for page in (ROOT / "docs").glob("*.md"):
+        assert re.search(rf"^ +- {page.name}$", text, re.MULTILINE), page.name
+
+
+# What pages say about the package ---------------------------------------------------------------------------------
+
+
+def test_every_setting_is_explained() -> None:
+    text = (ROOT / "docs/hyperparameters.md").read_text("utf-8")
+    table = dict(re.findall(r"^\| `(\w+)` \| ([^|]+) \|", text, re.MULTILINE))
+    for field in fields(KDPOHyperParams):
+        assert field.name in table, field.name
+        said = yaml.safe_load(table[field.name].strip().strip("`"))
+        default = field.default
+        if said == "required":
+            continue
+        numeric = isinstance(default, float)
+        assert (float(said) if numeric else said) == default, field.name
+
+
+def test_every_schema_and_source_is_listed() -> None:
+    from kdpo_editor.compare.datasets import KNOWN, SCHEMAS
+
+    text = (ROOT / "docs/datasets.md").read_text("utf-8")
+    assert all(f"| `{name}` |" in text for name in KNOWN)
+    for keys, _ in SCHEMAS.values():
+        assert ", ".join(f"`{key}`" for key in keys) in text
+
+
+def test_every_method_of_the_comparison_is_described() -> None:
+    text = (ROOT / "docs/rivals.md").read_text("utf-8")
+    for file in (ROOT / "kdpo_editor/compare/conf/method").glob("*.yaml"):
+        assert f"`{file.stem}`" in text, file.stem
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "hparams/KDPO").glob("*.yaml")), ids=lambda f: f.stem)
+def test_model_cards_are_of_their_files(file: Path) -> None:
+    hparams = KDPOHyperParams.from_hparams(file)
+    text = (ROOT / "docs/models.md").read_text("utf-8")
+    card = text.partition(f"\n## {file.stem}\n")[2].partition("\n## ")[0]
+    cells = {k: (v, why) for k, v, why in re.findall(r"^\| ([^|]+) \| ([^|]+) \| ([^|]+) \|$", card, re.MULTILINE)}
+    assert int(cells["Layer"][0].split()[0]) == hparams.layers[0]
+    assert float(cells["Rate"][0]) == hparams.lr
+    assert (int(cells["Cycles"][0]), float(cells["Stop loss"][0])) == (hparams.cycles, hparams.stop_loss)
+    derived = "Not in the paper" in file.read_text("utf-8")
+    assert ("derived" in cells["Layer"][1]) is derived
+    assert ("**Measured here:** nothing" in card) or file.stem in ("kdpo-llama-knowedit", "qwen1.5-0.5b")
+
+
+def test_the_citation_file_names_the_version_and_the_paper() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text("utf-8"))
+    assert citation["version"] == kdpo_editor.__version__
+    assert f"## {kdpo_editor.__version__}" in (ROOT / "CHANGELOG.md").read_text("utf-8")
+    paper = citation["preferred-citation"]
+    assert [a["family-names"] for a in paper["authors"]] == ["Rozner", "Battash", "Wolf", "Lindenbaum"]
+    assert "arXiv:2406.09920" in str(paper["identifiers"])
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / ".github/ISSUE_TEMPLATE").glob("*.yml")), ids=lambda f: f.stem)
+def test_issue_templates_have_what_github_needs(file: Path) -> None:
+    template = yaml.safe_load(file.read_text("utf-8"))
+    if file.stem == "config":
+        return
+    assert {"name", "description", "body"} <= template.keys()
+    asked = [part for part in template["body"] if part["type"] != "markdown"]
+    assert len({part["id"] for part in asked}) == len(asked)
+    assert all("label" in part["attributes"] for part in asked)
+
+
+# Docstrings -------------------------------------------------------------------------------------------------------
+
+
+def public(tree: ast.Module) -> Iterator[tuple[str, ast.AST, str]]:
+    """Name, node and docstrings around it of each public function, method and class."""
+
+    def walk(body: list[ast.stmt], prefix: str, around: str) -> Iterator[tuple[str, ast.AST, str]]:
+        for node in body:
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_"):
+                own = ast.get_docstring(node) or ""
+                yield f"{prefix}{node.name}", node, around
+                if isinstance(node, ast.ClassDef):
+                    yield from walk(node.body, f"{prefix}{node.name}.", around + own)
+
+    yield from walk(tree.body, "", "")
+
+
+MODULES = sorted((ROOT / "kdpo_editor").rglob("*.py"))
+SHAPE = re.compile(r"``\[[^`]+\]``|\bscalar\b|any shape")
+# Weights by their parameters' names have whichever shape the model gives them.
+BY_NAME = re.compile(r"(?:dict|Mapping)\[str, (?:torch\.)?Tensor\]|Callable\[\[\], Tensor\]")
+
+
+@pytest.mark.parametrize("file", MODULES, ids=lambda f: str(f.relative_to(ROOT / "kdpo_editor")))
+def test_public_names_have_docstrings_and_tensors_shapes(file: Path) -> None:
+    tree = ast.parse(file.read_text("utf-8"))
+    module = ast.get_docstring(tree)
+    assert module, "the module has no docstring"
+    for name, node, around in public(tree):
+        own = ast.get_docstring(node)
+        assert own, f"{name} has no docstring"
+        if isinstance(node, ast.FunctionDef):
+            asked = [ast.unparse(a.annotation) for a in [*node.args.args, *node.args.kwonlyargs] if a.annotation]
+            asked += [ast.unparse(node.returns)] if node.returns else []
+            if any(re.search(r"\bTensor\b", BY_NAME.sub("", annotation)) for annotation in asked):
+                assert SHAPE.search(own + around), f"{name} takes or gives a tensor and says no shape"
+
+
+def test_public_names_of_the_package_have_docstrings() -> None:
+    for name in kdpo_editor.__all__:
+        value = getattr(kdpo_editor, name)
+        if inspect.isclass(value) or inspect.isfunction(value):
+            assert inspect.getdoc(value), name
+        else:
+            assert isinstance(value, str)
+
+
+# The site ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_site_builds_without_warnings_and_loads_nothing_from_elsewhere(tmp_path: Path) -> None:
+    for package in ("mkdocs", "material", "mkdocstrings"):
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"{package} is not installed: pip install -e '.[docs]'")
+    site = tmp_path / "site"
+    built = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(site)],
+        cwd=ROOT, capture_output=True, text=True, check=False, env={**environment(), "NO_MKDOCS_2_WARNING": "1"},
+    )  # fmt: skip
+    assert built.returncode == 0, built.stderr[-3000:]
+    for page in site.glob("*.html"):
+        text = page.read_text("utf-8")
+        loaded = re.findall(r"<(?:script|img|iframe)[^>]+src=\"?(https?:[^\s\">]+)", text)
+        loaded += re.findall(r"<link(?![^>]+rel=\"?canonical)[^>]+href=\"?(https?:[^\s\">]+)", text)
+        assert not loaded, page.name
+        roles = re.findall(r":(?:class|func|meth|mod|data|attr):", text)
+        assert not roles or page.name == "contributing.html", f"{page.name}: a cross-reference is as it was written"
