@@ -146,6 +146,8 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
 
 def _unfinished(manifest: dict[str, Any]) -> str:
     error = manifest.get("error")
+    if manifest["status"] == "skipped" and manifest["notes"]:
+        error = manifest["notes"][0]
     return f"its status is {manifest['status']!r}" + (f" ({_line(str(error))})" if error else "")
 
 
