@@ -12,6 +12,7 @@
 
 # %%
 import tempfile
+import warnings
 from pathlib import Path
 
 from peft import PeftModel
@@ -22,6 +23,8 @@ from kdpo_editor.compare.evaluate import fingerprint
 from kdpo_editor.compare.models import load
 from kdpo_editor.hparams import settings_folder
 from kdpo_editor.testbed import load_records
+
+warnings.simplefilter("ignore", FutureWarning)  # names that peft uses and transformers is about to change
 
 # %% [markdown]
 # **On a real model:** change this line to the name of another file in `hparams/KDPO`, such as `"llama-2-7b"`.

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -214,7 +215,9 @@ class Editing:
             yield
         finally:
             if _checkpointed(model) and not checkpointing:
-                model.gradient_checkpointing_disable()  # type: ignore[operator]
+                with warnings.catch_warnings():  # transformers 5 renames it
+                    warnings.simplefilter("ignore", FutureWarning)
+                    model.gradient_checkpointing_disable()  # type: ignore[operator]
             for registered, known in hooks:
                 for handle in set(registered) - known:
                     del registered[handle]

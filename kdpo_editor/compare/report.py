@@ -47,7 +47,9 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     formats = set(FORMATS if "all" in args.format else args.format)
     try:
-        report(args.folder, args.out or args.folder / "report", formats, args.partial)
+        for path in report(args.folder, args.out or args.folder / "report", formats, args.partial):
+            if path.suffix != ".svg":  # each figure's PNG stands for both
+                sys.stdout.write(_printable(f"wrote {path}\n", sys.stdout))
     except ModuleNotFoundError as error:
         sys.stderr.write(f"kdpo-report needs {error.name}: pip install 'kdpo-editor[compare]'\n")
         return 1
@@ -101,9 +103,6 @@ def report(folder: Path, out: Path, formats: set[str], partial: bool = False) ->
     for name, reason in left_out:
         sys.stderr.write(_printable(f"Left out {name}: {reason}\n", sys.stderr))
     written = [_write(out / name, content) for name, content in files.items()]
-    for path in written:
-        if path.suffix != ".svg":  # each figure's PNG stands for both
-            say(f"wrote {path}")
     return written
 
 
