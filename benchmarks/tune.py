@@ -16,13 +16,14 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
-import pandas as pd
 import yaml
 
 from kdpo_editor import easyedit
-from kdpo_editor.compare.tune import objective
+from kdpo_editor.compare.cell import RATES
+from kdpo_editor.compare.tune import figures
 
 HERE = Path(__file__).parent
 FIGURES = ("edits", "rewrite", "rephrase", "locality", "mean")
@@ -34,7 +35,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("results/tuning"))
     args = parser.parse_args()
     easyedit.require()
-    form = "upstream" if easyedit.is_upstream() else "pypi"
+    form = easyedit.form().lower()
     for method in args.methods:
         compare(f"experiment=tune_{method}", f"out={args.out}")
         short = [t for t in trials(args.out, method, form) if t["edits"] == 15]
@@ -56,13 +57,11 @@ def trials(out: Path, method: str, form: str) -> list[dict[str, Any]]:
         manifest = json.loads(file.read_text("utf-8"))
         if (manifest["status"], manifest["method"], manifest["form"]) == ("complete", method, form):
             config = yaml.safe_load((file.parent / "config.yaml").read_text("utf-8"))["method"]
-            frame = pd.read_parquet(file.parent / "rows.parquet")
-            frame = frame[frame["when"] == "checkpoint"]
-            kinds = frame["metric"].str.extract(r"^(rewrite|rephrase|locality)(?:\..*)?_acc$")[0]
-            figures = frame.groupby(kinds)["value"].mean().to_dict()
+            found_here = figures(file.parent)
             factor = config.get("rate_factor", 1.0)
-            settings = {k: v * factor if k in ("lr", "v_lr", "edit_lr") else v for k, v in config["hparams"].items()}
-            found.append({**settings, "edits": manifest["n_edits"], **figures, "mean": objective(file.parent)})
+            settings = {k: v * factor if k in RATES else v for k, v in config["hparams"].items()}
+            mean = fmean(found_here.values())
+            found.append({**settings, "edits": manifest["n_edits"], **found_here, "mean": mean})
     return found
 
 

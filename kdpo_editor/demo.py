@@ -15,6 +15,7 @@ import yaml
 from tqdm import tqdm
 
 from . import easyedit
+from .answers import generate
 from .hparams import settings_folder
 from .testbed import SHIPPED_MODEL, load_records
 from .weights import find_matrices, restore
@@ -55,7 +56,7 @@ def run(edits: int, show: int, device: str | int | None) -> None:
     for label, hparams in methods(device):
         with easyedit.quietly():
             editor = timed(editor_for(hparams))
-        known = [answer(editor, r["prompt"]) for r in unrelated]
+        known = [generate(editor.model, editor.tok, r["prompt"]) for r in unrelated]
         results: list[dict[str, Any]] = []
         for record in tqdm(records, desc=f"{label:<5}", unit="edit", disable=None, leave=False):
             results.append(one_edit(editor, record, unrelated, known, in_words=label == "KDPO" and len(results) < show))
@@ -108,7 +109,7 @@ def one_edit(
         "rephrased": record["rephrase_prompt"],
         "same subject": record["locality"][0]["prompt"],
     }
-    before = {k: answer(editor, p) for k, p in probes.items()} if in_words else {}
+    before = {k: generate(editor.model, editor.tok, p) for k, p in probes.items()} if in_words else {}
     matrices = find_matrices(editor.model, editor.hparams)
     originals = {name: w.detach().clone() for name, w in matrices.items()}
     keep = {"sequential_edit": True} if easyedit.is_upstream() else {"keep_original_weight": False}
@@ -125,10 +126,10 @@ def one_edit(
     words = ""
     if in_words:
         words = f"\n{record['subject']}: {record['ground_truth']} -> {record['target_new']}"
-        after = {k: answer(editor, p) for k, p in probes.items()}
+        after = {k: generate(editor.model, editor.tok, p) for k, p in probes.items()}
         for kind, prompt in probes.items():
             words += f"\n  {kind:<13}{prompt}\n{'':15}before: {before[kind]}\n{'':15}after:  {after[kind]}"
-    still = [answer(editor, r["prompt"]) for r in unrelated]
+    still = [generate(editor.model, editor.tok, r["prompt"]) for r in unrelated]
     restore(matrices, originals)
     post = metrics["post"]
     return {
@@ -139,21 +140,6 @@ def one_edit(
         "seconds": editor.seconds,
         "words": words,
     }
-
-
-@torch.no_grad()
-def answer(editor: Any, prompt: str, longest: int = 24) -> str:
-    """The model's greedy answer; "..." marks one that did not stop within ``longest`` tokens."""
-    ids = editor.tok(prompt, return_tensors="pt")["input_ids"].to(editor.model.device)
-    out = editor.model.generate(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=longest,
-        do_sample=False,
-        pad_token_id=editor.tok.pad_token_id,
-    )[0, ids.shape[1] :]
-    stopped = editor.tok.eos_token_id in out.tolist()
-    return str(editor.tok.decode(out, skip_special_tokens=True)).strip() + ("" if stopped else " ...")
 
 
 def table(rows: list[tuple[str, dict[str, float]]]) -> str:

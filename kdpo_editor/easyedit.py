@@ -85,6 +85,8 @@ UNUSED = (
 MOVED = ("apply_chunking_to_forward", "find_pruneable_heads_and_indices", "prune_linear_layer")
 # The framework's own names for the methods that want padding on the right.
 RIGHT_PADDED = ("ROME", "R-ROME", "MEMIT", "EMMET", "EAMET", "AlphaEdit", "CORE", "SPHERE")
+# Where methods keep what they remember of a model's earlier edits.
+MODULES = {"AlphaEdit": "alphaedit.AlphaEdit_main", "WISE": "wise.WISE"}
 # Keys of settings files that one form's classes have and the other's lack.
 OTHER_FORM = ("objective_optimization", "lora_type", "model_parallel", "fp16", "batch_size", "max_length")
 # Letters in a model's name for which each form has a loader that works.
@@ -124,6 +126,11 @@ def require() -> ModuleType:
 def is_upstream() -> bool:
     """Whether the imported framework is the upstream form; the PyPI form lacks ``sequential_edit``."""
     return "sequential_edit" in inspect.signature(_editor_class().edit).parameters
+
+
+def form() -> str:
+    """The imported framework's form, as users know it: "upstream" or "PyPI"."""
+    return "upstream" if is_upstream() else "PyPI"
 
 
 def _editor_class() -> Any:
@@ -388,8 +395,6 @@ def settings(config: dict[str, Any]) -> tuple[Any, list[str]]:
 
     Raises :class:`~kdpo_editor.HyperParamsError` naming a key that neither form has, or those that are missing.
     """
-    from .hparams import KDPOHyperParams
-
     name = config["alg_name"]
     if name == "KDPO":
         return KDPOHyperParams.from_config(config), []
@@ -397,8 +402,7 @@ def settings(config: dict[str, Any]) -> tuple[Any, list[str]]:
     wanted = f"{name}HyperParams".lower()
     kind = next((getattr(package, n) for n in dir(package) if n.lower() == wanted), None)
     if kind is None:
-        form = "upstream" if is_upstream() else "PyPI"
-        raise HyperParamsError(f"alg_name: EasyEdit's {form} form has no settings for {name!r}")
+        raise HyperParamsError(f"alg_name: EasyEdit's {form()} form has no settings for {name!r}")
     if "act_margin" in config:  # WISE: three fields in the class, one list in the files
         margins = dict(zip(("alpha", "beta", "gamma"), config["act_margin"], strict=True))
         config = {**{k: v for k, v in config.items() if k != "act_margin"}, **margins}
@@ -426,16 +430,16 @@ def forget(templates: dict[str, list[str]] | None = None) -> None:
             "CONTEXT_TEMPLATES_CACHE": dot and [["{}"], dot[1:]],
             "COV_CACHE": {},
             "P_loaded": False,
-            "cache_c_new": False,
         },
         "wise.utils": {"CONTEXT_TEMPLATES_CACHE": plain},
-        "wise.WISE": {"edit_history": [], "merge_group_edit_history": []},
     }
     for name, values in state.items():
         module = sys.modules.get(f"easyeditor.models.{name}")
         for key, value in values.items():
             if module is not None and hasattr(module, key):
                 setattr(module, key, value)
+    for method in MODULES:
+        forget_history(method)
 
 
 def forget_history(method: str) -> None:
@@ -444,8 +448,10 @@ def forget_history(method: str) -> None:
         "AlphaEdit": {"cache_c_new": False},
         "WISE": {"edit_history": [], "merge_group_edit_history": []},
     }
+    module = sys.modules.get(f"easyeditor.models.{MODULES.get(method)}")
     for key, value in values.get(method, {}).items():
-        setattr(_module(method), key, value)
+        if module is not None:
+            setattr(module, key, value)
 
 
 def memory(method: str) -> dict[str, torch.Tensor]:
@@ -475,8 +481,7 @@ def save_null_space(model: nn.Module, tok: Any, hparams: Any) -> None:
 
 
 def _module(method: str) -> Any:
-    names = {"AlphaEdit": "alphaedit.AlphaEdit_main", "WISE": "wise.WISE"}
-    return sys.modules[f"easyeditor.models.{names[method]}"]
+    return sys.modules[f"easyeditor.models.{MODULES[method]}"]
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import runpy
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,7 @@ def test_saved_outputs_name_no_folder_of_the_machine_they_were_made_on(name: str
     said = json.dumps(
         [{k: v for k, v in o.get("data", o).items() if not k.startswith("image/")} for o in outputs(name)]
     )
-    assert not [folder for folder in ("/tmp/", "/root/", "/home/", "/work/", "/Users/") if folder in said]
+    assert not re.findall(r"(?<![\w/])/\w[\w.-]*/|file://", said.replace("\\n", "\n"))
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -133,8 +134,16 @@ class Samples:
 
 
 @pytest.fixture(scope="module")
-def samples(tmp_path_factory: pytest.TempPathFactory) -> Samples:
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Samples:
     return Samples(tmp_path_factory.mktemp("fuzz"))
+
+
+@pytest.fixture
+def samples(saved: Samples) -> Iterator[Samples]:
+    """Sound again after each test."""
+    yield saved
+    for path, data in saved.sound.items():
+        path.write_bytes(data)
 
 
 def use_delta(samples: Samples) -> None:
@@ -176,10 +185,7 @@ def test_damaged_bytes_of_a_manifest(samples: Samples) -> None:
         samples.manifest.write_bytes(data)
         use_delta(samples)
 
-    try:
-        check()
-    finally:
-        samples.manifest.write_bytes(samples.sound[samples.manifest])
+    check()
 
 
 def test_exchanged_values_of_a_manifest(samples: Samples) -> None:
@@ -189,10 +195,7 @@ def test_exchanged_values_of_a_manifest(samples: Samples) -> None:
         samples.manifest.write_text(json.dumps(value), "utf-8")
         use_delta(samples)
 
-    try:
-        check()
-    finally:
-        samples.manifest.write_bytes(samples.sound[samples.manifest])
+    check()
 
 
 def test_damaged_bytes_of_tensors(samples: Samples) -> None:
@@ -202,10 +205,7 @@ def test_damaged_bytes_of_tensors(samples: Samples) -> None:
         samples.tensors.write_bytes(data)
         use_delta(samples)
 
-    try:
-        check()
-    finally:
-        samples.tensors.write_bytes(samples.sound[samples.tensors])
+    check()
 
 
 def test_damaged_bytes_of_a_journal(samples: Samples) -> None:
@@ -215,10 +215,7 @@ def test_damaged_bytes_of_a_journal(samples: Samples) -> None:
         samples.journal.write_bytes(data)
         use_ledger(samples)
 
-    try:
-        check()
-    finally:
-        samples.journal.write_bytes(samples.sound[samples.journal])
+    check()
 
 
 def test_exchanged_values_of_a_journal(samples: Samples) -> None:
@@ -231,10 +228,7 @@ def test_exchanged_values_of_a_journal(samples: Samples) -> None:
         samples.journal.write_bytes(b"".join(_line(record) for record in lines))
         use_ledger(samples)
 
-    try:
-        check()
-    finally:
-        samples.journal.write_bytes(samples.sound[samples.journal])
+    check()
 
 
 REQUESTS = b"".join(

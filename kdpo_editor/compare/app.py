@@ -6,7 +6,6 @@ kdpo-compare -m method=kdpo,ft_l,ft_m,lora,rome,memit n_edits=100 protocol.eval_
 from __future__ import annotations
 
 import json
-import logging
 import sys
 import time
 from pathlib import Path
@@ -22,7 +21,6 @@ from ..errors import KDPOError
 from ..hparams import settings_folder
 from . import config as schema
 
-LOG = logging.getLogger(__name__)
 # Where results of this run go; known once Hydra has read the command line.
 _OUT: dict[str, Any] = {}
 

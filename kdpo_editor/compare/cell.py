@@ -23,6 +23,7 @@ from .. import easyedit
 from ..errors import DataError, HyperParamsError, KDPOError
 from ..hparams import settings_folder
 from ..requests import tokenize
+from ..storage import write_file
 from ..testbed import taught_texts
 from . import statistics
 from .config import PROTOCOLS, SPLITS, Compare
@@ -31,7 +32,7 @@ from .editing import Editing, available
 from .evaluate import fingerprint
 from .memory import peak_bytes
 from .models import load as load_model
-from .results import Cell, Log, slug, versions, write
+from .results import Cell, Log, slug, versions
 from .scores import Outputs, observe, rows, texts
 
 LOG = logging.getLogger(__name__)
@@ -39,7 +40,7 @@ RATES = ("lr", "v_lr", "edit_lr")
 HELD_OUT = Path(__file__).parent / "held_out.txt"
 SAVE_EVERY = 60.0  # seconds between checkpoints, beside those at `eval_at`
 # What a cell's figures do not depend on.
-ELSEWHERE = ("out", "cache", "overwrite", "threads", "report", "stats_dir", "experiment")
+ELSEWHERE = ("out", "cache", "overwrite", "threads", "report", "stats_dir")
 
 
 def run(config: Compare) -> Cell:
@@ -65,9 +66,9 @@ def run(config: Compare) -> Cell:
             LOG.info("%s is there already", cell.folder)
             return cell
         started = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        form = "upstream" if easyedit.is_upstream() else "pypi"
+        form = easyedit.form().lower()
         cell.note(status="running", started=started, form=form, versions=versions(), error=None, notes=[])
-        write(cell.folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(config)))
+        write_file(cell.folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(config)).encode())
         with _log_to(cell.folder / "run.log"):
             try:
                 _compute(config, cell, edited, unrelated)
@@ -259,7 +260,7 @@ class Scorer:
             self.unrelated_pre = [generation.text for generation in said]
             file.parent.mkdir(parents=True, exist_ok=True)
             entries = {"edited": [o.to_json() for o in self.pre], "unrelated": self.unrelated_pre}
-            write(file, json.dumps(entries, ensure_ascii=False))
+            write_file(file, json.dumps(entries, ensure_ascii=False).encode())
 
 
 def _records(config: Compare) -> tuple[list[Record], list[Record]]:
@@ -295,8 +296,7 @@ def _cell(config: Compare, edited: Sequence[Record]) -> Cell:
         label += " (own CE)" if config.method.without == "ce" else f" ({config.method.without})"
     told = {k: v for k, v in asdict(config).items() if k not in ELSEWHERE}
     del told["model"]["device"]
-    told |= {"settings": settings, "records": content_hash(edited)}
-    told |= {"form": "upstream" if easyedit.is_upstream() else "pypi"}
+    told |= {"settings": settings, "records": content_hash(edited), "form": easyedit.form().lower()}
     code = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:12]
     identity = {
         "method": config.method.name,
@@ -319,7 +319,7 @@ def _settings(config: Compare) -> tuple[dict[str, Any] | None, list[str]]:
         settings = {**settings, rate: settings[rate] * config.method.rate_factor}
     if settings is None or available(settings):
         return settings, []
-    form, without = "upstream" if easyedit.is_upstream() else "PyPI", config.method.without
+    form, without = easyedit.form(), config.method.without
     other = settings_folder() / without / f"{config.model.settings}.yaml"
     if without == "ce":
         own = {

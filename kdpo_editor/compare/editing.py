@@ -32,6 +32,7 @@ from .evaluate import Evaluator
 # How ROME and MEMIT begin the contexts that they put before a prompt, and WISE.
 DOT_STARTS = ("The", "Therefore", "Because", "I", "You")
 PLAIN_STARTS = ("I", "You", "Because", "Yes", "Q: ")
+DRAW_CONTEXTS = ("ROME", "MEMIT", "AlphaEdit", "WISE")
 
 
 class Editing:
@@ -67,15 +68,14 @@ class Editing:
         self.count = 0
         self.ignored: list[str] = []
         self._reset: Callable[[], Any] | None = None
-        self.config = config
+        self.config = config or {}
+        self.algorithm: str = self.config.get("alg_name", "")
         if config is None:
             return
-        self.algorithm: str = config["alg_name"]
         known = easyedit.methods()
         if self.algorithm not in known:
-            form = "upstream" if easyedit.is_upstream() else "PyPI"
             raise HyperParamsError(
-                f"EasyEdit's {form} form has no method {self.algorithm!r}; it has {', '.join(known)}"
+                f"EasyEdit's {easyedit.form()} form has no method {self.algorithm!r}; it has {', '.join(known)}"
             )
         self.apply = known[self.algorithm]
         device = next(model.parameters()).device
@@ -90,33 +90,25 @@ class Editing:
             self.hparams.sequential_edit = sequence
         tok.padding_side = "right" if self.algorithm in easyedit.RIGHT_PADDED else "left"
         seed_everything(seed)
-        easyedit.forget(_contexts(model, tok) if self._draws_contexts else None)
+        easyedit.forget(_contexts(model, tok) if self.algorithm in DRAW_CONTEXTS else None)
         if self.algorithm == "AlphaEdit" and not Path(self.hparams.P_loc).exists():
             with easyedit.on_device(self.hparams), easyedit.quietly():
                 easyedit.save_null_space(model, tok, self.hparams)
 
     @property
-    def _draws_contexts(self) -> bool:
-        return self.algorithm in ("ROME", "MEMIT", "AlphaEdit", "WISE")
-
-    @property
     def resumable(self) -> bool:
         """Whether :meth:`state` holds all that edits leave behind; if not, resuming makes the edits again."""
-        return self.config is None or not (self.algorithm in ("WISE", "GRACE") or self.config.get("replay", False))
+        return not (self.algorithm in ("WISE", "GRACE") or self.config.get("replay", False))
 
     def evaluator(self) -> Evaluator:
         """For the model as it is now."""
-        alone, alike = self._reset is not None and self.algorithm == "WISE", self.algorithm_is("GRACE")
+        alone, alike = self._reset is not None and self.algorithm == "WISE", self.algorithm == "GRACE"
         return Evaluator(self.model, self.tok, alone=alone, alike=alike, at=self._ask_at if alike else None)
-
-    def algorithm_is(self, name: str) -> bool:
-        """Whether the method is EasyEdit's ``name``; false where nothing edits."""
-        return self.config is not None and self.algorithm == name
 
     def edit(self, records: Sequence[Record]) -> None:
         """Make the edits that ``records`` ask for, in one call of the method."""
         self.count += 1
-        if self.config is None:
+        if not self.config:
             return
         seed_everything(self.seed * 1_000_003 + self.count)
         with self._surroundings(), easyedit.on_device(self.hparams), easyedit.quietly():
@@ -148,13 +140,12 @@ class Editing:
                 self.base.get_parameter(name).copy_(original)
         self.originals = {}
         self.count = 0
-        if self.config is not None:
-            easyedit.forget_history(self.algorithm)
+        easyedit.forget_history(self.algorithm)
 
     def state(self) -> dict[str, Tensor]:
         """The edited weights by name, and what the method remembers beside them."""
         weights = {name: self.base.get_parameter(name).detach().cpu().clone() for name in self.originals}
-        return {**weights, **(easyedit.memory(self.algorithm) if self.config is not None else {})}
+        return {**weights, **easyedit.memory(self.algorithm)}
 
     def load_state(self, state: dict[str, Tensor], count: int) -> None:
         """Go on from a :meth:`state` after ``count`` calls of :meth:`edit`, on a model as it was at the start.
@@ -170,8 +161,7 @@ class Editing:
                 self.originals[name] = parameter.detach().clone()
                 with torch.no_grad():
                     parameter.copy_(saved)
-        if self.config is not None:
-            rest = easyedit.remember(self.algorithm, rest)
+        rest = easyedit.remember(self.algorithm, rest)
         if rest:
             raise ValueError(f"the model has no {', '.join(rest)}")
         self.count = count

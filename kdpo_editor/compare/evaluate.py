@@ -2,7 +2,7 @@
 
 Teacher-forced accuracy is the share of the answer's tokens that are the argmax after ``prompt + " " + answer``;
 locality is the share that stays the same. EasyEdit defines both so, and
-``tests/test_evaluate.py`` holds this module to its figures. What it does differently: prompts are scored in padded
+``tests/test_compare.py`` holds this module to its figures. What it does differently: prompts are scored in padded
 batches (on the right, which a causal mask makes exact), dropout is off whatever state a method left the model in, and
 nothing of the model or tokenizer is changed.
 """
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..requests import tokenize
 
@@ -201,11 +201,7 @@ def fingerprint(model: nn.Module) -> str:
     import hashlib
 
     digest = hashlib.sha256()
-    for name, tensor in sorted(_tensors(model)):
+    for name, tensor in sorted([*model.named_parameters(), *model.named_buffers()]):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().contiguous().cpu().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def _tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
-    return [*model.named_parameters(), *model.named_buffers()]

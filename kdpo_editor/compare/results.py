@@ -29,6 +29,7 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import CellBusy, ResultsError
+from ..storage import write_file
 
 SCHEMA = 1
 IDENTITY = ("method", "label", "model", "dataset", "protocol", "seed", "n_edits")
@@ -72,7 +73,7 @@ class Cell:
         """Set entries of ``manifest.json``."""
         self.folder.mkdir(parents=True, exist_ok=True)
         known = {"schema": SCHEMA, "hash": self.hash, **self.identity, **self.manifest(), **entries}
-        write(self.folder / "manifest.json", json.dumps(known, indent=1, ensure_ascii=False) + "\n")
+        write_file(self.folder / "manifest.json", f"{json.dumps(known, indent=1, ensure_ascii=False)}\n".encode())
 
     def clear(self) -> None:
         """Remove all that was computed."""
@@ -153,14 +154,7 @@ class Cell:
         frame.to_parquet(partial, index=False)
         partial.replace(folder / "rows.parquet")
         lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in log.generations)
-        write(folder / "generations.jsonl", lines)
-
-
-def write(file: Path, text: str) -> None:
-    """Write ``text`` to ``file``, all or nothing."""
-    partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
-    partial.write_text(text, "utf-8")
-    partial.replace(file)
+        write_file(folder / "generations.jsonl", lines.encode())
 
 
 def versions() -> dict[str, str]:

@@ -6,13 +6,19 @@ kdpo-compare experiment=tune_ft_m
 from __future__ import annotations
 
 from pathlib import Path
+from statistics import fmean
 
 
-def objective(folder: Path) -> float:
-    """The mean of rewrite, rephrase and locality (each over its edits) at a cell's last checkpoint."""
+def figures(folder: Path) -> dict[str, float]:
+    """Rewrite, rephrase and locality, each averaged over its edits, at a cell's last checkpoint."""
     import pandas as pd
 
     frame = pd.read_parquet(folder / "rows.parquet")
     frame = frame[(frame["when"] == "checkpoint") & (frame["checkpoint"] == frame["checkpoint"].max())]
     kinds = frame["metric"].str.extract(r"^(rewrite|rephrase|locality)(?:\..*)?_acc$")[0]
-    return float(frame.groupby(kinds)["value"].mean().mean())
+    return {str(kind): float(value) for kind, value in frame.groupby(kinds)["value"].mean().items()}
+
+
+def objective(folder: Path) -> float:
+    """The mean of a cell's :func:`figures`."""
+    return fmean(figures(folder).values())
