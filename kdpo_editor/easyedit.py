@@ -259,11 +259,12 @@ def _apply_for_pypi(*args: Any, keep_original_weight: bool = False, **kwargs: An
 def _with_model_loaded(init: Callable[..., None], upstream: bool) -> Callable[..., None]:
     @functools.wraps(init)
     def wrapped(self: Any, hparams: Any) -> None:
-        from .testbed import SHIPPED_MODEL
+        from .testbed import SECOND_MODEL, SHIPPED_MODEL
 
         name = getattr(hparams, "model_name", None)
         known = LOADS_ITSELF["upstream" if upstream else "pypi"]
-        if not isinstance(name, str) or (name != SHIPPED_MODEL and any(letters in name.lower() for letters in known)):
+        own = (SHIPPED_MODEL, SECOND_MODEL)
+        if not isinstance(name, str) or (name not in own and any(letters in name.lower() for letters in known)):
             init(self, hparams)
             return
         hparams.model_name = _load(name, hparams)

@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from kdpo_editor import SHIPPED_MODEL, testbed
-from kdpo_editor.testbed import facts, train
+from kdpo_editor.compare import datasets, models, statistics
+from kdpo_editor.errors import ModelError
+from kdpo_editor.testbed import facts, pararel, train
 
 FOLDER = Path(testbed.resolve(SHIPPED_MODEL))
 
@@ -146,3 +148,94 @@ def test_training_loss_falls_and_is_repeatable() -> None:
         runs.append(losses)
     assert runs[0] == runs[1]
     assert runs[0][-1] < runs[0][0] / 3
+
+
+# The second model -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def second() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    return pararel.build()
+
+
+def test_the_second_models_data_are_many_and_always_the_same(second: tuple[Any, Any]) -> None:
+    records, taught = second
+    assert second == pararel.build()
+    assert len(taught) >= 3000
+    assert len(records) == len({r["subject"] for r in records}) >= 700
+    read = [datasets._shipped(record, i) for i, record in enumerate(records)]
+    assert sum(not datasets.in_validation(record) for record in read) >= 800
+    assert all(record.locality for record in read)
+    assert {key for record in read for key in record.locality} == {"same_subject", "neighborhood"}
+
+
+def test_the_second_models_records_are_fair_to_edit(second: tuple[Any, Any]) -> None:
+    records, facts_ = second
+    taught = {(p, f["answer"]) for f in facts_ for p in f["trained"]}
+    edited = {r["subject"] for r in records}
+    of_edited = {p for f in facts_ if f["subject"] in edited for p in f["trained"]}
+    gives: dict[tuple[str, str], set[str]] = {}
+    for f in facts_:
+        gives.setdefault((f["relation"], f["answer"]), set()).add(f["subject"])
+    for r in records:
+        assert r["subject"] in r["prompt"]
+        assert r["subject"] in r["rephrase_prompt"]
+        assert (r["prompt"], r["ground_truth"]) in taught
+        assert (r["rephrase_prompt"], r["ground_truth"]) not in taught
+        assert len(gives[r["relation"], r["target_new"]] - {r["subject"]}) >= 3
+        assert r["subject"] not in gives[r["relation"], r["target_new"]]
+        assert abs(len(r["target_new"]) - len(r["ground_truth"])) <= 12
+        others = r["locality"] + r["neighborhood"]
+        assert all((f["prompt"], f["ground_truth"]) in taught and f["prompt"] != r["prompt"] for f in others)
+        assert not of_edited.intersection(f["prompt"] for f in r["neighborhood"])
+    assert all(len(f["trained"]) >= 5 and all(f["subject"] in p for p in f["trained"]) for f in facts_)
+
+
+def test_the_second_model_is_trained_by_one_command(
+    second: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A few facts, a tiny model, no network; what it gets to know is what can be edited."""
+    records = [r for r in second[0] if r["relation"] in ("instrument", "continent")][:6]
+    subjects = {r["subject"] for r in records}
+    taught = [f for f in second[1] if f["subject"] in subjects] + second[1][-2:]
+    for name, content in (("records", records), ("facts", taught)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(content), "utf-8")
+    out = tmp_path / "cache" / "kdpo-llama-pararel"
+    monkeypatch.setenv("KDPO_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("KDPO_PARAREL_MODEL", raising=False)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(ModelError, match="make second-model"):
+        testbed.resolve(testbed.SECOND_MODEL)
+    tiny = ["--width=32", "--head=16", "--layers=2", "--vocabulary=500", "--epochs=60", "--tokens=256", "--lr=5e-3"]
+    files = ["--facts", str(tmp_path / "facts.json"), "--records", str(tmp_path / "records.json")]
+    train.main(["--model", testbed.SECOND_MODEL, *files, *tiny, "--no-bf16"])
+    assert testbed.resolve(testbed.SECOND_MODEL) == str(out)
+    report = json.loads((out / "report.json").read_text("utf-8"))
+    assert report["recall"]["all taught prompts"]["teacher_forced"] > 0.5
+    kept = json.loads((out / "records.json").read_text("utf-8"))
+    assert 0 < len(kept) == report["records kept"] <= len(records)
+    model, tok = models.load(testbed.SECOND_MODEL, device="cpu")
+    for record in datasets.load(str(out / "records.json")):
+        ids = tok(record.prompt, return_tensors="pt")
+        said = model.generate(**ids, max_new_tokens=24, do_sample=False)[0, ids["input_ids"].shape[1] :]
+        assert tok.decode(said) == f" {record.ground_truth}<|endoftext|>"
+    documents = statistics.read_text(out / "taught.txt")
+    assert len(documents) == sum(len(f["trained"]) for f in taught)
+    assert set(statistics.read_text(out / "held_out.txt")) < set(documents)
+    written = (out / "model.safetensors").stat().st_mtime_ns
+    train.main(["--model", testbed.SECOND_MODEL, *files, *tiny, "--no-bf16"])
+    assert (out / "model.safetensors").stat().st_mtime_ns == written
+
+
+def test_a_loss_in_bf16_is_close() -> None:
+    import random
+
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    tok = train.make_tokenizer(["X plays the piano", "Y plays the guitar"], 300)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=300, **sizes))
+    rows = [train.encode(tok, "X plays the", "piano", "X"), train.encode(tok, "Y plays the", "guitar", "Y")]
+    full, half = (train.loss_of(model, rows, 0.1, 0.9, random.Random(0), bf16).item() for bf16 in (False, True))
+    assert half == pytest.approx(full, rel=0.02)

@@ -202,7 +202,8 @@ def _schema(record: Any) -> str | None:
 
 
 def _shipped(record: dict[str, Any], index: int) -> Record:
-    return _named(record, index, _groups({"same_subject": record.get("locality")}, "locality"), {})
+    groups = {"same_subject": record.get("locality"), "neighborhood": record.get("neighborhood")}
+    return _named(record, index, _groups(groups, "locality"), {})
 
 
 def _knowedit(record: dict[str, Any], index: int) -> Record:

@@ -1,10 +1,14 @@
-"""Train the shipped model: a small Llama that knows the facts of ``facts.json``.
+"""Train the shipped model, a small Llama that knows the facts of ``facts.json``, or the second, larger one.
 
     python -m kdpo_editor.testbed.train --out DIR
+    python -m kdpo_editor.testbed.train --model kdpo-llama-pararel
 
-It takes under ten minutes on two cores. Every sequence is a prompt, its answer and an end token; a part
+The first takes under ten minutes on two cores. Every sequence is a prompt, its answer and an end token; a part
 of them stand behind another fact, as a question in running text does. Afterwards the recall of taught
-and of held-out phrasings is measured and written to ``report.json`` beside the weights.
+and of held-out phrasings is measured and written to ``report.json`` beside the weights. The second model gets beside
+them the records whose answer it knows (``records.json``), what it was taught (``taught.txt``) and some of that which
+no record is about (``held_out.txt``). It goes into the cache (``kdpo_editor.testbed.second_folder``), and nothing is
+done where it is there already.
 """
 
 from __future__ import annotations
@@ -24,11 +28,25 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from . import HERE, SECOND_MODEL, SHIPPED_MODEL, pararel, second_folder
+
 LOG = logging.getLogger(__name__)
-HERE = Path(__file__).parent
 END = "<|endoftext|>"
 # A fact asked plainly is answered plainly: the last message, as it stands, is the prompt.
 CHAT_TEMPLATE = "{{ messages[-1]['content'] }}"
+ELSEWHERE = ("model", "facts", "records", "out", "verbose")  # arguments that a report's settings leave out
+OTHERS = ("locality", "neighborhood")  # what a record holds of other facts
+# Settings in which the second model differs from the shipped one; the larger heads and bfloat16 are for speed.
+SECOND: dict[str, Any] = {
+    "width": 384,
+    "head": 64,
+    "layers": 8,
+    "vocabulary": 4096,
+    "epochs": 10,
+    "tokens": 2048,
+    "lr": 1.5e-3,
+    "bf16": True,
+}
 
 
 def make_tokenizer(texts: Sequence[str], vocabulary: int) -> PreTrainedTokenizerFast:
@@ -100,7 +118,12 @@ def batches(
 
 
 def loss_of(
-    model: LlamaForCausalLM, rows: list[Row], prompt_weight: float, hidden: float, rng: random.Random
+    model: LlamaForCausalLM,
+    rows: list[Row],
+    prompt_weight: float,
+    hidden: float,
+    rng: random.Random,
+    bf16: bool = False,
 ) -> torch.Tensor:
     """Mean next-token cross-entropy (a scalar) over the answers, plus ``prompt_weight`` times that of all other tokens.
 
@@ -120,38 +143,78 @@ def loss_of(
             for first, last in row.subjects:
                 seen[i, :, last + 1 :, first:last] = False
     mask = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
-    logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1].float()
     losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
     weight = weight[:, 1:].flatten()
     return (losses * weight).sum() / weight.sum()
 
 
 @torch.no_grad()
-def recall(model: LlamaForCausalLM, tok: PreTrainedTokenizerFast, questions: list[tuple[str, str]]) -> dict[str, float]:
+def hits(
+    model: LlamaForCausalLM, tok: PreTrainedTokenizerFast, questions: Sequence[tuple[str, str]]
+) -> list[list[bool]]:
+    """Of each question, which tokens of the answer and its end are the argmax behind those before them."""
+    rows = [encode(tok, *q) for q in questions]
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
+    found: list[list[bool]] = [[] for _ in rows]
+    for at in range(0, len(order), 64):
+        chunk = order[at : at + 64]
+        longest = len(rows[chunk[-1]].ids)
+        ids = torch.tensor([rows[i].ids + [0] * (longest - len(rows[i].ids)) for i in chunk])
+        right = model(input_ids=ids).logits[:, :-1].argmax(-1) == ids[:, 1:]
+        for i, row in zip(chunk, right.tolist(), strict=True):
+            found[i] = row[rows[i].answer - 1 : len(rows[i].ids) - 1]
+    return found
+
+
+def recall(
+    model: LlamaForCausalLM, tok: PreTrainedTokenizerFast, questions: Sequence[tuple[str, str]]
+) -> dict[str, float]:
     """``teacher_forced``: share of answer tokens (end token left out) that are the argmax; ``generated``:
     share of questions whose greedy answer is right to the letter and stops."""
-    right = total = exact = 0
-    rows = sorted((encode(tok, *q) for q in questions), key=lambda row: len(row.ids))
-    for at in range(0, len(rows), 64):
-        chunk = rows[at : at + 64]
-        longest = max(len(row.ids) for row in chunk)
-        ids = torch.tensor([row.ids + [0] * (longest - len(row.ids)) for row in chunk])
-        best = model(input_ids=ids).logits.argmax(-1)
-        for i, row in enumerate(chunk):
-            n = len(row.ids)
-            hit = best[i, row.answer - 1 : n - 1] == ids[i, row.answer : n]
-            right += int(hit[:-1].sum())
-            total += len(hit) - 1
-            exact += bool(hit.all())  # greedy decoding yields the answer exactly when every step agrees
-    return {"teacher_forced": right / total, "generated": exact / len(questions), "questions": len(questions)}
+    found = hits(model, tok, questions)
+    tokens = [hit for of in found for hit in of[:-1]]
+    exact = sum(map(all, found))  # greedy decoding yields the answer exactly when every step agrees
+    return {
+        "teacher_forced": sum(tokens) / len(tokens),
+        "generated": exact / len(questions),
+        "questions": len(questions),
+    }
+
+
+def known(
+    model: LlamaForCausalLM, tok: PreTrainedTokenizerFast, records: Sequence[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """The records whose prompt the model answers to the letter, each with those of its other facts that it knows."""
+    asked = {(r["prompt"], r["ground_truth"]) for r in records}
+    asked |= {(f["prompt"], f["ground_truth"]) for r in records for key in OTHERS for f in r.get(key, [])}
+    questions = sorted(asked)
+    right = {q for q, of in zip(questions, hits(model, tok, questions), strict=True) if all(of)}
+    kept = []
+    for record in records:
+        if (record["prompt"], record["ground_truth"]) in right:
+            others = {k: [f for f in record.get(k, []) if (f["prompt"], f["ground_truth"]) in right] for k in OTHERS}
+            kept.append({**record, **others})
+    return kept
+
+
+def data(args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Records and facts of the model, or of the files that were named instead."""
+    second = args.model == SECOND_MODEL and not (args.facts and args.records)
+    records, facts = pararel.build() if second else ([], [])
+    if args.records or not second:
+        records = json.loads((args.records or HERE / "records.json").read_text("utf-8"))
+    if args.facts or not second:
+        facts = json.loads((args.facts or HERE / "facts.json").read_text("utf-8"))
+    return records, facts
 
 
 def train(out: Path, args: argparse.Namespace) -> dict[str, Any]:
     """Train, measure and save; returns the report."""
     torch.manual_seed(args.seed)
     rng = random.Random(args.seed)
-    records = json.loads((HERE / "records.json").read_text("utf-8"))
-    facts = json.loads((HERE / "facts.json").read_text("utf-8"))
+    records, facts = data(args)
     taught = [(p, f["answer"]) for f in facts for p in f["trained"]]
     tok = make_tokenizer([f"{p} {a}" for p, a in taught], args.vocabulary)
     config = LlamaConfig(
@@ -160,8 +223,8 @@ def train(out: Path, args: argparse.Namespace) -> dict[str, Any]:
         hidden_size=args.width,
         intermediate_size=4 * args.width,
         num_hidden_layers=args.layers,
-        num_attention_heads=args.width // 32,
-        num_key_value_heads=args.width // 32,
+        num_attention_heads=args.width // args.head,
+        num_key_value_heads=args.width // args.head,
         max_position_embeddings=1024,
         tie_word_embeddings=True,
         bos_token_id=tok.eos_token_id,
@@ -191,7 +254,7 @@ def train(out: Path, args: argparse.Namespace) -> dict[str, Any]:
     )
     bar = tqdm(plan, unit="batch", disable=None)
     for i, rows in enumerate(bar):
-        loss = loss_of(model, rows, args.prompt_weight, args.hidden, rng)
+        loss = loss_of(model, rows, args.prompt_weight, args.hidden, rng, args.bf16)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -199,15 +262,17 @@ def train(out: Path, args: argparse.Namespace) -> dict[str, Any]:
         schedule.step()
         if i % 50 == 0:
             bar.set_postfix(loss=f"{loss.item():.3f}")
-            if args.verbose and i % 200 == 0:
+            if args.verbose and i % 100 == 0:
                 LOG.info("%d of %d: loss %.4f, %.0f s", i, len(plan), loss.item(), time.time() - started)
     seconds = time.time() - started
     model = model.half().float().eval()  # what is measured is what is shipped
     own = {(r["prompt"], r["ground_truth"]) for r in records}
-    own |= {(f["prompt"], f["ground_truth"]) for r in records for f in r["locality"]}
+    own |= {(f["prompt"], f["ground_truth"]) for r in records for key in OTHERS for f in r.get(key, [])}
     held = {(r["rephrase_prompt"], r["ground_truth"]) for r in records}
     held_out = [(p, f["answer"]) for f in facts for p in f["held_out"]]
-    report = {
+    second = args.model == SECOND_MODEL
+    rephrasings = "of these, the records' rephrasings" if second else "of these, KnowEdit's own rephrasings"
+    report: dict[str, Any] = {
         "parameters": model.num_parameters(),
         "facts": len(facts),
         "records": len(records),
@@ -215,12 +280,20 @@ def train(out: Path, args: argparse.Namespace) -> dict[str, Any]:
             "record and locality prompts": recall(model, tok, sorted(own)),
             "all taught prompts": recall(model, tok, taught),
             "held-out phrasings": recall(model, tok, held_out),
-            "of these, KnowEdit's own rephrasings": recall(model, tok, [q for q in held_out if q in held]),
+            rephrasings: recall(model, tok, [q for q in held_out if q in held]),
         },
-        "settings": {k: v for k, v in vars(args).items() if k not in ("out", "verbose")},
+        "settings": {k: v for k, v in vars(args).items() if k not in ELSEWHERE},
         "seconds": round(seconds),
     }
     out.mkdir(parents=True, exist_ok=True)
+    if second:
+        kept = known(model, tok, records)
+        report["records kept"] = len(kept)
+        report["facts known"] = sum(map(all, hits(model, tok, [(f["trained"][0], f["answer"]) for f in facts])))
+        (out / "records.json").write_text(json.dumps(kept, indent=1) + "\n", "utf-8")
+        others = [f"{p} {f['answer']}" for f in facts if f["source"] != "pararel" for p in f["trained"]]
+        (out / "taught.txt").write_text("\n\n".join(f"{p} {a}" for p, a in taught) + "\n", "utf-8")
+        (out / "held_out.txt").write_text("\n\n".join(others[::9]) + "\n", "utf-8")
     model.half().save_pretrained(out)
     tok.save_pretrained(out)
     # Newer transformers write a class name that older ones do not know, and older ones add token_type_ids.
@@ -231,11 +304,15 @@ def train(out: Path, args: argparse.Namespace) -> dict[str, Any]:
     return report
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--model", choices=(SHIPPED_MODEL, SECOND_MODEL), default=SHIPPED_MODEL)
+    parser.add_argument("--out", type=Path, help="folder; the second model has one in the cache")
+    parser.add_argument("--facts", type=Path, help="other facts, in the form of facts.json")
+    parser.add_argument("--records", type=Path, help="other records, in the form of records.json")
     parser.add_argument("--width", type=int, default=192)
+    parser.add_argument("--head", type=int, default=32, help="width of an attention head")
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--vocabulary", type=int, default=2048)
     parser.add_argument("--epochs", type=int, default=12)
@@ -247,8 +324,18 @@ def main() -> None:
     parser.add_argument("--hidden", type=float, default=0.9, help="share whose subject shows its last token only")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--verbose", action="store_true", help="log the loss also where no bar is shown")
-    args = parser.parse_args()
+    parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=False, help="matrix products in bf16")
+    args = parser.parse_args(argv)
+    if args.model == SECOND_MODEL:
+        parser.set_defaults(**SECOND)
+        args = parser.parse_args(argv)
+        args.out = args.out or second_folder()
+    elif args.out is None:
+        parser.error("--out is needed")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    if args.model == SECOND_MODEL and (args.out / "report.json").exists():
+        LOG.info("%s is there already", args.out)
+        return
     LOG.info("%s", json.dumps(train(args.out, args), indent=1))
 
 
