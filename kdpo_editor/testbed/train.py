@@ -7,8 +7,8 @@ The first takes under ten minutes on two cores. Every sequence is a prompt, its 
 of them stand behind another fact, as a question in running text does. Afterwards the recall of taught
 and of held-out phrasings is measured and written to ``report.json`` beside the weights. The second model gets beside
 them the records whose answer it knows (``records.json``), what it was taught (``taught.txt``) and some of that which
-no record is about (``held_out.txt``). It goes into the cache (``kdpo_editor.testbed.second_folder``), and nothing is
-done where it is there already.
+no record is about (``held_out.txt``). It goes into the cache (``kdpo_editor.testbed.second_folder``); nothing is
+done where it is there already, and a training that was killed goes on.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ LOG = logging.getLogger(__name__)
 END = "<|endoftext|>"
 # A fact asked plainly is answered plainly: the last message, as it stands, is the prompt.
 CHAT_TEMPLATE = "{{ messages[-1]['content'] }}"
+SAVE_EVERY = 240.0  # seconds between savings of the second model's training
 ELSEWHERE = ("model", "facts", "records", "out", "verbose")  # arguments that a report's settings leave out
 OTHERS = ("locality", "neighborhood")  # what a record holds of other facts
 # Settings in which the second model differs from the shipped one; the larger heads and bfloat16 are for speed.
@@ -42,7 +43,7 @@ SECOND: dict[str, Any] = {
     "head": 64,
     "layers": 8,
     "vocabulary": 4096,
-    "epochs": 10,
+    "epochs": 6,
     "tokens": 2048,
     "lr": 1.5e-3,
     "bf16": True,
@@ -214,6 +215,7 @@ def train(out: Path, args: argparse.Namespace) -> dict[str, Any]:
     """Train, measure and save; returns the report."""
     torch.manual_seed(args.seed)
     rng = random.Random(args.seed)
+    settings = {k: v for k, v in vars(args).items() if k not in ELSEWHERE}
     records, facts = data(args)
     taught = [(p, f["answer"]) for f in facts for p in f["trained"]]
     tok = make_tokenizer([f"{p} {a}" for p, a in taught], args.vocabulary)
@@ -252,8 +254,12 @@ def train(out: Path, args: argparse.Namespace) -> dict[str, Any]:
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, args.lr, total_steps=len(plan), pct_start=0.1, cycle_momentum=False
     )
-    bar = tqdm(plan, unit="batch", disable=None)
-    for i, rows in enumerate(bar):
+    stages = {"model": model, "optimizer": optimizer, "schedule": schedule}
+    partial = out / "training.pt"
+    done, before = _resume(partial, stages, rng, settings)
+    saved = time.time()
+    bar = tqdm(plan[done:], unit="batch", disable=None, initial=done, total=len(plan))
+    for i, rows in enumerate(bar, done):
         loss = loss_of(model, rows, args.prompt_weight, args.hidden, rng, args.bf16)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -262,9 +268,17 @@ def train(out: Path, args: argparse.Namespace) -> dict[str, Any]:
         schedule.step()
         if i % 50 == 0:
             bar.set_postfix(loss=f"{loss.item():.3f}")
-            if args.verbose and i % 100 == 0:
-                LOG.info("%d of %d: loss %.4f, %.0f s", i, len(plan), loss.item(), time.time() - started)
-    seconds = time.time() - started
+            if args.verbose and i % 200 == 0:
+                LOG.info("%d of %d: loss %.4f, %.0f s", i, len(plan), loss.item(), before + time.time() - started)
+        if args.model == SECOND_MODEL and time.time() - saved > SAVE_EVERY:
+            out.mkdir(parents=True, exist_ok=True)
+            states = {name: stage.state_dict() for name, stage in stages.items()}
+            seconds = before + time.time() - started
+            place = {"done": i + 1, "seconds": seconds, "rng": rng.getstate(), "settings": settings}
+            torch.save({**states, **place}, partial.with_suffix(".new"))
+            partial.with_suffix(".new").replace(partial)
+            saved = time.time()
+    seconds = before + time.time() - started
     model = model.half().float().eval()  # what is measured is what is shipped
     own = {(r["prompt"], r["ground_truth"]) for r in records}
     own |= {(f["prompt"], f["ground_truth"]) for r in records for key in OTHERS for f in r.get(key, [])}
@@ -282,7 +296,7 @@ def train(out: Path, args: argparse.Namespace) -> dict[str, Any]:
             "held-out phrasings": recall(model, tok, held_out),
             rephrasings: recall(model, tok, [q for q in held_out if q in held]),
         },
-        "settings": {k: v for k, v in vars(args).items() if k not in ELSEWHERE},
+        "settings": settings,
         "seconds": round(seconds),
     }
     out.mkdir(parents=True, exist_ok=True)
@@ -301,7 +315,20 @@ def train(out: Path, args: argparse.Namespace) -> dict[str, Any]:
     settings |= {"tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": ["input_ids", "attention_mask"]}
     (out / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", "utf-8")
     (out / "report.json").write_text(json.dumps(report, indent=1) + "\n", "utf-8")
+    partial.unlink(missing_ok=True)
     return report
+
+
+def _resume(partial: Path, stages: dict[str, Any], rng: random.Random, settings: dict[str, Any]) -> tuple[int, float]:
+    """Go on where a killed training of the same settings last saved; the batches done and the seconds they took."""
+    state = torch.load(partial, weights_only=True) if partial.exists() else {}
+    if state.get("settings") != settings:
+        return 0, 0.0
+    for name, stage in stages.items():
+        stage.load_state_dict(state[name])
+    rng.setstate(state["rng"])
+    LOG.info("going on after %d batches", state["done"])
+    return state["done"], state["seconds"]
 
 
 def main(argv: list[str] | None = None) -> None:
