@@ -227,6 +227,34 @@ def test_the_second_model_is_trained_by_one_command(
     assert (out / "model.safetensors").stat().st_mtime_ns == written
 
 
+def test_a_killed_training_goes_on(second: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What comes out is what would have come out."""
+    (tmp_path / "records.json").write_text(json.dumps(second[0][:2]), "utf-8")
+    subjects = {r["subject"] for r in second[0][:2]}
+    few = [f for f in second[1] if f["subject"] in subjects] + second[1][-2:]
+    (tmp_path / "facts.json").write_text(json.dumps(few), "utf-8")
+    tiny = ["--width=32", "--head=16", "--layers=1", "--vocabulary=400", "--epochs=4", "--tokens=128"]
+    files = ["--facts", str(tmp_path / "facts.json"), "--records", str(tmp_path / "records.json")]
+    command = ["--model", testbed.SECOND_MODEL, *files, *tiny, "--out"]
+    train.main([*command, str(tmp_path / "whole")])
+    loss_of, calls = train.loss_of, iter(range(1000))
+
+    def dying(*arguments: Any) -> torch.Tensor:
+        if next(calls) == 7:
+            raise KeyboardInterrupt
+        return loss_of(*arguments)
+
+    monkeypatch.setattr(train, "SAVE_EVERY", 0.0)
+    monkeypatch.setattr(train, "loss_of", dying)
+    with pytest.raises(KeyboardInterrupt):
+        train.main([*command, str(tmp_path / "killed")])
+    monkeypatch.setattr(train, "loss_of", loss_of)
+    train.main([*command, str(tmp_path / "killed")])
+    assert not (tmp_path / "killed" / "training.pt").exists()
+    whole, killed = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "killed"))
+    assert whole == killed
+
+
 def test_a_loss_in_bf16_is_close() -> None:
     import random
 
