@@ -81,6 +81,13 @@ class KDPOHyperParams:
     replay_on_host: bool = False
     """Hold them in main memory instead of on the model's device."""
 
+    preserve: float = 0.0
+    """How much updates are kept away from inputs that the edited matrix usually sees (:mod:`kdpo_editor.preserve`).
+    Above 0 ``lr`` has another meaning and is to be chosen anew."""
+    preserve_text: str | None = None
+    """What a model usually sees: a text file (a paragraph or sentence a line), "shipped" for what the shipped model was
+    taught, or ``None`` for what the model writes by itself."""
+
     ledger: str | None = None
     """Folder of an :class:`~kdpo_editor.EditLedger` in which every successful call is journaled; ``None`` is none."""
 
@@ -106,7 +113,7 @@ class KDPOHyperParams:
             self._check(key, getattr(self, key) >= 1, "at least 1")
         for key in ("lr", "beta", "memory_budget", "replay_budget"):
             self._check(key, getattr(self, key) > 0, "more than 0")
-        for key in ("stop_loss", "weight_decay", "margin"):
+        for key in ("stop_loss", "weight_decay", "margin", "preserve"):
             self._check(key, getattr(self, key) >= 0, "0 or more")
         self._check("norm_constraint", self.norm_constraint is None or self.norm_constraint > 0, "more than 0 or null")
         if isinstance(self.device, int):
@@ -117,6 +124,10 @@ class KDPOHyperParams:
         one_by_one = self.schedule == "depth_first" or self.objective != "dpo"
         self._check("schedule", one_by_one, "depth_first where objective is dpo")
         self._check("replay", not self.replay or self.objective != "dpo", "false where objective is dpo")
+        self._check("weight_decay", not (self.preserve and self.weight_decay), "0 where preserve is not")
+        self._check(
+            "norm_constraint", not self.preserve or self.norm_constraint is None, "null where preserve is not 0"
+        )
         self._check("ledger", self.ledger != "", "a folder or null")
 
     def _check(self, key: str, ok: bool, allowed: str) -> None:

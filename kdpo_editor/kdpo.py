@@ -27,6 +27,7 @@ from .batches import Batch, Round, make_batches
 from .earlier import EarlierEdits
 from .errors import EditDiverged, ModelError, RequestError
 from .hparams import KDPOHyperParams
+from .preserve import Preconditioner, spectra
 from .requests import EditTokens, tokenize
 from .suffix import Suffix
 from .weights import blocks_name, find_matrices, only_training
@@ -105,6 +106,16 @@ def edit(
         raise RequestError("'rephrases' cannot be trained where objective is dpo")
     weights = find_matrices(model, hparams)
     _check_lengths(model, edits)
+    spared = (
+        [
+            spectrum.preconditioner(hparams.preserve, weight)
+            for spectrum, weight in zip(
+                spectra(model, tok, list(weights), hparams.preserve_text), weights.values(), strict=True
+            )
+        ]
+        if hparams.preserve
+        else []
+    )
     given = model
     if copy:
         model = copying.deepcopy(model)
@@ -116,7 +127,9 @@ def edit(
     suffix = Suffix(model, blocks_name(hparams), first, module)
     with only_training(model, weights, originals):
         together = [[*chain(*edits)]] if hparams.schedule == "breadth_first" else edits
-        found = iter([trace for some in together for trace in optimise(suffix, weights, some, hparams, earlier)])
+        found = iter(
+            [trace for some in together for trace in optimise(suffix, weights, some, hparams, earlier, spared)]
+        )
     if earlier is not None:
         earlier.store(model, weights, hparams)
     traces = [_of_request([next(found) for _ in phrasings]) for phrasings in edits]
@@ -132,6 +145,7 @@ def optimise(
     edits: list[EditTokens],
     hparams: KDPOHyperParams,
     earlier: EarlierEdits | None = None,
+    preconditioners: Sequence[Preconditioner] = (),
 ) -> list[EditTrace]:
     """Optimise ``weights`` in place until the model answers each prompt of ``edits`` with its chosen answer.
 
@@ -141,7 +155,7 @@ def optimise(
     """
     keep = hparams.objective == "dpo" or hparams.update_scale != 1.0
     start = {name: w.detach().clone() for name, w in weights.items()} if keep else {}
-    adam = Adam(list(weights.values()), hparams.lr, hparams.weight_decay, hparams.norm_constraint)
+    adam = Adam(list(weights.values()), hparams.lr, hparams.weight_decay, hparams.norm_constraint, preconditioners)
     if earlier is None:
         batches = make_batches(suffix, edits, hparams.memory_budget)
     else:

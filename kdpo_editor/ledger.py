@@ -26,13 +26,14 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor, nn
 
-from .contexts import note
+from .contexts import note, original
 from .delta import Change, EditDelta
 from .earlier import EarlierEdits
 from .errors import DamagedFileError, EditDiverged, FingerprintError, LedgerError, LedgerLocked, StorageError
 from .hparams import KDPOHyperParams
 from .kdpo import EditTrace, edit
 from .manifest import EditInfo, Value, check_config, config_of, matrices_of, value_of, values_from
+from .preserve import known, spectra
 from .storage import (
     MAX_JSON,
     dump_json,
@@ -254,6 +255,9 @@ class EditLedger:
         self._check_writable()
         matrices = find_matrices(model, hparams)
         self.follow(model)
+        if hparams.preserve and self.head and not known(model, list(matrices), hparams.preserve_text):
+            with original(model, {name: self._load(value) for name, value in self.state(0).items()}):
+                spectra(model, tok, list(matrices), hparams.preserve_text)
         if hparams.replay:
             EarlierEdits.recall(model, tok, self.requests, hparams)
         edited, originals, traces = edit(model, tok, requests, hparams, copy=copy)

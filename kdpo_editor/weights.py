@@ -84,6 +84,18 @@ def find_blocks(model: nn.Module, hparams: KDPOHyperParams) -> nn.ModuleList:
 
 
 @contextmanager
+def as_found(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside; every module's own mode afterwards."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextmanager
 def only_training(model: nn.Module, weights: dict[str, nn.Parameter], originals: dict[str, Tensor]) -> Iterator[None]:
     """Inside, the model is in evaluation mode and only ``weights`` require gradients.
 

@@ -17,6 +17,7 @@ from kdpo_editor.compare.evaluate import Evaluator, Generation, accuracy, finger
 from kdpo_editor.compare.memory import peak_bytes
 from kdpo_editor.compare.models import load
 from kdpo_editor.errors import DataError, ModelError
+from kdpo_editor.preserve import second_moments
 from kdpo_editor.testbed import load_records
 
 RECORDS = load_records()[:12]
@@ -139,7 +140,8 @@ def test_second_moments_are_the_sum_over_all_tokens(shipped: tuple[Any, Any]) ->
             model(input_ids=torch.tensor([tok(text)["input_ids"]]))
     handle.remove()
     every = torch.cat(keys).double()
-    moment, count = statistics.second_moments(model, tok, [MODULE], texts, batch=5)[MODULE]
+    windows = [torch.tensor(tok(text)["input_ids"]) for text in texts]
+    moment, count = second_moments(model, [MODULE], windows, batch=5)[MODULE]
     assert count == len(every)
     torch.testing.assert_close(moment.double(), every.T @ every, rtol=1e-4, atol=1e-4)
 

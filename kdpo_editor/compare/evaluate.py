@@ -14,7 +14,6 @@ import re
 import string
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +21,7 @@ import torch
 from torch import nn
 
 from ..requests import tokenize
+from ..weights import as_found
 
 # Bytes of logits in one batch.
 LOGITS_BUDGET = 512e6
@@ -157,18 +157,6 @@ class Evaluator:
             group.append(i)
         if group:
             yield group
-
-
-@contextmanager
-def as_found(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; every module's own mode afterwards."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
 
 
 def accuracy(predicted: list[int], wanted: list[int]) -> float:

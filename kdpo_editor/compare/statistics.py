@@ -14,7 +14,6 @@ import bz2
 import gzip
 import lzma
 import sys
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +23,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..errors import DataError, KDPOError
+from ..preserve import second_moments
 from ..testbed import taught_texts
-from .evaluate import as_found
 
 OPENERS: dict[str, Any] = {".xz": lzma.open, ".gz": gzip.open, ".bz2": bz2.open}
 WINDOW = 256
@@ -55,47 +54,16 @@ def ensure(
             "them with kdpo-statistics, or name a text in model.text"
         )
     documents = taught_texts() if text == "shipped" else read_text(text, characters)
-    for name, (moment, count) in second_moments(model, tok, list(missing), documents).items():
+    windows = [
+        w for d in documents for w in torch.tensor(tok(d)["input_ids"], dtype=torch.int64).split(WINDOW) if len(w)
+    ]
+    if not windows:
+        raise DataError("the text for the second moments is empty")
+    bar = tqdm(windows, desc="second moments", disable=None, leave=False)
+    for name, (moment, count) in second_moments(model, list(missing), bar).items():
         for file in missing[name]:
             _save(file, moment, count, config["mom2_n_samples"])
     return True
-
-
-@torch.no_grad()
-def second_moments(
-    model: nn.Module, tok: Any, names: Sequence[str], text: Sequence[str], batch: int = 16
-) -> dict[str, tuple[Tensor, int]]:
-    """For each module named, the sum of ``k k^T`` over its inputs (``[F, F]``, fp32) and their number.
-
-    ``text``: documents, each read in windows of 256 tokens at most.
-    """
-    device = next(model.parameters()).device
-    sums = {name: torch.zeros(2 * (_inputs(model.get_submodule(name)),), dtype=torch.float64) for name in names}
-    count = 0
-    kept: list[Tensor] = []
-
-    def hook(name: str) -> Any:
-        def add(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-            keys = arguments[0][kept[0]].float()
-            sums[name] += (keys.T @ keys).double().cpu()
-
-        return model.get_submodule(name).register_forward_pre_hook(add)
-
-    handles = [hook(name) for name in names]
-    try:
-        with as_found(model):
-            for group in tqdm(list(_windows(tok, text, batch)), desc="second moments", disable=None, leave=False):
-                ids = nn.utils.rnn.pad_sequence(group, batch_first=True).to(device)
-                mask = nn.utils.rnn.pad_sequence([torch.ones_like(g) for g in group], batch_first=True).to(device)
-                kept[:] = [mask.bool()]
-                model(input_ids=ids, attention_mask=mask, use_cache=False)
-                count += int(mask.sum())
-    finally:
-        for handle in handles:
-            handle.remove()
-    if not count:
-        raise DataError("the text for the second moments is empty")
-    return {name: (total.float(), count) for name, total in sums.items()}
 
 
 def read_text(path: str | Path, most: int | None = None) -> list[str]:
@@ -112,24 +80,6 @@ def read_text(path: str | Path, most: int | None = None) -> list[str]:
     separator = "</doc>" if "</doc>" in text else "\n\n"
     documents = [d.partition(">")[2] if d.lstrip().startswith("<doc") else d for d in text.split(separator)]
     return [d.strip() for d in documents if d.strip()]
-
-
-def _inputs(module: nn.Module) -> int:
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    return int(weight.shape[0] if type(module).__name__ == "Conv1D" else weight.shape[1])
-
-
-def _windows(tok: Any, text: Sequence[str], batch: int) -> Iterator[list[Tensor]]:
-    group: list[Tensor] = []
-    for document in text:
-        for window in torch.tensor(tok(document)["input_ids"]).split(WINDOW):
-            group.append(window)
-            if len(group) == batch:
-                yield group
-                group = []
-    if group:
-        yield group
 
 
 def _files(model: nn.Module, config: dict[str, Any], module: str, folder: Path) -> list[Path]:
