@@ -3,8 +3,9 @@
 What comes before the first edited matrix never changes, and under teacher forcing neither does what it is fed. So one
 forward pass captures the input of that matrix, what its block adds its output to, and the arguments of every block
 above; later passes compute one matrix product, those blocks, the final norm, and of the head only what is asked
-for: all logits of the answer positions, or just two of each. Where a block does more with the matrix's output than
-add it (Gemma-2 normalises it first), replay begins at that block instead.
+for: all logits of the answer positions, or just two of each. In the last block other positions matter only by their
+keys and values, so all else is computed at the answer positions alone. Where a block does more with the matrix's output
+than add it (Gemma-2 normalises it first), replay begins at that block instead.
 
 Nothing here knows the name of an architecture. What follows the last block inside the module that holds the
 blocks is seen by watching one pass; head, bias, logit scaling and soft-capping are the model's own, because its
@@ -29,8 +30,11 @@ from .errors import ModelError
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 """What a block is called with besides its hidden states."""
 
-# For models that were examined: by edited module, whether replay may begin at the matrix.
-_EXAMINED: WeakKeyDictionary[nn.Module, dict[str, bool]] = WeakKeyDictionary()
+# For models that were examined: by edited module, whether replay may begin at the matrix, and the names of the modules
+# in the last block that are needed only where logits are read.
+_EXAMINED: WeakKeyDictionary[nn.Module, dict[str, tuple[bool, list[str]]]] = WeakKeyDictionary()
+# Positions that must be saved in the last block for it to pay.
+WORTH = 64
 
 
 @dataclass
@@ -99,6 +103,7 @@ class Suffix:
         self.module_name = module_name
         self.module = model.get_submodule(module_name)
         self._after: list[nn.Module] = []
+        self._narrow: list[nn.Module] = []
 
     @property
     def device(self) -> torch.device:
@@ -130,8 +135,10 @@ class Suffix:
             inside = self._examine(ids[:1])
             if inside is None:
                 return self._run(ids, positions, inside=False)
-            known[self.module_name] = inside
-        return self._run(ids, positions, inside=known[self.module_name])
+            known[self.module_name] = inside, self._find_narrow(ids[:1], inside)
+        inside, narrow = known[self.module_name]
+        self._narrow = [self.blocks[-1].get_submodule(name) for name in narrow]
+        return self._run(ids, positions, inside)
 
     def replay(self, captured: Captured) -> Tensor:
         """The final hidden states, ``[B, T, D]``, that the whole model would give with its weights as they are now."""
@@ -141,7 +148,11 @@ class Suffix:
             hidden = hidden + self.module(captured.inner).view(hidden.shape)
             blocks = blocks[1:]
         for block, (args, kwargs) in zip(blocks, captured.arguments, strict=True):
-            hidden = _hidden(block(hidden, *args, **kwargs))
+            with ExitStack() as patches:
+                if block is self.blocks[-1] and len(hidden) * (hidden.shape[1] - captured.positions.shape[1]) >= WORTH:
+                    for module in self._narrow:
+                        patches.enter_context(_narrowed(module, captured.positions))
+                hidden = _hidden(block(hidden, *args, **kwargs))
         hidden = _at(hidden, captured.positions)
         for module in self._after:
             hidden = module(hidden)
@@ -269,6 +280,37 @@ class Suffix:
             f"(by {worst:.2g} of the change); this architecture cannot be edited"
         )
 
+    @torch.no_grad()
+    def _find_narrow(self, ids: Tensor, inside: bool) -> list[str]:
+        """Modules of the last block, the largest first, that may be run at the answer positions only.
+
+        Each is tried: with NaN for whatever it gives elsewhere the final hidden state of the last position must stay.
+        """
+        ids = ids.repeat(1, -(-16 // ids.shape[1]))[:, :16]  # a few tokens tell more than one or two
+        captured, _ = self._run(ids, torch.tensor([[ids.shape[1] - 1]], device=ids.device), inside)
+        self._narrow = []
+        expected = self.replay(captured)
+        last = self.blocks[-1]
+        names = [name for name, _ in last.named_children()]
+        found: list[str] = []
+        if inside and len(self.blocks) == 1:
+            return found
+        while names:
+            name = names.pop(0)
+            module = last.get_submodule(name)
+            if not any(p.ndim > 1 for p in module.parameters()):
+                continue
+            try:
+                with _narrowed(module, captured.positions, torch.nan):
+                    same = torch.allclose(self.replay(captured), expected, rtol=0.05, atol=0.05)
+            except (RuntimeError, TypeError, ValueError):  # it is called in another way
+                same = False
+            if same:
+                found.append(name)
+            else:
+                names += [f"{name}.{child}" for child, _ in module.named_children()]
+        return found
+
 
 def _hidden(output: Any) -> Tensor:
     hidden: Tensor = output[0] if isinstance(output, tuple) else output
@@ -292,6 +334,22 @@ def _forward_is(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None
             del module.__dict__["forward"]
         else:
             module.__dict__["forward"] = own
+
+
+@contextmanager
+def _narrowed(module: nn.Module, positions: Tensor, elsewhere: float = 0.0) -> Iterator[None]:
+    """While inside, ``module`` is run at ``positions`` ``[B, T]`` of its input ``[B, L, D]`` only."""
+    whole = module.forward
+
+    def forward(hidden: Tensor) -> Tensor:
+        if hidden.ndim != 3 or hidden.shape[0] != len(positions):
+            raise ValueError(f"an input of shape {tuple(hidden.shape)} has no positions to choose from")
+        output: Tensor = whole(_at(hidden, positions))
+        rows = positions.to(output.device).unsqueeze(-1).expand(-1, -1, output.shape[-1])
+        return output.new_full((*hidden.shape[:2], output.shape[-1]), elsewhere).scatter(1, rows, output)
+
+    with _forward_is(module, forward):
+        yield
 
 
 @torch.no_grad()

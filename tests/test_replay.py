@@ -117,6 +117,27 @@ def change(weight: torch.Tensor) -> None:
     weight.add_(weight.std() * torch.randn(weight.shape, generator=torch.Generator().manual_seed(2)).to(weight))
 
 
+@pytest.fixture(params=[0, 10**9], ids=["narrow", "whole"])
+def worth(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last block computed where logits are read only, and everywhere."""
+    monkeypatch.setattr("kdpo_editor.suffix.WORTH", request.param)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("llama", ["mlp", "self_attn.q_proj", "self_attn.o_proj"]),
+        ("gpt2", ["mlp", "attn.c_proj"]),  # queries, keys and values in one product
+        ("gptj", ["mlp", "attn.q_proj", "attn.out_proj"]),
+    ],
+)
+def test_all_but_keys_and_values_is_needed_at_answers_only(name: str, expected: list[str]) -> None:
+    _, suffix, _ = suffix_of(name, 1)
+    suffix.capture(*padded()[:1], POSITIONS)
+    assert sorted(suffix._find_narrow(padded()[0][:1], True)) == sorted(expected)
+
+
+@pytest.mark.usefixtures("worth")
 @pytest.mark.parametrize("layer", range(4))
 @pytest.mark.parametrize("name", ARCHITECTURES)
 @torch.no_grad()
@@ -156,6 +177,7 @@ def test_edits_captured_one_by_one_are_replayed_together(name: str) -> None:
         torch.testing.assert_close(logits, expected, atol=1e-5, rtol=0)
 
 
+@pytest.mark.usefixtures("worth")
 @pytest.mark.parametrize("name", ARCHITECTURES)
 @torch.no_grad()
 def test_replay_in_bfloat16(name: str) -> None:
@@ -172,6 +194,7 @@ def test_replay_in_bfloat16(name: str) -> None:
     assert (suffix.logits(suffix.replay(captured)) - wanted).norm() <= 2 * unavoidable + 1e-3 * wanted.norm()
 
 
+@pytest.mark.usefixtures("worth")
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_gradient_equals_full_backward(name: str) -> None:
     model, suffix, weight = suffix_of(name, 1)
