@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from jinja2 import Environment, StrictUndefined
 
 from .figures import Picture
 from .means import UNEDITED
-from .reading import Cell
+from .reading import Cell, read_texts
 from .tables import LEGEND, Table
 
 SAMPLED_EDITS = 3
@@ -85,32 +84,18 @@ def _samples(cells: Sequence[Cell]) -> list[dict[str, Any]]:
         )
         kinds = set()
         for text in texts:
-            place = (text["edit"], str(text["kind"]))
+            place = (text["edit"], text["kind"])
             if text["edit"] not in picked or place in kinds:
                 continue
             kinds.add(place)
-            sample = {"edit": text["edit"], "kind": text["kind"], "prompt": text["prompt"], "wanted": text["wanted"]}
-            written = str(text["text"])
-            short = written[:LONGEST_TEXT] + (" …" if len(written) > LONGEST_TEXT else "")
-            by_prompt = prompts.setdefault((*place, str(text["prompt"])), {**sample, "texts": []})
+            sample = {key: text[key] for key in ("edit", "kind", "prompt", "wanted")}
+            short = text["text"][:LONGEST_TEXT] + (" …" if len(text["text"]) > LONGEST_TEXT else "")
+            by_prompt = prompts.setdefault((*place, text["prompt"]), {**sample, "texts": []})
             by_prompt["texts"].append({"label": cell.label, "text": short, "stopped": bool(text["stopped"])})
     return [prompts[key] for key in sorted(prompts, key=lambda key: key[0])]
 
 
 def _texts(cell: Cell) -> list[dict[str, Any]]:
-    """The cell's raw generations about its edits at its last shown checkpoint; unreadable lines are passed over."""
+    """The cell's raw generations about its edits at its last shown checkpoint."""
     last = int(cell.means["T"].max())
-    texts = []
-    try:
-        with (cell.folder / "generations.jsonl").open(encoding="utf-8", errors="replace") as lines:
-            for line in lines:
-                try:
-                    text = json.loads(line)
-                    wanted = text["when"] == "checkpoint" and text["checkpoint"] == last and text["edit"] >= 0
-                    if wanted and {"kind", "prompt", "wanted", "text", "stopped"} <= text.keys():
-                        texts.append(text)
-                except (ValueError, TypeError, KeyError):
-                    continue
-    except OSError:
-        return []
-    return texts
+    return [text for text in read_texts(cell) if (text["when"], text["checkpoint"]) == ("checkpoint", last)]
