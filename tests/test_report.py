@@ -6,6 +6,7 @@ import csv
 import html.parser
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -337,6 +338,22 @@ def test_the_page_escapes_data_and_loads_nothing(cell: WriteCell, tmp_path: Path
     assert all(source.startswith(("data:image/svg+xml;base64,", "#")) for source in sources)
     for text in (NASTY, "<b>m</b>", "<i>note</i>", "<u>x</u>", f"{NASTY} says Ada", "(did not stop)", "torch"):
         assert text in page.text
+
+
+def test_the_page_s_tables_are_narrow(cell: WriteCell, tmp_path: Path) -> None:
+    """Headers can be broken, what is the same for all methods stands above, and ± on a line of its own."""
+    for seed in (0, 1):
+        results = cell(f"a{seed}", scaled(TWO_EDITS, 1 + seed), seed=seed).parent
+    report(results, tmp_path, {"html"})
+    text = (tmp_path / "report.html").read_text()
+    assert ">rewrite_<wbr>acc<" in text
+    assert "(2 seeds, 4 edits)" in text
+    assert ">seeds<" not in text
+    assert re.search(r'>1\.125\s*<span class="std">± 0\.530</span></td>', text)
+    assert "Wanted: Ada" in text
+    cell("b", method="ft", label="FT")  # one seed
+    report(results, tmp_path, {"html"})
+    assert ">seeds<" in (tmp_path / "report.html").read_text()
 
 
 @pytest.mark.filterwarnings("ignore:Glyph")  # the figures' font has no Chinese
