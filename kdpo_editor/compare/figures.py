@@ -148,20 +148,26 @@ def _radar(scores: pd.DataFrame, styles: dict[str, dict[str, Any]]) -> Figure | 
     axes.set_theta_zero_location("N")
     axes.set_theta_direction(-1)
     axes.set_ylim(0, 1)
-    axes.set_yticks([0.25, 0.5, 0.75, 1], labels=["", "0.5", "", "1"], color="#666666", fontsize=8)
-    axes.set_rlabel_position(math.degrees(angles[1]) / 2)
+    axes.set_yticks([0.25, 0.5, 0.75, 1], labels=[""] * 4)
+    for value in (0.5, 1):  # not the axis's own labels, which lines would run through
+        axes.text(
+            angles[1] / 2, value, f"{value:g}", color="#555555", fontsize=8, ha="center", va="center", zorder=5,
+            bbox={"boxstyle": "round,pad=0.1", "facecolor": "white", "linewidth": 0},
+        )  # fmt: skip
     axes.set_xticks(angles, labels=[RADAR[metric] for metric in scores.columns])
     for tick, angle in zip(axes.get_xticklabels(), angles, strict=True):
         side = math.sin(angle)
         tick.set_horizontalalignment("center" if abs(side) < 0.1 else "left" if side > 0 else "right")
     axes.spines["polar"].set_color("#bbbbbb")
     axes.grid(color="#dddddd")
+    # Hollow, so that markers in the same place are seen through each other.
+    hollow = {label: styles[label] | {"markerfacecolor": "none", "markeredgewidth": 1.3} for label in labels}
     for label in labels:
         values = list(scores.loc[label])
         axes.plot(
-            [*angles, angles[0]], [*values, values[0]], linewidth=1.6, markersize=5, clip_on=False, **styles[label]
+            [*angles, angles[0]], [*values, values[0]], linewidth=1.6, markersize=7, clip_on=False, **hollow[label]
         )
-    _legend(figure, labels, styles)
+    _legend(figure, labels, hollow)
     return figure
 
 
