@@ -120,6 +120,7 @@ def _notes(cells: Sequence[Cell]) -> list[str]:
 
 
 def write(path: Path, content: str | bytes) -> Path:
+    """Write a file, with the folders above it; returns ``path``."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8", "backslashreplace"))
     return path
