@@ -73,6 +73,18 @@ def test_watching_sees_the_editor_s_own_negatives_and_losses(llama: Any, setting
     assert len(watched.chosen) == len(watched.final) == len(tokens.chosen)
 
 
+def test_steps_that_a_gpu_masks_are_not_shown(llama: Any, settings: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    hparams = settings(lr=1e-3, stop_loss=0.5)  # reached within the first cycle's steps
+    plain = watch(*llama, REQUEST, hparams)
+    assert any(cycle.steps < hparams.num_steps for cycle in plain.cycles)
+    monkeypatch.setattr("kdpo_editor.kdpo._host_waits", lambda device: False)
+    masked = watch(*llama, REQUEST, hparams)
+    assert [cycle.rejected for cycle in masked.cycles] == [cycle.rejected for cycle in plain.cycles]
+    for one, other in zip(masked.cycles, plain.cycles, strict=True):
+        assert one.chosen_logps == pytest.approx(other.chosen_logps, abs=1e-4)
+        assert one.rejected_logps == pytest.approx(other.rejected_logps, abs=1e-4)
+
+
 @pytest.mark.parametrize(
     ("request_", "changes", "error", "said"),
     [
