@@ -99,7 +99,7 @@ def edit(args: argparse.Namespace) -> int:
     """Edit a model, request by request, each journaled before the next."""
     from .ledger import EditLedger
 
-    hparams = _hparams(args)
+    hparams = settings(args)
     requests, skipped = _requests(args)
     if skipped and not args.keep_going:
         for text in skipped:
@@ -354,7 +354,7 @@ def _load(name: str, dtype: str, args: argparse.Namespace, device: str | int | N
         raise ModelError(f"--device {wanted}: {str(error).splitlines()[0]}") from None
 
 
-def _hparams(args: argparse.Namespace) -> KDPOHyperParams:
+def settings(args: argparse.Namespace) -> KDPOHyperParams:
     """Settings: the file that was named, or the ready-made one for the model; then what ``--set`` says."""
     folder = settings_folder() / "KDPO"
     if args.hparams:

@@ -198,6 +198,8 @@ def test_a_cell_holds_its_settings_versions_figures_and_generations(finished: Pa
     assert sorted(at_two["edit"]) == [0, 1]
     said = [json.loads(line) for line in (cell / "generations.jsonl").read_text("utf-8").splitlines()]
     assert {entry["kind"] for entry in said} == {"rewrite", "rephrase"}
+    before = [entry for entry in said if entry["when"] == "pre"]
+    assert {(entry["checkpoint"], entry["edit"]) for entry in before} == {(0, edit) for edit in range(4)}
     assert not list(cell.glob("checkpoint*"))
 
 

@@ -37,6 +37,7 @@ SHIPPED = {"hparams/KDPO/llama-2-7b": "hparams/KDPO/kdpo-llama-knowedit"}
 PROGRAMS = (
     "kdpo",
     "kdpo-compare",
+    "kdpo-figures",
     "kdpo-report",
     "kdpo-statistics",
     "make",
@@ -240,6 +241,17 @@ def check_report(arguments: list[str], folder: Path) -> None:
     assert report.main(words) == 1  # there are no results here; wrong usage would exit
 
 
+def check_figures(arguments: list[str], folder: Path) -> None:
+    from kdpo_editor.command import settings
+    from kdpo_editor.compare import paper_figures
+
+    if arguments[0] == "cycle":
+        settings(paper_figures.make_parser().parse_args(arguments))
+    else:
+        words = [str(folder / a) if i == 1 else a for i, a in enumerate(arguments)]
+        assert paper_figures.main(words) == 1  # there are no results here; wrong usage would exit
+
+
 def check_statistics(arguments: list[str], folder: Path) -> None:
     from kdpo_editor.compare import statistics
 
@@ -275,6 +287,7 @@ def check_python(arguments: list[str], folder: Path) -> None:
 CHECKS = {
     "kdpo": check_kdpo,
     "kdpo-compare": check_compare,
+    "kdpo-figures": check_figures,
     "kdpo-report": check_report,
     "kdpo-statistics": check_statistics,
     "make": check_make,

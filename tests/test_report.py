@@ -6,10 +6,12 @@ import csv
 import html.parser
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,60 +21,21 @@ pd = pytest.importorskip("pandas")
 pytest.importorskip("pyarrow")
 pytest.importorskip("matplotlib")
 
+from result_folders import TWO_EDITS, Row, write_cell  # noqa: E402
+
 from kdpo_editor.compare.means import tidy, wide  # noqa: E402
 from kdpo_editor.compare.reading import read_cells  # noqa: E402
 from kdpo_editor.compare.report import main, report, slug  # noqa: E402
 from kdpo_editor.compare.tables import as_latex, as_markdown, tables  # noqa: E402
 from kdpo_editor.errors import ResultsError  # noqa: E402
 
-Row = tuple[int, int, str, str, float]
 WriteCell = Callable[..., Path]
-
-# Two edits in a row, measured after each: (edit, checkpoint, when, metric, value).
-TWO_EDITS: list[Row] = [
-    (-1, 0, "checkpoint", "perplexity", 10.0),
-    (0, 0, "pre", "rewrite_acc", 0.0),
-    (1, 0, "pre", "rewrite_acc", 0.5),
-    (0, 1, "right_after", "rewrite_acc", 1.0),
-    (1, 2, "right_after", "rewrite_acc", 0.8),
-    (0, 1, "right_after", "seconds", 1.0),
-    (1, 2, "right_after", "seconds", 3.0),
-    (0, 1, "checkpoint", "rewrite_acc", 1.0),
-    (0, 1, "checkpoint", "locality.same_acc", 0.5),
-    (-1, 1, "checkpoint", "perplexity", 11.0),
-    (-1, 1, "checkpoint", "peak_memory", 2.0 * 2**20),
-    (0, 2, "checkpoint", "rewrite_acc", 0.5),
-    (1, 2, "checkpoint", "rewrite_acc", 1.0),
-    # Two keys for the first edit, one for the second: .5 and .8 by edit, not the .6 of all three.
-    (0, 2, "checkpoint", "locality.same_acc", 0.75),
-    (0, 2, "checkpoint", "locality.other_acc", 0.25),
-    (1, 2, "checkpoint", "locality.same_acc", 0.8),
-    (-1, 2, "checkpoint", "perplexity", 12.0),
-    (-1, 2, "checkpoint", "peak_memory", 1.0 * 2**20),
-]
 
 
 @pytest.fixture
 def cell(tmp_path: Path) -> WriteCell:
     """Write one result folder below ``tmp_path / "results"`` and return it."""
-
-    def write(name: str, rows: list[Row] = TWO_EDITS, config: str = "method:\n  lr: 0.1\n", **manifest: Any) -> Path:
-        folder = tmp_path / "results" / name
-        folder.mkdir(parents=True)
-        of = {"method": "kdpo", "label": "KDPO", "model": "m", "dataset": "zsre", "protocol": "sequence"}
-        of |= {"seed": 0, "n_edits": 2, **manifest}
-        record = {"schema": 1, "hash": name, "status": "complete", "form": "pypi", "versions": {"torch": "2"}, **of}
-        (folder / "manifest.json").write_text(json.dumps(record))
-        (folder / "config.yaml").write_text(config + f"seed: {of['seed']}\n")
-        frame = pd.DataFrame(rows, columns=["edit", "checkpoint", "when", "metric", "value"])
-        same = {k: of[k] for k in ("method", "label", "model", "dataset", "protocol", "seed", "n_edits")}
-        frame.assign(**same).to_parquet(folder / "rows.parquet")
-        about = {"edit": 0, "checkpoint": 2, "when": "checkpoint", "kind": "rewrite", "prompt": "Who?", "wanted": "Ada"}
-        line = json.dumps({**about, "text": f"{of['label']} says Ada \ud800", "stopped": False})
-        (folder / "generations.jsonl").write_text(line + '\n{"edit": 0, "che')
-        return folder
-
-    return write
+    return partial(write_cell, tmp_path / "results")
 
 
 def figure(folder: Path, metric: str, T: int = 2, when: str = "checkpoint", label: str = "KDPO") -> Any:
@@ -375,6 +338,22 @@ def test_the_page_escapes_data_and_loads_nothing(cell: WriteCell, tmp_path: Path
     assert all(source.startswith(("data:image/svg+xml;base64,", "#")) for source in sources)
     for text in (NASTY, "<b>m</b>", "<i>note</i>", "<u>x</u>", f"{NASTY} says Ada", "(did not stop)", "torch"):
         assert text in page.text
+
+
+def test_the_page_s_tables_are_narrow(cell: WriteCell, tmp_path: Path) -> None:
+    """Headers can be broken, what is the same for all methods stands above, and ± on a line of its own."""
+    for seed in (0, 1):
+        results = cell(f"a{seed}", scaled(TWO_EDITS, 1 + seed), seed=seed).parent
+    report(results, tmp_path, {"html"})
+    text = (tmp_path / "report.html").read_text()
+    assert ">rewrite_<wbr>acc<" in text
+    assert "(2 seeds, 4 edits)" in text
+    assert ">seeds<" not in text
+    assert re.search(r'>1\.125\s*<span class="std">± 0\.530</span></td>', text)
+    assert "Wanted: Ada" in text
+    cell("b", method="ft", label="FT")  # one seed
+    report(results, tmp_path, {"html"})
+    assert ">seeds<" in (tmp_path / "report.html").read_text()
 
 
 @pytest.mark.filterwarnings("ignore:Glyph")  # the figures' font has no Chinese

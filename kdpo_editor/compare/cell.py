@@ -106,7 +106,7 @@ def _compute(config: Compare, cell: Cell, edited: Sequence[Record], unrelated: S
     cell.note(model_fingerprint=before, notes=notes)
     count, log, state = cell.load_checkpoint()
     if count == 0:
-        log.rows += scorer.before()
+        scorer.before(log)
         if settings is not None:
             log.rows.append((-1, 1, "right_after", "peak_memory", peak_bytes(lambda: editing.edit(edited[:1]))))
             editing.undo()
@@ -191,16 +191,14 @@ class Scorer:
     unrelated: list[Record]
     model_fingerprint: str
 
-    def before(self) -> list[tuple[int, int, str, str, float]]:
-        """The rows of the model as it is before any edit."""
-        found = [
-            (i, 0, "pre", metric, value)
-            for i, record in enumerate(self.edited)
-            for metric, value in rows(record, self.pre[i], self.pre[i])
-        ]
+    def before(self, log: Log) -> None:
+        """Rows and generations of the model as it is before any edit."""
+        for i, (record, output) in enumerate(zip(self.edited, self.pre, strict=True)):
+            log.rows += [(i, 0, "pre", metric, value) for metric, value in rows(record, output, output)]
+            place = {"edit": i, "checkpoint": 0, "when": "pre"}
+            log.generations += [{**place, **entry} for entry in texts(record, output)]
         if self.config.protocol.perplexity:
-            found.append((-1, 0, "pre", "perplexity", self._perplexity()))
-        return found
+            log.rows.append((-1, 0, "pre", "perplexity", self._perplexity()))
 
     def score(self, log: Log, which: Sequence[int], when: str, checkpoint: int) -> None:
         """Rows and generations of the edits ``which``."""

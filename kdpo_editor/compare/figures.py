@@ -6,7 +6,7 @@ import dataclasses
 import io
 import math
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from itertools import cycle
 from typing import Any
 
@@ -27,6 +27,8 @@ RADAR = {
     "fluency.ngram_entropy": "Fluency",
     "rewrite_gen": "Generation",
 }
+KINDS = ("radar", "mean", "curves")
+"""A radar plot per model and data set, radar plots averaged over data sets, curves over the number of edits."""
 CURVES = ("rewrite_acc", "rewrite_gen", "rephrase_acc", "locality_acc", "portability_acc", "unrelated_gen")
 # Okabe and Ito's colours, told apart by most people who see fewer of them; without the yellow, too pale on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#7B3FA0")
@@ -52,10 +54,11 @@ class Picture:
     svg: bytes
 
 
-def pictures(tidy: pd.DataFrame) -> list[Picture]:
-    """Every figure the frame of :func:`~kdpo_editor.compare.means.tidy` has the data for."""
+def pictures(tidy: pd.DataFrame, kinds: Collection[str] = KINDS) -> list[Picture]:
+    """Every figure of ``kinds`` (of ``KINDS``) that the frame of :func:`~kdpo_editor.compare.means.tidy` has the data
+    for."""
     with mpl.rc_context(SETTINGS):
-        drawn = _pictures(tidy[tidy["when"] != "pre"])
+        drawn = _pictures(tidy[tidy["when"] != "pre"], kinds)
         return list(tqdm(drawn, desc="figures", unit="figure", disable=None, leave=False))
 
 
@@ -69,16 +72,18 @@ def _styles(tidy: pd.DataFrame) -> dict[str, dict[str, Any]]:
     return styles
 
 
-def _pictures(tidy: pd.DataFrame) -> Iterator[Picture]:
+def _pictures(tidy: pd.DataFrame, kinds: Collection[str]) -> Iterator[Picture]:
     looks = {model: _styles(frame) for model, frame in tidy.groupby("model")}
     for (model, protocol, n_edits), frame in tidy.groupby(["model", "protocol", "n_edits"], sort=False):
         scores, styles = {}, looks[model]
         for (dataset, made), part in frame.groupby(["dataset", "T"], sort=False):
             scores[dataset, made] = _radar_scores(part)
-            title = f"{model}, {dataset}\n{after(protocol, n_edits, made)}"
-            name = ("radar", model, dataset, protocol, str(n_edits), f"T{made}")
-            yield from _picture(name, title, (model, dataset, protocol, n_edits), _radar(scores[dataset, made], styles))
-        for made in sorted(frame["T"].unique()):
+            if "radar" in kinds:
+                title = f"{model}, {dataset}\n{after(protocol, n_edits, made)}"
+                name = ("radar", model, dataset, protocol, str(n_edits), f"T{made}")
+                group = (model, dataset, protocol, n_edits)
+                yield from picture(name, title, group, _radar(scores[dataset, made], styles))
+        for made in sorted(frame["T"].unique()) if "mean" in kinds else ():
             over = {dataset: table for (dataset, t), table in scores.items() if t == made}
             if len(over) > 1:
                 # A method that lacks a data set would be averaged over easier or harder ones than the others.
@@ -87,26 +92,33 @@ def _pictures(tidy: pd.DataFrame) -> Iterator[Picture]:
                 average = average[average.index.isin(everywhere)]
                 title = f"{model}, mean of {', '.join(over)}\n{after(protocol, n_edits, made)}"
                 mean = ("radar", model, "mean", protocol, str(n_edits), f"T{made}")
-                yield from _picture(mean, title, None, _radar(average, styles))
-        if protocol == "sequence":
+                yield from picture(mean, title, None, _radar(average, styles))
+        if protocol == "sequence" and "curves" in kinds:
             for dataset, part in frame.groupby("dataset", sort=False):
                 title = f"{model}, {dataset}\nover {n_edits} edits"
                 curves = ("curves", model, dataset, str(n_edits))
-                yield from _picture(curves, title, (model, dataset, protocol, n_edits), _curves(part, styles))
+                yield from picture(curves, title, (model, dataset, protocol, n_edits), _curves(part, styles))
 
 
-def _picture(
+def picture(
     name: tuple[str, ...], title: str, group: tuple[str, str, str, int] | None, figure: Figure | None
 ) -> Iterator[Picture]:
+    """``figure`` under its title, as files; nothing where there is no figure."""
     if figure is None:
         return
-    width = int(figure.get_figwidth() * 10)
-    figure.suptitle("\n".join(textwrap.fill(line, width) for line in title.splitlines()), fontsize=11)
+    by_hand = figure.get_layout_engine() is None  # nothing else keeps the title in its place, then
+    place = {"y": 1 - 0.1 / figure.get_figheight(), "va": "top"} if by_hand else {}
+    figure.suptitle(wrapped_title(title, figure.get_figwidth()), fontsize=11, **place)
     png, svg = io.BytesIO(), io.BytesIO()
     figure.savefig(png, format="png", dpi=150)
     figure.set_layout_engine("none")  # it has done its work, which takes as long as drawing
     figure.savefig(svg, format="svg", metadata={"Date": None})
     yield Picture(name, title.replace("\n", ", "), group, png.getvalue(), svg.getvalue())
+
+
+def wrapped_title(title: str, inches: float) -> str:
+    """``title`` in lines that fit into a figure ``inches`` wide."""
+    return "\n".join(textwrap.fill(line, int(inches * 10)) for line in title.splitlines())
 
 
 def _radar_scores(frame: pd.DataFrame) -> pd.DataFrame:
@@ -136,20 +148,26 @@ def _radar(scores: pd.DataFrame, styles: dict[str, dict[str, Any]]) -> Figure | 
     axes.set_theta_zero_location("N")
     axes.set_theta_direction(-1)
     axes.set_ylim(0, 1)
-    axes.set_yticks([0.25, 0.5, 0.75, 1], labels=["", "0.5", "", "1"], color="#666666", fontsize=8)
-    axes.set_rlabel_position(math.degrees(angles[1]) / 2)
+    axes.set_yticks([0.25, 0.5, 0.75, 1], labels=[""] * 4)
+    for value in (0.5, 1):  # not the axis's own labels, which lines would run through
+        axes.text(
+            angles[1] / 2, value, f"{value:g}", color="#555555", fontsize=8, ha="center", va="center", zorder=5,
+            bbox={"boxstyle": "round,pad=0.1", "facecolor": "white", "linewidth": 0},
+        )  # fmt: skip
     axes.set_xticks(angles, labels=[RADAR[metric] for metric in scores.columns])
     for tick, angle in zip(axes.get_xticklabels(), angles, strict=True):
         side = math.sin(angle)
         tick.set_horizontalalignment("center" if abs(side) < 0.1 else "left" if side > 0 else "right")
     axes.spines["polar"].set_color("#bbbbbb")
     axes.grid(color="#dddddd")
+    # Hollow, so that markers in the same place are seen through each other.
+    hollow = {label: styles[label] | {"markerfacecolor": "none", "markeredgewidth": 1.3} for label in labels}
     for label in labels:
         values = list(scores.loc[label])
         axes.plot(
-            [*angles, angles[0]], [*values, values[0]], linewidth=1.6, markersize=5, clip_on=False, **styles[label]
+            [*angles, angles[0]], [*values, values[0]], linewidth=1.6, markersize=7, clip_on=False, **hollow[label]
         )
-    _legend(figure, labels, styles)
+    _legend(figure, labels, hollow)
     return figure
 
 

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import base64
-import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup, escape
 
 from .figures import Picture
 from .means import UNEDITED
-from .reading import Cell
+from .reading import Cell, read_texts
 from .tables import LEGEND, Table
 
 SAMPLED_EDITS = 3
@@ -39,13 +40,14 @@ def page(
                 "protocol": f"{n_edits} edits, each alone"
                 if protocol == "single"
                 else f"{protocol} of {n_edits} edits",
-                "tables": [t for t in tables if (t.model, t.dataset, t.protocol, t.n_edits) == group],
+                "tables": [_numbers(t) for t in tables if (t.model, t.dataset, t.protocol, t.n_edits) == group],
                 "pictures": [p for p in pictures if p.group == group],
                 "samples": _samples(within),
             }
         )
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters["embedded"] = lambda svg: "data:image/svg+xml;base64," + base64.b64encode(svg).decode()
+    environment.filters["breakable"] = _breakable
     template = environment.from_string((Path(__file__).parent / "page.html").read_text(encoding="utf-8"))
     return template.render(
         title=title,
@@ -57,6 +59,29 @@ def page(
         legend=LEGEND,
         versions=_versions(cells),
     )
+
+
+def _breakable(name: str) -> Markup:
+    """``name`` with places where a line may end."""
+    return Markup(re.sub(r"([_.])", r"\1<wbr>", str(escape(name))))
+
+
+def _numbers(table: Table) -> dict[str, Any]:
+    """What the page shows of a table; ``seeds`` and ``edits``, where all methods have as many, above it instead."""
+    same = {
+        i: f"{table.rows[0][i].text} {name if table.rows[0][i].text != '1' else name.removesuffix('s')}"
+        for i, name in enumerate(table.columns)
+        if name in ("seeds", "edits") and len({row[i].text for row in table.rows}) == 1
+    }
+    kept = [i for i in range(len(table.columns)) if i not in same]
+    return {
+        "when": table.when,
+        "detail": table.detail,
+        "labels": table.labels,
+        "constant": ", ".join(same.values()),
+        "columns": [table.columns[i] for i in kept],
+        "rows": [[row[i] for i in kept] for row in table.rows],
+    }
 
 
 def _versions(cells: Sequence[Cell]) -> list[tuple[str, str]]:
@@ -85,32 +110,18 @@ def _samples(cells: Sequence[Cell]) -> list[dict[str, Any]]:
         )
         kinds = set()
         for text in texts:
-            place = (text["edit"], str(text["kind"]))
+            place = (text["edit"], text["kind"])
             if text["edit"] not in picked or place in kinds:
                 continue
             kinds.add(place)
-            sample = {"edit": text["edit"], "kind": text["kind"], "prompt": text["prompt"], "wanted": text["wanted"]}
-            written = str(text["text"])
-            short = written[:LONGEST_TEXT] + (" …" if len(written) > LONGEST_TEXT else "")
-            by_prompt = prompts.setdefault((*place, str(text["prompt"])), {**sample, "texts": []})
+            sample = {key: text[key] for key in ("edit", "kind", "prompt", "wanted")}
+            short = text["text"][:LONGEST_TEXT] + (" …" if len(text["text"]) > LONGEST_TEXT else "")
+            by_prompt = prompts.setdefault((*place, text["prompt"]), {**sample, "texts": []})
             by_prompt["texts"].append({"label": cell.label, "text": short, "stopped": bool(text["stopped"])})
     return [prompts[key] for key in sorted(prompts, key=lambda key: key[0])]
 
 
 def _texts(cell: Cell) -> list[dict[str, Any]]:
-    """The cell's raw generations about its edits at its last shown checkpoint; unreadable lines are passed over."""
+    """The cell's raw generations about its edits at its last shown checkpoint."""
     last = int(cell.means["T"].max())
-    texts = []
-    try:
-        with (cell.folder / "generations.jsonl").open(encoding="utf-8", errors="replace") as lines:
-            for line in lines:
-                try:
-                    text = json.loads(line)
-                    wanted = text["when"] == "checkpoint" and text["checkpoint"] == last and text["edit"] >= 0
-                    if wanted and {"kind", "prompt", "wanted", "text", "stopped"} <= text.keys():
-                        texts.append(text)
-                except (ValueError, TypeError, KeyError):
-                    continue
-    except OSError:
-        return []
-    return texts
+    return [text for text in read_texts(cell) if (text["when"], text["checkpoint"]) == ("checkpoint", last)]

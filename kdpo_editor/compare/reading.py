@@ -24,6 +24,7 @@ NUMBERS = ("seed", "n_edits")
 SAME_IN_ROWS = ("method", "label", "model", "dataset", "protocol", "seed", "n_edits")
 COLUMNS = {"edit": pa.int64(), "checkpoint": pa.int64(), "when": pa.string(), "metric": pa.string()}
 WHEN = {"pre", "right_after", "checkpoint"}
+TEXT_KEYS = {"edit", "checkpoint", "when", "kind", "prompt", "wanted", "text", "stopped"}
 # Where and with which seed a cell ran does not make it another variant of its method.
 NOT_A_SETTING = (
     "seed", "device", "dir", "stats_dir", "folder", "path", "root", "out", "output", "cache",
@@ -72,6 +73,26 @@ def read_cells(folder: Path, partial: bool = False) -> tuple[list[Cell], list[tu
         why = "".join(f"\n  {name}: {reason}" for name, reason in left_out)
         raise ResultsError(f"{folder} holds no results to show (folders with manifest.json and rows.parquet){why}")
     return cells, left_out
+
+
+def read_texts(cell: Cell) -> list[dict[str, Any]]:
+    """The cell's raw generations about its edits: ``edit``, ``checkpoint``, ``when``, ``kind``, ``prompt``, ``wanted``
+    (accepted answers), ``text`` and ``stopped``. Unreadable lines are passed over."""
+    texts = []
+    try:
+        with (_rows_file(cell.folder).parent / "generations.jsonl").open(encoding="utf-8", errors="replace") as lines:
+            for line in lines:
+                try:
+                    text = json.loads(line)
+                    if text.keys() >= TEXT_KEYS and text["edit"] >= 0:
+                        wanted = text["wanted"]
+                        text["wanted"] = [str(w) for w in (wanted if isinstance(wanted, list) else [wanted])]
+                        texts.append(text | {key: str(text[key]) for key in ("kind", "prompt", "text")})
+                except (ValueError, TypeError, AttributeError):
+                    continue
+    except OSError:
+        return []
+    return texts
 
 
 def _cell_folders(folder: Path) -> list[Path]:

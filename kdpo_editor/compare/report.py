@@ -102,7 +102,7 @@ def report(folder: Path, out: Path, formats: set[str], partial: bool = False) ->
 
     for name, reason in left_out:
         sys.stderr.write(_printable(f"Left out {name}: {reason}\n", sys.stderr))
-    written = [_write(out / name, content) for name, content in files.items()]
+    written = [write(out / name, content) for name, content in files.items()]
     return written
 
 
@@ -119,7 +119,8 @@ def _notes(cells: Sequence[Cell]) -> list[str]:
     return list(dict.fromkeys(notes))
 
 
-def _write(path: Path, content: str | bytes) -> Path:
+def write(path: Path, content: str | bytes) -> Path:
+    """Write a file, with the folders above it; returns ``path``."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8", "backslashreplace"))
     return path

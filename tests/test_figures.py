@@ -1,0 +1,303 @@
+"""kdpo-figures: the figures of the paper from results and from edits."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+pytest.importorskip("pandas")
+pytest.importorskip("pyarrow")
+pytest.importorskip("matplotlib")
+
+from conftest import REQUEST, assert_same, state
+from result_folders import TWO_EDITS, Row, write_cell
+
+from kdpo_editor import edit
+from kdpo_editor.compare.edit_figures import Answer, Question, example, optimisation
+from kdpo_editor.compare.paper_figures import main
+from kdpo_editor.compare.watch import WatchedCycle, WatchedEdit, watch
+from kdpo_editor.errors import HyperParamsError, RequestError
+from kdpo_editor.requests import tokenize
+
+REPHRASED: list[Row] = [
+    *TWO_EDITS,
+    (0, 1, "checkpoint", "rephrase_acc", 0.4),
+    (0, 2, "checkpoint", "rephrase_acc", 0.2),
+]
+
+
+def texts_of(figure: Any) -> list[str]:
+    return [text.get_text() for axes in figure.axes for text in axes.texts]
+
+
+def written(capsys: pytest.CaptureFixture[str]) -> list[Path]:
+    """The pictures that the command said it wrote, each with its SVG."""
+    files = [Path(name) for name in re.findall(r"^wrote (.+)$", capsys.readouterr().out, re.MULTILINE)]
+    for file in files:
+        assert file.read_bytes().startswith(b"\x89PNG")
+        assert "<svg" in file.with_suffix(".svg").read_text("utf-8")
+    return files
+
+
+# --- an edit, watched
+
+
+def test_watching_sees_the_editor_s_own_negatives_and_losses(llama: Any, settings: Any) -> None:
+    model, tok = llama
+    hparams = settings(lr=3e-4)
+    before = state(model)
+    watched = watch(model, tok, REQUEST, hparams)
+    assert_same(model, before)
+    assert not any(p.grad is not None for p in model.parameters())
+    _, _, (trace,) = edit(model, tok, [REQUEST], hparams)
+    assert len(trace.cycles) > 1
+    assert sum(cycle.steps for cycle in watched.cycles) == trace.steps
+    assert watched.converged == trace.converged
+    for cycle, seen in zip(trace.cycles, watched.cycles, strict=True):
+        spelled = "".join(seen.rejected).replace("␣", " ")
+        assert spelled.split() == tok.decode(cycle.negative).split()
+    # With the first negative the reference is what was seen first, so that the paper's loss follows.
+    first = watched.cycles[0]
+    for loss, chosen, rejected in zip(trace.cycles[0].losses, first.chosen_logps, first.rejected_logps, strict=False):
+        gain = (chosen - first.chosen_logps[0]) - (rejected - first.rejected_logps[0])
+        assert F.softplus(torch.tensor(-hparams.beta * gain)).item() == pytest.approx(loss, abs=1e-4)
+    # A cycle begins where the one before it ended.
+    for earlier, later in zip(watched.cycles, watched.cycles[1:], strict=False):
+        assert earlier.chosen_logps[-1] == later.chosen_logps[0]
+    ((tokens,),) = tokenize(tok, [REQUEST])
+    assert len(watched.chosen) == len(watched.final) == len(tokens.chosen)
+
+
+def test_steps_that_a_gpu_masks_are_not_shown(llama: Any, settings: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    hparams = settings(lr=1e-3, stop_loss=0.5)  # reached within the first cycle's steps
+    plain = watch(*llama, REQUEST, hparams)
+    assert any(cycle.steps < hparams.num_steps for cycle in plain.cycles)
+    monkeypatch.setattr("kdpo_editor.kdpo._host_waits", lambda device: False)
+    masked = watch(*llama, REQUEST, hparams)
+    assert [cycle.rejected for cycle in masked.cycles] == [cycle.rejected for cycle in plain.cycles]
+    for one, other in zip(masked.cycles, plain.cycles, strict=True):
+        assert one.chosen_logps == pytest.approx(other.chosen_logps, abs=1e-4)
+        assert one.rejected_logps == pytest.approx(other.rejected_logps, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("request_", "changes", "error", "said"),
+    [
+        (REQUEST, {"objective": "dpo"}, HyperParamsError, "objective: 'dpo'"),
+        ({**REQUEST, "rephrases": ["What?"]}, {}, RequestError, "rephrases"),
+        ({**REQUEST, "target_new": ""}, {}, RequestError, "target_new"),
+    ],
+)
+def test_what_cannot_be_watched_is_refused(
+    llama: Any, settings: Any, request_: Any, changes: Any, error: type[Exception], said: str
+) -> None:
+    with pytest.raises(error, match=said):
+        watch(*llama, request_, settings(**changes))
+
+
+def test_an_answer_that_is_known_has_no_cycle_to_show(llama: Any, settings: Any) -> None:
+    model, tok = llama
+    edit(model, tok, [REQUEST], settings())
+    before = state(model)
+    with pytest.raises(RequestError, match="already"):
+        watch(model, tok, REQUEST, settings())
+    assert_same(model, before)
+
+
+def test_the_cycle_is_drawn_with_its_tokens_and_a_line_where_a_negative_is_taken() -> None:
+    cycles = [
+        WatchedCycle(["␣A", "b"], [-9.0, -5.0, -3.0], [-1.0, -3.0, -6.0]),
+        WatchedCycle(["␣A", "b"], [-3.0, -2.0], [-6.0, -7.0]),
+        WatchedCycle(["␣C", "d"], [-2.0, -1.0], [-1.0, -8.0]),
+    ]
+    figure = optimisation("m: won", WatchedEdit("Who?", ["␣C", "b"], cycles, ["␣C", "b"], True))
+    said = texts_of(figure)
+    for text in ("Who?", "␣A", "d", "y_l of cycles 1 to 2", "y_l of cycle 3", "y_l 3"):
+        assert text in said
+    framed = [t.get_text() for t in figure.axes[0].texts if t.get_bbox_patch() is not None]
+    assert framed == ["␣A", "d"]
+    lines = figure.axes[1].lines
+    assert [line.get_xdata()[0] for line in lines if line.get_linestyle() == ":"] == [0, 2, 3]
+    curves = [line for line in lines if line.get_marker() != "None"]
+    assert len({(line.get_linestyle(), line.get_marker()) for line in curves}) == 2  # told apart in grey
+    assert list(curves[-1].get_ydata()) == [-1.0, -8.0]
+
+
+def test_the_command_draws_a_record_s_cycle(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["cycle", "--record", "24", "--device", "cpu", "--out", str(tmp_path)]) == 0
+    (file,) = written(capsys)
+    assert file.name == "cycle-kdpo-llama-knowedit-shipped-24.png"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--record", "301"], "--record 301: shipped has records 0 to 300"),
+        (["--record", "0", "--set", "lrr=1"], "lrr"),
+        (["--record", "0", "--dataset", "none.json"], "none.json"),
+        (["--prompt", "Who?", "--target", "Ada", "--model", "no-such"], "no ready-made settings for no-such"),
+        (["--prompt", "Who?", "--target", "  "], "target_new"),
+    ],
+)
+def test_a_cycle_that_cannot_be_drawn(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["cycle", "--device", "cpu", *arguments]) == 1
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [[], ["--record", "1", "--target", "x"], ["--prompt", "x"], ["--record", "one"]])
+def test_wrong_usage_of_cycle(arguments: list[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["cycle", *arguments])
+    assert stop.value.code == 2
+
+
+# --- examples from results
+
+
+def asked(text: str, stopped: bool = True, **place: Any) -> dict[str, Any]:
+    return {"text": text, "stopped": stopped, "wanted": ["Ada"], **place}
+
+
+@pytest.fixture
+def results(tmp_path: Path) -> Path:
+    folder = tmp_path / "results"
+    before = asked("Bea", when="pre", checkpoint=0)
+    kdpo = [before, asked("Ada"), asked("Adah", kind="rephrase", prompt="Which one?"), asked("Cid", when="right_after")]
+    write_cell(folder, "a", REPHRASED, texts=kdpo)
+    write_cell(folder, "b", REPHRASED, texts=[asked("Ada and", stopped=False)], method="ft", label="FT")
+    return folder
+
+
+def test_the_example_shows_each_method_before_and_after(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from kdpo_editor.compare import edit_figures
+
+    drawn: list[Question] = []
+    monkeypatch.setattr(edit_figures, "example", lambda title, questions: drawn.extend(questions) or example(title, []))
+    assert main(["example", str(results)]) == 0
+    rewrite, rephrase = drawn
+    assert (rewrite.kind, rewrite.prompt, rewrite.wanted) == ("rewrite", "Who?", ["Ada"])
+    assert rewrite.answers == [
+        Answer("before editing", "Bea", right=False, stopped=True),
+        Answer("FT", "Ada and", right=False, stopped=False),
+        Answer("KDPO", "Ada", right=True, stopped=True),
+    ]
+    assert [answer.text for answer in rephrase.answers] == ["(not recorded; a run of method=unedited would)", "Adah"]
+    drawn.clear()
+    assert main(["example", str(results), "--right-after"]) == 0
+    assert [answer.text for answer in drawn[0].answers] == ["Bea", "Cid"]
+
+
+def test_the_unedited_model_s_run_says_what_was_before(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from kdpo_editor.compare import edit_figures
+
+    drawn: list[Question] = []
+    monkeypatch.setattr(edit_figures, "example", lambda title, questions: drawn.extend(questions) or example(title, []))
+    other = [asked("Eve", kind="rephrase", prompt="Which one?")]
+    write_cell(results, "c", REPHRASED, texts=other, method="unedited", label="Unedited")
+    assert main(["example", str(results)]) == 0
+    assert [answer.text for answer in drawn[1].answers] == ["Eve", "Adah"]
+
+
+def test_right_answers_are_told_apart_without_colour_and_nothing_is_cut() -> None:
+    answers = [Answer("before editing", "x " * 200, False, True), Answer("A rather long name " * 3, "Ada", True, True)]
+    figure = example("title", [Question("rewrite", "Who? " * 60, ["Ada"], answers)])
+    said = {text.get_text(): text for axes in figure.axes for text in axes.texts}
+    assert {"✓", "✗"} <= said.keys()
+    assert said["Ada"].get_fontweight() == "bold"
+    width, height = figure.bbox.width, figure.bbox.height
+    for text in said.values():
+        box = text.get_window_extent()
+        assert 0 <= box.x0 <= box.x1 <= width
+        assert 0 <= box.y0 <= box.y1 <= height
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--edit", "7"], "--edit 7: there is no such edit; there are 0 to 0"),
+        (["--seed", "3"], "--seed 3: {} has runs of seed 0"),
+        (["--after", "1"], "--after 1: edit 0 was not looked at then, but after 2 edits"),
+        (["--model", "x"], "--model x: {} has m"),
+        (["--n-edits", "5"], "--n-edits 5: {} has 2"),
+    ],
+)
+def test_an_example_that_is_not_there(
+    results: Path, arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["example", str(results), *arguments]) == 1
+    assert said.format(results) in capsys.readouterr().err
+
+
+def test_of_several_models_one_must_be_chosen(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_cell(results, "c", model="other", texts=[asked("Ada")])
+    assert main(["example", str(results)]) == 1
+    assert f"{results} has results of m, other: choose with --model" in capsys.readouterr().err
+    assert main(["example", str(results), "--model", "other"]) == 0
+    (file,) = written(capsys)
+    assert file.name == "example-other-zsre-sequence-2-s0-edit0-T2.png"
+
+
+def test_results_without_texts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_cell(tmp_path, "a", texts=[])
+    assert main(["example", str(tmp_path)]) == 1
+    assert "nothing that was generated" in capsys.readouterr().err
+
+
+# --- radars
+
+
+def test_radars_are_of_the_last_checkpoint_unless_told(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_cell(results, "c", REPHRASED, dataset="recent")
+    assert main(["radar", str(results)]) == 0
+    assert {file.name for file in written(capsys)} == {f"radar-m-{d}-sequence-2-T2.png" for d in ("zsre", "recent")}
+    assert main(["radar", str(results), "--after", "1", "--dataset", "recent", "--out", str(results / "x")]) == 0
+    assert written(capsys) == [results / "x" / "radar-m-recent-sequence-2-T1.png"]
+    assert main(["mean-radar", str(results)]) == 0
+    assert written(capsys) == [results / "report" / "figures" / "radar-m-mean-sequence-2-T2.png"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["radar", "--after", "500"], "--after 500: {} has checkpoints after 1, 2 edits"),
+        (["radar", "--dataset", "x"], "--dataset x: {} has zsre"),
+        (["mean-radar"], "{}: a mean needs two data sets"),
+    ],
+)
+def test_a_radar_that_cannot_be_drawn(
+    results: Path, arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    figure, *options = arguments
+    assert main([figure, str(results), *options]) == 1
+    assert said.format(results) in capsys.readouterr().err
+
+
+def test_two_metrics_make_no_radar(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_cell(tmp_path, "a")
+    assert main(["radar", str(tmp_path)]) == 1
+    assert "a radar needs three metrics; there are locality.other_acc, locality.same_acc" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("figure", ["example", "radar", "mean-radar"])
+def test_a_folder_without_results(figure: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([figure, str(tmp_path)]) == 1
+    assert "holds no results" in capsys.readouterr().err
+    assert main([figure, str(tmp_path / "none")]) == 1
+    assert "is not a folder" in capsys.readouterr().err
+
+
+def test_methods_are_told_apart_without_colour() -> None:
+    from itertools import cycle, islice
+
+    from kdpo_editor.compare.figures import COLOURS, LINES, MARKERS
+
+    looks = list(islice(zip(cycle(MARKERS), cycle(LINES), strict=False), 40))
+    assert len(set(looks)) == 40
+    for colour in COLOURS:
+        red, green, blue = bytes.fromhex(colour[1:])
+        assert 0.299 * red + 0.587 * green + 0.114 * blue < 170, f"{colour} is too pale in grey"
