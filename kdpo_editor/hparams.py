@@ -128,6 +128,7 @@ class KDPOHyperParams:
         self._check(
             "norm_constraint", not self.preserve or self.norm_constraint is None, "null where preserve is not 0"
         )
+        self._check("preserve", not self.preserve or self.objective != "dpo", "0 where objective is dpo")
         self._check("ledger", self.ledger != "", "a folder or null")
 
     def _check(self, key: str, ok: bool, allowed: str) -> None:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy as copying
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any
@@ -27,7 +28,7 @@ from .batches import Batch, Round, make_batches
 from .earlier import EarlierEdits
 from .errors import EditDiverged, ModelError, RequestError
 from .hparams import KDPOHyperParams
-from .preserve import Preconditioner, spectra
+from .preserve import Preconditioner, preconditioners, sparing
 from .requests import EditTokens, tokenize
 from .suffix import Suffix
 from .weights import blocks_name, find_matrices, only_training
@@ -106,16 +107,7 @@ def edit(
         raise RequestError("'rephrases' cannot be trained where objective is dpo")
     weights = find_matrices(model, hparams)
     _check_lengths(model, edits)
-    spared = (
-        [
-            spectrum.preconditioner(hparams.preserve, weight)
-            for spectrum, weight in zip(
-                spectra(model, tok, list(weights), hparams.preserve_text), weights.values(), strict=True
-            )
-        ]
-        if hparams.preserve
-        else []
-    )
+    spared = preconditioners(model, tok, weights, hparams)
     given = model
     if copy:
         model = copying.deepcopy(model)
@@ -145,50 +137,51 @@ def optimise(
     edits: list[EditTokens],
     hparams: KDPOHyperParams,
     earlier: EarlierEdits | None = None,
-    preconditioners: Sequence[Preconditioner] = (),
+    spared: Sequence[Preconditioner] = (),
 ) -> list[EditTrace]:
     """Optimise ``weights`` in place until the model answers each prompt of ``edits`` with its chosen answer.
 
     One edit is the paper's procedure. Several share the optimiser and its steps, in mini-batches; those that are won
     are skipped for the cycle and looked at again in the next. Some of the ``earlier`` edits are treated as if they
-    were among them, and ``edits`` are added to those.
+    were among them, and ``edits`` are added to those. ``spared``: a preconditioner for each matrix, or none at all.
     """
-    keep = hparams.objective == "dpo" or hparams.update_scale != 1.0
-    start = {name: w.detach().clone() for name, w in weights.items()} if keep else {}
-    adam = Adam(list(weights.values()), hparams.lr, hparams.weight_decay, hparams.norm_constraint, preconditioners)
     if earlier is None:
         batches = make_batches(suffix, edits, hparams.memory_budget)
     else:
         kept = [*earlier.capture(suffix, edits, hparams), *earlier.to_check(edits, hparams.replay_checks)]
         batches = earlier.batches(suffix, kept, hparams.memory_budget)
     # Whether the pass that reads off the negatives is the first step's forward too.
-    alone = earlier is None and len(batches) == 1
+    alone = earlier is None and len(batches) == 1 and not spared
     traces = [EditTrace() for batch in batches for _ in batch.members]
 
-    for number in range(hparams.cycles):
-        if number > 0:
-            _look(suffix, batches, graph=alone)
-        rounds: list[Round | OwnAnswerRound] = _unfinished(suffix, batches, hparams, traces)
-        if not rounds:
-            break
-        if hparams.objective == "dpo":
-            rounds = [OwnAnswerRound(suffix, batches[0], edits[0].prompt, weights, start)]
-        for step in range(hparams.num_steps):
+    with sparing(suffix, weights, spared, batches) if spared else nullcontext():
+        keep = hparams.objective == "dpo" or hparams.update_scale != 1.0
+        start = {name: w.detach().clone() for name, w in weights.items()} if keep else {}
+        adam = Adam(list(weights.values()), hparams.lr, hparams.weight_decay, hparams.norm_constraint)
+        for number in range(hparams.cycles):
+            if number > 0:
+                _look(suffix, batches, graph=alone)
+            rounds: list[Round | OwnAnswerRound] = _unfinished(suffix, batches, hparams, traces)
+            if not rounds:
+                break
+            if hparams.objective == "dpo":
+                rounds = [OwnAnswerRound(suffix, batches[0], edits[0].prompt, weights, start)]
+            for step in range(hparams.num_steps):
+                for current in rounds:
+                    if not current.done:
+                        _step(current, adam, hparams, use_first=alone and step == 0)
             for current in rounds:
-                if not current.done:
-                    _step(current, adam, hparams, use_first=alone and step == 0)
-        for current in rounds:
-            _record(current, traces, hparams)
-
-    with torch.no_grad():
+                _record(current, traces, hparams)
         if hparams.update_scale != 1.0:
-            for name, w in weights.items():
-                w.copy_(start[name] + hparams.update_scale * (w - start[name]))
-        if not all(torch.isfinite(w).all() for w in weights.values()):
-            raise EditDiverged("the edited weights became NaN or infinite")
-        if rounds or hparams.update_scale != 1.0:
-            _look(suffix, batches, graph=False)
-            _unfinished(suffix, batches, hparams, traces)
+            with torch.no_grad():
+                for name, w in weights.items():
+                    w.copy_(start[name] + hparams.update_scale * (w - start[name]))
+
+    if not all(torch.isfinite(w).all() for w in weights.values()):
+        raise EditDiverged("the edited weights became NaN or infinite")
+    if rounds or hparams.update_scale != 1.0 or spared:
+        _look(suffix, batches, graph=False)
+        _unfinished(suffix, batches, hparams, traces)
     if earlier is not None:
         earlier.add(kept, batches, new=len(edits))
         earlier.repaired += sum(bool(trace.cycles) for trace in traces[len(edits) :])

@@ -6,15 +6,19 @@ text alike. With ``C = E[k k^T]`` over text such as the model usually sees, step
     W = W_0 + D P,    P = (I + preserve * C / mean eigenvalue of C)^(-1/2)
 
 so that what an update does to common inputs is damped and what it does to rare ones, such as an edited subject's, is
-not. This is the input side of a Kronecker-factored natural gradient (Martens and Grosse 2015), for the purpose that
-MEMIT's ``C_0`` (Meng et al. 2023, eq. 14) and AlphaEdit's projection (Fang et al. 2025) serve in closed form.
+not. ``D`` is trained in the matrix's place, with ``P k`` for input, and what ``W_0`` makes of ``k`` is added; for the
+first edited matrix both are known before the first step, so steps cost what they cost without.
+
+This is the input side of a Kronecker-factored natural gradient (Martens and Grosse 2015), for the purpose that MEMIT's
+``C_0`` (Meng et al. 2023, eq. 14) and AlphaEdit's projection (Fang et al. 2025) serve in closed form.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -23,7 +27,10 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from .batches import Batch
 from .errors import HyperParamsError, ModelError
+from .hparams import KDPOHyperParams
+from .suffix import Captured, Suffix, forward_is
 from .weights import as_found
 
 # Lines of a text that are read, and tokens of each.
@@ -49,32 +56,82 @@ class Preconditioner:
     rest: float
     transposed: bool
 
-    def __call__(self, update: Tensor) -> Tensor:
-        """``update @ P`` (``P @ update`` where ``transposed``); as large as ``update``."""
-        rows = update.T if self.transposed else update
-        spared = rows @ self.left if self.right is None else self.rest * rows + (rows @ self.left) @ self.right
-        # Fused optimisers take gradients to lie in memory as their parameters do.
-        return spared.T.contiguous() if self.transposed else spared
+    def __call__(self, rows: Tensor) -> Tensor:
+        """``rows @ P``: ``[..., F]`` to ``[..., F]``."""
+        return rows @ self.left if self.right is None else self.rest * rows + (rows @ self.left) @ self.right
+
+    def change(self, update: Tensor) -> Tensor:
+        """What ``D`` in the place of the matrix changes it by: ``D P``, or ``P D`` where ``transposed``."""
+        return self(update.T).T if self.transposed else self(update)
+
+    def product(self, inputs: Tensor, weight: Tensor) -> Tensor:
+        """What ``weight`` makes of ``inputs``, ``[..., F]`` to ``[..., D]``."""
+        return inputs @ (weight if self.transposed else weight.T)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Spectrum:
     """Of ``C``: its mean eigenvalue, the ``R`` largest and the next one ``[R + 1]``, and the directions of those R."""
 
     mean: Tensor
     values: Tensor
     directions: Tensor
+    _made: dict[Any, Preconditioner] = field(default_factory=dict)
 
     def preconditioner(self, strength: float, weight: Tensor) -> Preconditioner:
         """For updates of ``weight``, in its dtype and place. ``strength``: ``preserve`` of the settings."""
-        factors = (1 + strength * self.values / self.mean).rsqrt()
-        rest = factors[-1].item()
-        left, right = self.directions * (factors[:-1] - rest), self.directions.T
-        transposed = weight.shape[0] == len(self.directions) != weight.shape[1]
-        if 2 * len(factors) < len(self.directions):
-            return Preconditioner(left.to(weight), right.to(weight), rest, transposed)
-        whole = left @ right + rest * torch.eye(len(left), device=left.device)
-        return Preconditioner(whole.to(weight), None, 0.0, transposed)
+        key = strength, weight.dtype, weight.device, weight.shape
+        if key not in self._made:
+            factors = (1 + strength * self.values / self.mean).rsqrt()
+            rest = factors[-1].item()
+            left, right = self.directions * (factors[:-1] - rest), self.directions.T
+            transposed = weight.shape[0] == len(self.directions) != weight.shape[1]
+            if 2 * len(factors) < len(self.directions):
+                self._made[key] = Preconditioner(left.to(weight), right.to(weight), rest, transposed)
+            else:
+                whole = left @ right + rest * torch.eye(len(left), device=left.device)
+                self._made[key] = Preconditioner(whole.to(weight), None, 0.0, transposed)
+        return self._made[key]
+
+
+@contextmanager
+def sparing(
+    suffix: Suffix, weights: dict[str, nn.Parameter], preconditioners: Sequence[Preconditioner], batches: list[Batch]
+) -> Iterator[None]:
+    """Inside, ``weights`` hold ``D``, zero at first, and replaying ``batches`` gives what ``W_0 + D P`` would.
+
+    Afterwards ``weights`` are that, rounded to their dtype, and the batches as before. On an exception ``weights`` are
+    left undefined.
+    """
+    captured = [batch.captured for batch in batches]
+    starts = {name: weight.detach().clone() for name, weight in weights.items()}
+    with ExitStack() as patches, torch.no_grad():
+        for (name, weight), spared in zip(weights.items(), preconditioners, strict=True):
+            module = suffix.model.get_submodule(name.rpartition(".")[0])
+            if module is suffix.module and batches[0].captured.inner is not None:
+                for batch in batches:
+                    batch.captured = _shifted(batch.captured, spared, starts[name])
+            else:
+                patches.enter_context(forward_is(module, _with_start(module.forward, spared, starts[name])))
+            weight.zero_()
+        with torch.enable_grad():
+            yield
+        for (name, weight), spared in zip(weights.items(), preconditioners, strict=True):
+            weight.copy_(starts[name] + spared.change(weight))
+    for batch, as_before in zip(batches, captured, strict=True):
+        batch.captured = as_before
+
+
+def _shifted(captured: Captured, spared: Preconditioner, start: Tensor) -> Captured:
+    assert captured.inner is not None
+    base = spared.product(captured.inner, start).view(captured.hidden.shape)
+    return replace(captured, hidden=captured.hidden + base, inner=spared(captured.inner))
+
+
+def _with_start(
+    forward: Callable[[Tensor], Tensor], spared: Preconditioner, start: Tensor
+) -> Callable[[Tensor], Tensor]:
+    return lambda inputs: forward(spared(inputs)) + spared.product(inputs, start)
 
 
 # By model and name of a matrix, with the text's name. They stay when the model is edited.
@@ -84,6 +141,16 @@ _KNOWN: WeakKeyDictionary[nn.Module, dict[tuple[str, str | None], Spectrum]] = W
 def known(model: nn.Module, names: Sequence[str], text: str | None) -> bool:
     """Whether the spectra of these matrices' inputs were computed before."""
     return {(name, text) for name in names} <= set(_KNOWN.get(model, {}))
+
+
+def preconditioners(
+    model: nn.Module, tok: Any, weights: Mapping[str, Tensor], hparams: KDPOHyperParams
+) -> list[Preconditioner]:
+    """One for each of ``weights``, none where ``preserve`` is 0; errors as those of :func:`spectra`."""
+    if not hparams.preserve:
+        return []
+    found = spectra(model, tok, list(weights), hparams.preserve_text)
+    return [one.preconditioner(hparams.preserve, weight) for one, weight in zip(found, weights.values(), strict=True)]
 
 
 def spectra(model: nn.Module, tok: Any, names: Sequence[str], text: str | None) -> list[Spectrum]:

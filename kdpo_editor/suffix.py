@@ -165,10 +165,10 @@ class Suffix:
         """
         output = BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden)
         with ExitStack() as patches:
-            patches.enter_context(_forward_is(self.holder, lambda *args, **kwargs: output))
+            patches.enter_context(forward_is(self.holder, lambda *args, **kwargs: output))
             if head_rows is not None:
                 head = self.model.get_output_embeddings()  # type: ignore[operator]
-                patches.enter_context(_forward_is(head, head_rows))
+                patches.enter_context(forward_is(head, head_rows))
             logits: Tensor = self.model(inputs_embeds=hidden, use_cache=False, return_dict=True).logits
         return logits.float()
 
@@ -323,7 +323,7 @@ def _at(hidden: Tensor, positions: Tensor) -> Tensor:
 
 
 @contextmanager
-def _forward_is(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+def forward_is(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """While inside, ``module`` does ``forward`` instead of its own."""
     own = module.__dict__.get("forward")
     module.__dict__["forward"] = forward
@@ -348,7 +348,7 @@ def _narrowed(module: nn.Module, positions: Tensor, elsewhere: float = 0.0) -> I
         rows = positions.to(output.device).unsqueeze(-1).expand(-1, -1, output.shape[-1])
         return output.new_full((*hidden.shape[:2], output.shape[-1]), elsewhere).scatter(1, rows, output)
 
-    with _forward_is(module, forward):
+    with forward_is(module, forward):
         yield
 
 

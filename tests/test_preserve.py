@@ -11,6 +11,7 @@ import torch
 from conftest import PARAMETER, REQUEST, assert_same, load, state
 
 from kdpo_editor import EditLedger, HyperParamsError, ModelError, apply_kdpo_to_model, edit
+from kdpo_editor.answers import says_target
 from kdpo_editor.preserve import Spectrum, spectra
 
 SPARE = {"preserve": 10.0, "lr": 3e-3, "margin": 1.0}
@@ -35,7 +36,7 @@ def spectrum(width: int, kept: int) -> tuple[torch.Tensor, Spectrum]:
 def test_with_all_directions_it_is_the_inverse_root() -> None:
     moment, found = spectrum(12, 11)
     weight = torch.randn(5, 12, generator=torch.Generator().manual_seed(1))
-    spared = found.preconditioner(3.0, weight)(weight)
+    spared = found.preconditioner(3.0, weight).change(weight)
     values, directions = torch.linalg.eigh(torch.eye(12) + 3.0 * moment / moment.diagonal().mean())
     torch.testing.assert_close(
         spared, weight @ directions @ torch.diag(values.rsqrt()) @ directions.T, rtol=1e-4, atol=1e-5
@@ -50,7 +51,7 @@ def test_few_directions_are_a_low_rank_change() -> None:
     rest = torch.eye(12) - found.directions @ found.directions.T
     factors = (1 + 3.0 * found.values / found.mean).rsqrt()
     expected = weight @ (found.directions @ torch.diag(factors[:-1]) @ found.directions.T + factors[-1] * rest)
-    torch.testing.assert_close(few(weight), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(few.change(weight), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_transposed_matrix_is_spared_alike() -> None:
@@ -59,13 +60,16 @@ def test_a_transposed_matrix_is_spared_alike() -> None:
     plain, transposed = found.preconditioner(3.0, weight), found.preconditioner(3.0, weight.T)
     assert not plain.transposed
     assert transposed.transposed
-    torch.testing.assert_close(transposed(weight.T), plain(weight).T)
+    torch.testing.assert_close(transposed.change(weight.T), plain.change(weight).T)
+    inputs = torch.randn(2, 3, 12, generator=torch.Generator().manual_seed(2))
+    torch.testing.assert_close(transposed.product(inputs, weight.T), plain.product(inputs, weight))
+    torch.testing.assert_close(plain.product(plain(inputs), weight), inputs @ plain.change(weight).T)
 
 
 def test_equal_moments_change_nothing() -> None:
     weight = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
     same = Spectrum(torch.tensor(2.0), torch.full((3,), 2.0), torch.eye(6)[:, :2]).preconditioner(3.0, weight)
-    torch.testing.assert_close(same(weight), weight / 2)  # 1 / sqrt(1 + 3)
+    torch.testing.assert_close(same.change(weight), weight / 2)  # 1 / sqrt(1 + 3)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
@@ -98,6 +102,36 @@ def test_the_conv1d_of_gpt2_is_edited_too(gpt2: Any, settings: Any, text: str) -
     own = {"layers": [4], "rewrite_module_tmp": "transformer.h.{}.mlp.c_proj", "preserve_text": text}
     _, _, (trace,) = edit(model, tok, [REQUEST], settings(**{**SPARE, **own}))
     assert trace.converged
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_was_trained_is_what_stands(llama: Any, settings: Any, text: str, dtype: torch.dtype) -> None:
+    """Two layers, whose inputs are constant or not, and a batch: the full forward agrees with the trace."""
+    model, tok = llama
+    model.to(dtype)
+    requests = [REQUEST, SECOND]
+    options = {"layers": [3, 4], "schedule": "breadth_first", "objective": "margin", "margin": 2.0, "lr": 1e-3}
+    _, originals, traces = edit(model, tok, requests, settings(**{**SPARE, **options}, preserve_text=text))
+    assert all(trace.converged for trace in traces)
+    assert says_target(model, tok, requests) == [True, True]
+    for name, before in originals.items():
+        assert not torch.equal(model.get_parameter(name), before)
+
+
+def test_a_failure_leaves_the_model_as_it_was(
+    llama: Any, settings: Any, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tok = llama
+    before = state(model)
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("kdpo_editor.kdpo._record", fail)
+    with pytest.raises(KeyboardInterrupt):
+        edit(model, tok, [REQUEST], settings(**SPARE, preserve_text=text, layers=[3, 4]))
+    assert_same(model, before)
+    assert all("forward" not in module.__dict__ for module in model.modules())
 
 
 def test_a_model_writes_its_own_text_and_is_left_as_it_was(llama: Any, settings: Any) -> None:
@@ -136,6 +170,7 @@ def test_a_resumed_run_spares_what_the_unedited_model_did(settings: Any, tmp_pat
     [
         ({"preserve": -1.0}, "preserve: -1.0 .* 0 or more"),
         ({"preserve": 1.0, "weight_decay": 0.1}, "weight_decay: 0.1 .* 0 where preserve"),
+        ({"preserve": 1.0, "objective": "dpo"}, "preserve: 1.0 .* 0 where objective is dpo"),
         ({"preserve": 1.0, "norm_constraint": 0.1}, "norm_constraint: 0.1 .* null where preserve"),
     ],
 )
