@@ -19,7 +19,9 @@ from result_folders import TWO_EDITS, Row, write_cell
 
 from kdpo_editor import edit
 from kdpo_editor.compare.edit_figures import Answer, Question, example, optimisation
+from kdpo_editor.compare.frontier import points
 from kdpo_editor.compare.paper_figures import main
+from kdpo_editor.compare.reading import read_cells
 from kdpo_editor.compare.watch import WatchedCycle, WatchedEdit, watch
 from kdpo_editor.errors import HyperParamsError, RequestError
 from kdpo_editor.requests import tokenize
@@ -283,7 +285,30 @@ def test_two_metrics_make_no_radar(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "a radar needs three metrics; there are locality.other_acc, locality.same_acc" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("figure", ["example", "radar", "mean-radar"])
+# --- frontier
+
+
+def test_a_frontier_has_a_point_per_method_and_rate(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for rate, seed in ((1.0, 0), (1.0, 1), (0.5, 0)):
+        rows = [(0, 2, "checkpoint", "rewrite_gen", rate), (-1, 2, "checkpoint", "unrelated_gen", 1.0 - seed / 10)]
+        config = f"method:\n  rate_factor: {rate}\n"
+        write_cell(results, f"r{rate}-{seed}", rows, config, method="ft_m", label="FT-M", seed=seed)
+    (frame,) = [points(read_cells(results)[0], "rewrite_gen", "unrelated_gen", 2)]
+    assert frame[["label", "rate"]].to_numpy().tolist() == [["FT-M", 0.5], ["FT-M", 1.0]]
+    assert frame[["x", "y"]].to_numpy().tolist() == [[0.5, 1.0], [1.0, pytest.approx(0.95)]]
+    assert main(["frontier", str(results)]) == 0
+    (file,) = written(capsys)
+    assert file.name == "frontier-m-zsre-sequence-2-T2-rewrite_gen-unrelated_gen.png"
+
+
+def test_a_frontier_of_what_was_not_measured(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["frontier", str(results), "--y", "portability_acc"]) == 1
+    assert (
+        "rewrite_gen and portability_acc were not both measured after 2 edits; measured is " in capsys.readouterr().err
+    )
+
+
+@pytest.mark.parametrize("figure", ["example", "radar", "mean-radar", "frontier"])
 def test_a_folder_without_results(figure: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([figure, str(tmp_path)]) == 1
     assert "holds no results" in capsys.readouterr().err

@@ -62,7 +62,7 @@ def pictures(tidy: pd.DataFrame, kinds: Collection[str] = KINDS) -> list[Picture
         return list(tqdm(drawn, desc="figures", unit="figure", disable=None, leave=False))
 
 
-def _styles(tidy: pd.DataFrame) -> dict[str, dict[str, Any]]:
+def styles_of(tidy: pd.DataFrame) -> dict[str, dict[str, Any]]:
     """One look per label, the same in every figure of a model; colour, marker and line each tell methods apart."""
     edited = tidy[tidy["method"] != UNEDITED]["label"].unique()
     looks = zip(sorted(edited, key=str.casefold), cycle(COLOURS), cycle(MARKERS), cycle(LINES), strict=False)
@@ -73,7 +73,7 @@ def _styles(tidy: pd.DataFrame) -> dict[str, dict[str, Any]]:
 
 
 def _pictures(tidy: pd.DataFrame, kinds: Collection[str]) -> Iterator[Picture]:
-    looks = {model: _styles(frame) for model, frame in tidy.groupby("model")}
+    looks = {model: styles_of(frame) for model, frame in tidy.groupby("model")}
     for (model, protocol, n_edits), frame in tidy.groupby(["model", "protocol", "n_edits"], sort=False):
         scores, styles = {}, looks[model]
         for (dataset, made), part in frame.groupby(["dataset", "T"], sort=False):
@@ -167,7 +167,7 @@ def _radar(scores: pd.DataFrame, styles: dict[str, dict[str, Any]]) -> Figure | 
         axes.plot(
             [*angles, angles[0]], [*values, values[0]], linewidth=1.6, markersize=7, clip_on=False, **hollow[label]
         )
-    _legend(figure, labels, hollow)
+    draw_legend(figure, labels, hollow)
     return figure
 
 
@@ -217,7 +217,7 @@ def _curves(frame: pd.DataFrame, styles: dict[str, dict[str, Any]]) -> Figure | 
         axes.set_visible(False)
     labels = list(dict.fromkeys(frame["label"]))
     solid = {label: styles[label] | ({"linestyle": "-"} if styles[label]["marker"] else {}) for label in labels}
-    _legend(
+    draw_legend(
         figure,
         labels,
         solid,
@@ -226,7 +226,7 @@ def _curves(frame: pd.DataFrame, styles: dict[str, dict[str, Any]]) -> Figure | 
     return figure
 
 
-def _legend(
+def draw_legend(
     figure: Figure, labels: list[str], styles: dict[str, dict[str, Any]], extra: dict[str, dict[str, Any]] | None = None
 ) -> None:
     """Below the axes, in as many columns as the longest name leaves room for."""

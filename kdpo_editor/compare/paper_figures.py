@@ -24,6 +24,7 @@ examples:
   kdpo-figures cycle --model gpt2-xl --prompt "The capital of Australia is" --target Melbourne
   kdpo-figures radar results                     a radar plot for each model and data set
   kdpo-figures mean-radar results --after 500    a radar plot averaged over data sets
+  kdpo-figures frontier results                  success against what else changed, over learning rates
 
 Every figure is written as PNG and SVG. Exit status: 0 when it was, 1 when there is nothing to draw, 2 for wrong usage.
 """
@@ -88,6 +89,10 @@ def make_parser() -> argparse.ArgumentParser:
     of_results("radar", _radar, "A radar plot of the methods for each model and data set.")
     of_results("mean-radar", _mean_radar, "A radar plot of the methods for each model, averaged over data sets.")
 
+    sub = of_results("frontier", _frontier, "Two metrics against each other, a curve for each method over its rates.")
+    sub.add_argument("--x", default="rewrite_gen", metavar="METRIC", help="across (default rewrite_gen)")
+    sub.add_argument("--y", default="unrelated_gen", metavar="METRIC", help="upwards (default unrelated_gen)")
+
     sub = figure("cycle", _cycle, "One KDPO edit: its negatives cycle by cycle, log-probabilities step by step.")
     which = sub.add_mutually_exclusive_group(required=True)
     which.add_argument("--prompt", help="what the model is asked; with --target")
@@ -127,6 +132,26 @@ def _chosen(args: argparse.Namespace) -> list[Cell]:
     return cells
 
 
+def _alike(args: argparse.Namespace) -> list[Cell]:
+    """As :func:`_chosen`, of one model, data set, protocol and number of edits, or ResultsError naming the option."""
+    cells = _chosen(args)
+    for key in CHOICES:
+        several = {cell.manifest[key] for cell in cells}
+        if len(several) > 1:
+            raise ResultsError(
+                f"{args.folder} has results of {_listed(several)}: choose with --{key.replace('_', '-')}"
+            )
+    return cells
+
+
+def _frontier(args: argparse.Namespace) -> Iterator[Picture]:
+    from . import frontier
+
+    cells = _alike(args)
+    made = max(int(cell.means["T"].max()) for cell in cells) if args.after is None else args.after
+    yield from frontier.pictures(cells, args.x, args.y, made)
+
+
 def _radar(args: argparse.Namespace, kind: str = "radar") -> list[Picture]:
     from .figures import pictures
     from .means import tidy
@@ -158,13 +183,7 @@ def _example(args: argparse.Namespace) -> Iterator[Picture]:
     from .figures import SETTINGS, picture
     from .tables import after
 
-    cells = _chosen(args)
-    for key in CHOICES:
-        several = {cell.manifest[key] for cell in cells}
-        if len(several) > 1:
-            raise ResultsError(
-                f"{args.folder} has results of {_listed(several)}: choose with --{key.replace('_', '-')}"
-            )
+    cells = _alike(args)
     seeds = {cell.manifest["seed"] for cell in cells}
     seed = min(seeds) if args.seed is None else args.seed
     if seed not in seeds:
