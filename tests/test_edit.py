@@ -503,3 +503,21 @@ def test_competitors_are_the_strongest_within_the_margin() -> None:
     assert competitors(logits, chosen).tolist() == [1, 0]
     assert competitors(logits, chosen, margin=0.6).tolist() == [2, 1]
     assert logits[0, 1] == 2.0
+
+
+# Spread over devices ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"replay": True, "margin": 1.0}, {"preserve": 1.0, "margin": 1.0}])
+def test_a_dispatched_model_is_edited_alike(settings: Any, options: dict[str, Any]) -> None:
+    """With the hooks that ``device_map`` puts on every module, here all for one device."""
+    accelerate = pytest.importorskip("accelerate")
+    plain, tok = load("llama")
+    dispatched, _ = load("llama")
+    accelerate.dispatch_model(dispatched, {"": "cpu"}, main_device="cpu", force_hooks=True)
+    hooked = {name: m.forward for name, m in dispatched.named_modules() if "forward" in m.__dict__}
+    assert hooked
+    for model in (plain, dispatched):
+        edit(model, tok, [REQUEST], settings(**options))
+    torch.testing.assert_close(dispatched.get_parameter(PARAMETER), plain.get_parameter(PARAMETER))
+    assert hooked == {name: m.forward for name, m in dispatched.named_modules() if "forward" in m.__dict__}
