@@ -161,7 +161,7 @@ def spectra(model: nn.Module, tok: Any, names: Sequence[str], text: str | None) 
 
     Raises:
         HyperParamsError: the file cannot be read or is empty.
-        ModelError: the model is to write text and its tokenizer has no token to begin with.
+        ModelError: the model is to write text and its tokenizer has no token to begin with, or inputs are not finite.
     """
     if not known(model, names, text):
         # Of a text of its own the token that begins it is left out.
@@ -169,6 +169,8 @@ def spectra(model: nn.Module, tok: Any, names: Sequence[str], text: str | None) 
         moments = second_moments(model, [n.rpartition(".")[0] for n in names], windows, skip)
         found = _KNOWN.setdefault(model, {})
         for name, (total, _) in zip(names, moments.values(), strict=True):
+            if not torch.isfinite(total).all():
+                raise ModelError(f"preserve: the inputs of {name} are NaN or infinite on ordinary text")
             values, directions = torch.linalg.eigh(total)
             top = min(RANK, len(values) - 1)
             values = values.clamp_min(0).flip(0)[: top + 1]

@@ -20,6 +20,7 @@ from kdpo_editor.compare.editing import Editing, available
 from kdpo_editor.compare.evaluate import Evaluator, accuracy, fingerprint
 from kdpo_editor.compare.models import load as load_model
 from kdpo_editor.compare.scores import observe, rows
+from kdpo_editor.errors import HyperParamsError
 from kdpo_editor.hparams import settings_folder
 
 
@@ -35,7 +36,18 @@ def main(cache: Path, methods: list[str]) -> dict[str, Any]:
             continue
         statistics.ensure(model, tok, config, "shipped", None, cache)
         found[name] = one_method(model, tok, config, records, cache)
+        if name == "WISE":
+            found["alone"] = refusal(model, tok, config, cache)
     return found
+
+
+def refusal(model: Any, tok: Any, config: dict[str, Any], cache: Path) -> str:
+    """What is said to a method that needs an unrelated prompt and has none."""
+    try:
+        Editing(model, tok, config, seed=0, folder=cache)
+    except HyperParamsError as error:
+        return str(error)
+    return ""
 
 
 def one_method(model: Any, tok: Any, config: dict[str, Any], records: list[Record], cache: Path) -> dict[str, Any]:

@@ -127,6 +127,12 @@ def test_a_method_leaves_nothing_behind_and_keeps_its_edits(scenarios: dict[str,
     assert found["kept"][0] >= min(found["kept_after_first"], 0.5)
 
 
+def test_wise_is_refused_without_an_unrelated_prompt(scenarios: dict[str, Any]) -> None:
+    if scenarios["WISE"] is None:
+        pytest.skip("this form of EasyEdit has no WISE")
+    assert scenarios["alone"].startswith("protocol.unrelated: WISE needs a record that is never edited")
+
+
 @pytest.mark.parametrize("method", ["KDPO", "ROME", "MEMIT"])
 def test_a_method_works_on_the_shipped_model(scenarios: dict[str, Any], method: str) -> None:
     assert fmean(scenarios[method]["rewrite"]) >= 0.9

@@ -97,9 +97,7 @@ def _compute(config: Compare, cell: Cell, edited: Sequence[Record], unrelated: S
         stats.mkdir(parents=True, exist_ok=True)
     single = config.protocol.name == "single"
     prompts = [record.prompt for record in unrelated]
-    editing = Editing(
-        model, tok, settings, seed=config.seed, folder=stats, unrelated=prompts or [""], sequence=not single
-    )
+    editing = Editing(model, tok, settings, seed=config.seed, folder=stats, unrelated=prompts, sequence=not single)
     if editing.ignored:
         notes.append(f"of no use to EasyEdit's installed form and left out: {', '.join(editing.ignored)}")
     scorer = Scorer(config, editing, list(edited), list(unrelated), before)

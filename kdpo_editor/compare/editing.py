@@ -58,11 +58,11 @@ class Editing:
         *,
         seed: int,
         folder: Path,
-        unrelated: Sequence[str] = ("",),
+        unrelated: Sequence[str] = (),
         sequence: bool = True,
     ) -> None:
         self.base, self.tok, self.seed = model, tok, seed
-        self.unrelated = list(unrelated)
+        self.unrelated = list(unrelated) or [""]
         self.model: Any = model
         self.originals: dict[str, Tensor] = {}
         self.count = 0
@@ -87,6 +87,11 @@ class Editing:
             placed["P_loc"] = str(folder / f"null-space-{which}.pt")
         self.hparams, self.ignored = easyedit.settings({**config, **placed})
         if self.algorithm == "WISE":
+            if not unrelated:
+                raise HyperParamsError(
+                    "protocol.unrelated: WISE needs a record that is never edited, and none is left; ask for at "
+                    "least 1, and for fewer edits than there are records"
+                )
             self.hparams.sequential_edit = sequence
         tok.padding_side = "right" if self.algorithm in easyedit.RIGHT_PADDED else "left"
         seed_everything(seed)
