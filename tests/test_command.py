@@ -148,6 +148,8 @@ def test_interrupted_it_leaves_a_ledger_to_go_on_from(tmp_path: Path, capsys: An
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": root},
+        # Shells start what runs in the background with interrupts ignored, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     assert run.stdout is not None
     assert json.loads(run.stdout.readline())["edit"] == 1
