@@ -9,8 +9,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import DataError, KDPOError, ResultsError
-from .report import say, slug, write
+from ..errors import DataError, ResultsError
+from .report import exit_status, say, slug, write
 
 if TYPE_CHECKING:
     from .edit_figures import Question
@@ -37,22 +37,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if args.draw is _cycle and (args.prompt is None) != (args.target is None):
         parser.error("cycle: give --prompt and --target, or --record alone")
-    try:
+
+    def act() -> None:
         for picture in args.draw(args):
             name = "-".join(map(slug, picture.name))
             out = args.out or (args.folder / "report" / "figures" if args.draw is not _cycle else Path("figures"))
             write(out / f"{name}.svg", picture.svg)
             say(f"wrote {write(out / f'{name}.png', picture.png)}")
-    except ModuleNotFoundError as error:
-        sys.stderr.write(f"kdpo-figures needs {error.name}: pip install 'kdpo-editor[compare]'\n")
-        return 1
-    except (KDPOError, OSError) as error:
-        sys.stderr.write(f"kdpo-figures: {error}\n")
-        return 1
-    except KeyboardInterrupt:
-        sys.stderr.write("\nInterrupted.\n")
-        return 130
-    return 0
+
+    return exit_status("kdpo-figures", act)
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -10,11 +10,11 @@ import hashlib
 import re
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-from ..errors import ResultsError
+from ..errors import KDPOError
 
 if TYPE_CHECKING:
     from .reading import Cell
@@ -46,15 +46,24 @@ def main(argv: list[str] | None = None) -> int:
     )
     args = parser.parse_args(argv)
     formats = set(FORMATS if "all" in args.format else args.format)
-    try:
+
+    def act() -> None:
         for path in report(args.folder, args.out or args.folder / "report", formats, args.partial):
             if path.suffix != ".svg":  # each figure's PNG stands for both
-                sys.stdout.write(_printable(f"wrote {path}\n", sys.stdout))
+                say(f"wrote {path}")
+
+    return exit_status("kdpo-report", act)
+
+
+def exit_status(program: str, act: Callable[[], None]) -> int:
+    """Run ``act``: 0, or 1 or 130 where it failed or was interrupted, which standard error then says."""
+    try:
+        act()
     except ModuleNotFoundError as error:
-        sys.stderr.write(f"kdpo-report needs {error.name}: pip install 'kdpo-editor[compare]'\n")
+        sys.stderr.write(f"{program} needs {error.name}: pip install 'kdpo-editor[compare]'\n")
         return 1
-    except (ResultsError, OSError) as error:
-        sys.stderr.write(f"kdpo-report: {error}\n")
+    except (KDPOError, OSError) as error:
+        sys.stderr.write(f"{program}: {error}\n")
         return 1
     except KeyboardInterrupt:
         sys.stderr.write("\nInterrupted.\n")
