@@ -37,6 +37,13 @@ class Batch:
         self.hidden = suffix.replay(self.captured)
         self.logits = suffix.logits(self.hidden.detach()).to(suffix.device)
 
+    def part(self, members: list[int]) -> Batch:
+        """Those of its edits."""
+        rows = torch.tensor([self.members.index(member) for member in members])
+        hidden, logits, reference = (t[rows.to(t.device)] for t in (self.hidden, self.logits, self.reference))
+        chosen, mask = self.chosen[rows.to(self.chosen.device)], self.mask[rows.to(self.mask.device)]
+        return Batch(list(members), self.captured.rows(rows), chosen, mask, hidden, logits, reference)
+
     def remaining(self, suffix: Suffix, margin: float) -> Round | None:
         """The edits whose new answer does not win everywhere, with their negatives; ``None`` if all do."""
         negative = competitors(self.logits, self.chosen, margin)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import logging
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
 from typing import Any
@@ -154,15 +154,27 @@ class EarlierEdits:
                 new[i] = Kept(tokens, _copied(captured.hidden[row, here], hparams), inner)
         return [new[i] for i in range(len(edits))]
 
-    def batches(self, suffix: Suffix, edits: Sequence[Kept], budget: float) -> list[Batch]:
-        """``edits``, captured some time, as mini-batches with hidden states and logits of now."""
+    def batches(
+        self,
+        suffix: Suffix,
+        edits: Sequence[Kept],
+        budget: float,
+        first: int = 0,
+        adapted: Callable[[Captured], Captured] = lambda captured: captured,
+    ) -> list[Batch]:
+        """``edits``, captured some time, as mini-batches with hidden states and logits of now.
+
+        ``first``: the number that the first of them has as a member. ``adapted``: see
+        :func:`~kdpo_editor.preserve.sparing`.
+        """
         batches = []
         with torch.no_grad():
             for members in group(suffix, [one.tokens for one in edits], budget):
                 chosen = [edits[i] for i in members]
                 _, answers, mask, positions = padded([one.tokens for one in chosen])
-                captured = self._stack(suffix, chosen, positions.to(suffix.device))
-                batches.append(make_batch(suffix, members, captured, suffix.replay(captured), answers, mask))
+                captured = adapted(self._stack(suffix, chosen, positions.to(suffix.device)))
+                hidden = suffix.replay(captured)
+                batches.append(make_batch(suffix, [first + i for i in members], captured, hidden, answers, mask))
         return batches
 
     def _stack(self, suffix: Suffix, edits: Sequence[Kept], positions: Tensor) -> Captured:
@@ -184,13 +196,12 @@ class EarlierEdits:
         hidden = stack([one.hidden for one in edits])
         return Captured(hidden, stack(inner) if inner else None, self._arguments[shape], positions)
 
-    def add(self, edits: Sequence[Kept], batches: Sequence[Batch], new: int) -> None:
-        """Note how ``edits`` stand, by the logits of the ``batches`` made of them, and keep the first ``new``."""
+    def note(self, edits: Sequence[Kept], batches: Sequence[Batch], first: int = 0) -> None:
+        """Note how ``edits`` stand, by the logits of the ``batches`` made of them; ``first`` as there."""
         for batch in batches:
             leads = lead(batch.logits, batch.chosen).masked_fill(~batch.mask, inf).amin(-1)
             for member, value in zip(batch.members, leads.tolist(), strict=True):
-                edits[member].lead = value
-        self.kept += edits[:new]
+                edits[member - first].lead = value
 
 
 def _same(weight: Tensor, value: Tensor) -> bool:

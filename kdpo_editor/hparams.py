@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 OBJECTIVES = ("kdpo", "kdpo_token", "margin", "ipo", "ce", "dpo")
+OPTIMIZERS = ("adam", "polyak")
 SCHEDULES = ("depth_first", "breadth_first")
 
 
@@ -46,7 +47,8 @@ class KDPOHyperParams:
     cycles: int = 20
     """Cycles at most; each begins with a new negative (paper: 20)."""
     lr: float = 1e-4
-    """Adam's learning rate (paper: 1e-4 for single edits, a fifth of it in a sequence)."""
+    """Adam's learning rate (paper: 1e-4 for single edits, a fifth of it in a sequence); with "polyak" a factor on the
+    length of its steps, 1 or a little more."""
     beta: float = 0.1
     """Strength of the pull towards the reference (the paper's beta; DPO, eq. 7)."""
     stop_loss: float = 1e-3
@@ -58,6 +60,9 @@ class KDPOHyperParams:
     update_scale: float = 1.0
     """The final weight change is multiplied by this. 2.0 reproduces the authors' release in sequences."""
 
+    optimizer: str = "adam"
+    """"adam", the paper's, or "polyak": gradient steps as long as would bring the loss to zero if it were linear
+    (:class:`kdpo_editor.optimizers.Polyak`)."""
     objective: str = "kdpo"
     """What is minimised (:mod:`kdpo_editor.objectives`): "kdpo" as published; "kdpo_token", one sigmoid per token;
     "margin", a hinge without reference; "ipo"; "ce", cross-entropy, as plain fine-tuning does; or "dpo" for the
@@ -85,8 +90,8 @@ class KDPOHyperParams:
     """How much updates are kept away from inputs that the edited matrix usually sees (:mod:`kdpo_editor.preserve`).
     Above 0 ``lr`` has another meaning and is to be chosen anew."""
     preserve_text: str | None = None
-    """What a model usually sees: a text file (a paragraph or sentence a line), "shipped" for what the shipped model was
-    taught, or ``None`` for what the model writes by itself."""
+    """What a model usually sees: a text file (a paragraph or sentence a line), "shipped" or "kdpo-llama-pararel" for
+    what the shipped or second model was taught, or ``None`` for what the model writes by itself."""
 
     ledger: str | None = None
     """Folder of an :class:`~kdpo_editor.EditLedger` in which every successful call is journaled; ``None`` is none."""
@@ -119,6 +124,8 @@ class KDPOHyperParams:
         if isinstance(self.device, int):
             self._check("device", self.device >= 0, 'a CUDA index, "cpu", "cuda:1" or null')
         self._check("objective", self.objective in OBJECTIVES, f"one of {', '.join(OBJECTIVES)}")
+        self._check("optimizer", self.optimizer in OPTIMIZERS, f"one of {', '.join(OPTIMIZERS)}")
+        self._check("weight_decay", not self.weight_decay or self.optimizer == "adam", "0 where optimizer is not adam")
         self._check("margin", self.margin > 0 or self.objective != "margin", "more than 0 where objective is margin")
         self._check("schedule", self.schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}")
         one_by_one = self.schedule == "depth_first" or self.objective != "dpo"

@@ -14,7 +14,6 @@ from __future__ import annotations
 import copy as copying
 import logging
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any
@@ -23,11 +22,11 @@ import torch
 from torch import Tensor, nn
 
 from .ablation import OwnAnswerRound
-from .adam import Adam
 from .batches import Batch, Round, make_batches
 from .earlier import EarlierEdits
 from .errors import EditDiverged, ModelError, RequestError
 from .hparams import KDPOHyperParams
+from .optimizers import Optimizer, make_optimizer
 from .preserve import Preconditioner, preconditioners, sparing
 from .requests import EditTokens, tokenize
 from .suffix import Suffix
@@ -142,48 +141,66 @@ def optimise(
     """Optimise ``weights`` in place until the model answers each prompt of ``edits`` with its chosen answer.
 
     One edit is the paper's procedure. Several share the optimiser and its steps, in mini-batches; those that are won
-    are skipped for the cycle and looked at again in the next. Some of the ``earlier`` edits are treated as if they
-    were among them, and ``edits`` are added to those. ``spared``: a preconditioner for each matrix, or none at all.
+    are skipped for the cycle and looked at again in the next. Whenever all are won, some of the ``earlier`` edits are
+    looked at, and those that were harmed join them. ``edits`` are then added to the earlier ones. ``spared``: a
+    preconditioner for each matrix, or none at all.
     """
+    budget = hparams.memory_budget
     if earlier is None:
-        batches = make_batches(suffix, edits, hparams.memory_budget)
+        batches, checked = make_batches(suffix, edits, budget), []
     else:
-        kept = [*earlier.capture(suffix, edits, hparams), *earlier.to_check(edits, hparams.replay_checks)]
-        batches = earlier.batches(suffix, kept, hparams.memory_budget)
+        new, checked = earlier.capture(suffix, edits, hparams), earlier.to_check(edits, hparams.replay_checks)
+        batches = earlier.batches(suffix, new, budget)
     # Whether the pass that reads off the negatives is the first step's forward too.
     alone = earlier is None and len(batches) == 1 and not spared
-    traces = [EditTrace() for batch in batches for _ in batch.members]
+    traces = [EditTrace() for _ in [*edits, *checked]]
+    looked_back: list[Batch] = []
 
-    with sparing(suffix, weights, spared, batches) if spared else nullcontext():
+    with sparing(suffix, weights, spared, inside=batches[0].captured.inner is not None) as adapted:
         keep = hparams.objective == "dpo" or hparams.update_scale != 1.0
         start = {name: w.detach().clone() for name, w in weights.items()} if keep else {}
-        adam = Adam(list(weights.values()), hparams.lr, hparams.weight_decay, hparams.norm_constraint)
+        optimizer = make_optimizer(list(weights.values()), hparams)
+        active = [replace(b, captured=adapted(b.captured)) for b in batches] if spared else list(batches)
         for number in range(hparams.cycles):
             if number > 0:
-                _look(suffix, batches, graph=alone)
-            rounds: list[Round | OwnAnswerRound] = _unfinished(suffix, batches, hparams, traces)
+                _look(suffix, active, graph=alone)
+            rounds: list[Round | OwnAnswerRound] = _unfinished(suffix, active, hparams)
+            if not rounds and earlier is not None and checked:
+                if looked_back:
+                    _look(suffix, looked_back, graph=False)
+                else:
+                    looked_back = earlier.batches(suffix, checked, budget, len(edits), adapted)
+                harmed = _harmed(suffix, looked_back, active, hparams)
+                active += harmed
+                rounds = _unfinished(suffix, harmed, hparams)
             if not rounds:
                 break
             if hparams.objective == "dpo":
-                rounds = [OwnAnswerRound(suffix, batches[0], edits[0].prompt, weights, start)]
+                rounds = [OwnAnswerRound(suffix, active[0], edits[0].prompt, weights, start)]
             for step in range(hparams.num_steps):
                 for current in rounds:
                     if not current.done:
-                        _step(current, adam, hparams, use_first=alone and step == 0)
+                        _step(current, optimizer, hparams, use_first=alone and step == 0)
             for current in rounds:
                 _record(current, traces, hparams)
         if hparams.update_scale != 1.0:
             with torch.no_grad():
                 for name, w in weights.items():
                     w.copy_(start[name] + hparams.update_scale * (w - start[name]))
+        if rounds or hparams.update_scale != 1.0:
+            _look(suffix, looked_back, graph=False)
 
     if not all(torch.isfinite(w).all() for w in weights.values()):
         raise EditDiverged("the edited weights became NaN or infinite")
     if rounds or hparams.update_scale != 1.0 or spared:
         _look(suffix, batches, graph=False)
-        _unfinished(suffix, batches, hparams, traces)
+    unfinished = {member for current in _unfinished(suffix, batches, hparams) for member in current.members}
+    for i, trace in enumerate(traces):
+        trace.converged = i not in unfinished
     if earlier is not None:
-        earlier.add(kept, batches, new=len(edits))
+        earlier.note(new, batches)
+        earlier.note(checked, looked_back, len(edits))
+        earlier.kept += new
         earlier.repaired += sum(bool(trace.cycles) for trace in traces[len(edits) :])
     return traces[: len(edits)]
 
@@ -195,18 +212,24 @@ def _look(suffix: Suffix, batches: list[Batch], graph: bool) -> None:
             batch.look(suffix)
 
 
-def _unfinished(
-    suffix: Suffix, batches: list[Batch], hparams: KDPOHyperParams, traces: list[EditTrace]
-) -> list[Round | OwnAnswerRound]:
-    """What remains to be done in each batch, and in ``traces`` whose edit is won."""
-    rounds = [remaining for batch in batches if (remaining := batch.remaining(suffix, hparams.margin)) is not None]
-    members = {member for current in rounds for member in current.members}
-    for i, trace in enumerate(traces):
-        trace.converged = i not in members
-    return list(rounds)
+def _unfinished(suffix: Suffix, batches: list[Batch], hparams: KDPOHyperParams) -> list[Round | OwnAnswerRound]:
+    """What remains to be done in each batch."""
+    return [remaining for batch in batches if (remaining := batch.remaining(suffix, hparams.margin)) is not None]
 
 
-def _step(current: Round | OwnAnswerRound, adam: Adam, hparams: KDPOHyperParams, use_first: bool) -> None:
+def _harmed(suffix: Suffix, looked_back: list[Batch], active: list[Batch], hparams: KDPOHyperParams) -> list[Batch]:
+    """The part of each batch of earlier edits that is not won and not being trained yet."""
+    there = {member for batch in active for member in batch.members}
+    parts = []
+    for batch in looked_back:
+        remaining = batch.remaining(suffix, hparams.margin)
+        lost = [] if remaining is None else [member for member in remaining.members if member not in there]
+        if lost:
+            parts.append(batch.part(lost))
+    return parts
+
+
+def _step(current: Round | OwnAnswerRound, optimizer: Optimizer, hparams: KDPOHyperParams, use_first: bool) -> None:
     """One optimiser step on the edits of a round whose loss is not below ``stop_loss`` yet."""
     losses = current.losses(hparams, use_first)
     current.history.append(losses.detach())
@@ -214,12 +237,12 @@ def _step(current: Round | OwnAnswerRound, adam: Adam, hparams: KDPOHyperParams,
     # The sum over edits: Adam does not mind its scale, and one edit stays exactly the paper's.
     loss = (losses * live).sum()
     if not _host_waits(losses.device):
-        adam.step(loss, skip=~live.any())
+        optimizer.step(loss, skip=~live.any())
         return
     _check_finite(losses)
     current.done = not live.any()
     if not current.done:
-        adam.step(loss)
+        optimizer.step(loss)
 
 
 def _host_waits(device: torch.device) -> bool:

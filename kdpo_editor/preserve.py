@@ -27,7 +27,6 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from .batches import Batch
 from .errors import HyperParamsError, ModelError
 from .hparams import KDPOHyperParams
 from .suffix import Captured, Suffix, forward_is
@@ -96,36 +95,39 @@ class Spectrum:
 
 @contextmanager
 def sparing(
-    suffix: Suffix, weights: dict[str, nn.Parameter], preconditioners: Sequence[Preconditioner], batches: list[Batch]
-) -> Iterator[None]:
-    """Inside, ``weights`` hold ``D``, zero at first, and replaying ``batches`` gives what ``W_0 + D P`` would.
+    suffix: Suffix, weights: dict[str, nn.Parameter], preconditioners: Sequence[Preconditioner], inside: bool
+) -> Iterator[Callable[[Captured], Captured]]:
+    """Inside, ``weights`` hold ``D``, zero at first, and replaying what is yielded gives what ``W_0 + D P`` would.
 
-    Afterwards ``weights`` are that, rounded to their dtype, and the batches as before. On an exception ``weights`` are
-    left undefined.
+    What is yielded makes that of something captured. ``inside``: whether captures begin at the first of ``weights``.
+    Afterwards ``weights`` are ``W_0 + D P``, rounded to their dtype; on an exception they are left undefined. Without
+    preconditioners nothing of all that.
     """
-    captured = [batch.captured for batch in batches]
+    if not preconditioners:
+        yield lambda captured: captured
+        return
     starts = {name: weight.detach().clone() for name, weight in weights.items()}
+    shifts: list[tuple[Preconditioner, Tensor]] = []
+
+    def adapted(captured: Captured) -> Captured:
+        for spared, start in shifts:
+            assert captured.inner is not None
+            base = spared.product(captured.inner, start).view(captured.hidden.shape)
+            captured = replace(captured, hidden=captured.hidden + base, inner=spared(captured.inner))
+        return captured
+
     with ExitStack() as patches, torch.no_grad():
         for (name, weight), spared in zip(weights.items(), preconditioners, strict=True):
             module = suffix.model.get_submodule(name.rpartition(".")[0])
-            if module is suffix.module and batches[0].captured.inner is not None:
-                for batch in batches:
-                    batch.captured = _shifted(batch.captured, spared, starts[name])
+            if module is suffix.module and inside:
+                shifts.append((spared, starts[name]))
             else:
                 patches.enter_context(forward_is(module, _with_start(module.forward, spared, starts[name])))
             weight.zero_()
         with torch.enable_grad():
-            yield
+            yield adapted
         for (name, weight), spared in zip(weights.items(), preconditioners, strict=True):
             weight.copy_(starts[name] + spared.change(weight))
-    for batch, as_before in zip(batches, captured, strict=True):
-        batch.captured = as_before
-
-
-def _shifted(captured: Captured, spared: Preconditioner, start: Tensor) -> Captured:
-    assert captured.inner is not None
-    base = spared.product(captured.inner, start).view(captured.hidden.shape)
-    return replace(captured, hidden=captured.hidden + base, inner=spared(captured.inner))
 
 
 def _with_start(
@@ -156,8 +158,8 @@ def preconditioners(
 def spectra(model: nn.Module, tok: Any, names: Sequence[str], text: str | None) -> list[Spectrum]:
     """Of the inputs of the matrices ``names``; computed once for each model object.
 
-    ``text``: a file of text in UTF-8, a paragraph or sentence a line; "shipped" for what the shipped model was taught;
-    or ``None`` for what ``model`` writes by itself.
+    ``text``: a file of text in UTF-8, a paragraph or sentence a line; "shipped" or "kdpo-llama-pararel" for what the
+    shipped or second model was taught; or ``None`` for what ``model`` writes by itself.
 
     Raises:
         HyperParamsError: the file cannot be read or is empty.
@@ -168,7 +170,8 @@ def spectra(model: nn.Module, tok: Any, names: Sequence[str], text: str | None) 
         windows, skip = (_own_texts(model, tok), 1) if text is None else (_windows(tok, text), 0)
         moments = second_moments(model, [n.rpartition(".")[0] for n in names], windows, skip)
         found = _KNOWN.setdefault(model, {})
-        for name, (total, _) in zip(names, moments.values(), strict=True):
+        for name, (sums, _) in zip(names, moments.values(), strict=True):
+            total = sums.float()
             if not torch.isfinite(total).all():
                 raise ModelError(f"preserve: the inputs of {name} are NaN or infinite on ordinary text")
             values, directions = torch.linalg.eigh(total)
@@ -179,15 +182,16 @@ def spectra(model: nn.Module, tok: Any, names: Sequence[str], text: str | None) 
 
 
 def _windows(tok: Any, text: str) -> list[Tensor]:
-    if text == "shipped":
-        from .testbed import taught_texts
+    from .testbed import SECOND_MODEL, second_folder, taught_texts
 
+    if text == "shipped":
         lines = taught_texts()
     else:
+        file = second_folder() / "taught.txt" if text == SECOND_MODEL else Path(text)
         try:
-            lines = Path(text).read_text("utf-8").splitlines()
+            lines = file.read_text("utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            raise HyperParamsError(f"preserve_text: {text} cannot be read: {error}") from error
+            raise HyperParamsError(f"preserve_text: {file} cannot be read: {error}") from error
     # A fixed choice of so many that more would not change much.
     chosen = random.Random(0).sample(lines, min(LINES, len(lines)))
     encoded = [torch.tensor(tok(line)["input_ids"], dtype=torch.int64)[:LONGEST] for line in chosen]
@@ -233,7 +237,7 @@ def _own_texts(model: nn.Module, tok: Any) -> list[Tensor]:
 def second_moments(
     model: nn.Module, names: Sequence[str], windows: Iterable[Tensor], skip: int = 0, batch: int = 16
 ) -> dict[str, tuple[Tensor, int]]:
-    """For each module named, the sum of ``k k^T`` over its inputs (``[F, F]``, fp32, on its device) and their number.
+    """For each module named, the sum of ``k k^T`` over its inputs (``[F, F]``, fp64, on its device) and their number.
 
     ``windows``: token ids, int64, of any lengths that the model takes; of each, the first ``skip`` do not count: many
     models answer to whatever comes first with inputs of another size altogether (Sun et al. 2024, "Massive
@@ -247,7 +251,7 @@ def second_moments(
     def hook(name: str) -> Any:
         def add(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
             keys = arguments[0].reshape(real.numel(), -1)[real.flatten().to(arguments[0].device)].float()
-            sums[name] = sums.get(name, 0) + keys.T @ keys
+            sums[name] = sums.get(name, 0) + (keys.T @ keys).double()
 
         return model.get_submodule(name).register_forward_pre_hook(add)
 

@@ -97,7 +97,7 @@ def _save(file: Path, moment: Tensor, count: int, samples: int) -> None:
     arrays: dict[str, Any] = {
         "mom2.constructor": np.array("util.runningstats.SecondMoment()"),
         "mom2.count": np.array(count),
-        "mom2.mom2": moment.numpy(),
+        "mom2.mom2": moment.float().cpu().numpy(),
         "sample_size": np.array(samples),
     }
     np.savez(partial, **arrays)
