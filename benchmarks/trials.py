@@ -1,0 +1,55 @@
+"""Every trial of a search as a line of a CSV file, the best of each method on top.
+
+kdpo-compare experiment=tune_lifelong out=results/lifelong-tuning
+python benchmarks/trials.py results/lifelong-tuning benchmarks/tuning/lifelong-upstream.csv
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import pandas as pd
+import yaml
+
+from kdpo_editor.compare.cell import RATES
+from kdpo_editor.compare.tune import figures
+
+SETTINGS = ("layers", "objective", "optimizer", "margin", "preserve")
+FIGURES = ("rewrite", "rephrase", "locality", "unrelated", "generated", "mean")
+
+
+def trials(results: Path) -> list[dict[str, Any]]:
+    """Settings and figures of each complete cell below ``results``, method by method, the best first."""
+    found = []
+    for file in results.glob("*/manifest.json"):
+        manifest = json.loads(file.read_text("utf-8"))
+        if manifest["status"] != "complete":
+            continue
+        method = yaml.safe_load((file.parent / "config.yaml").read_text("utf-8"))["method"]
+        rows = pd.read_parquet(file.parent / "rows.parquet")
+        last = rows[(rows["when"] == "checkpoint") & (rows["checkpoint"] == rows["checkpoint"].max())]
+        here = figures(file.parent)
+        here["unrelated"] = last[last.metric == "unrelated_gen"].value.mean()
+        line = {key: method["hparams"].get(key) for key in SETTINGS} | here
+        line |= {"method": manifest["method"], "seed": manifest["seed"], "mean": fmean(here.values())}
+        line["generated"] = last[last.metric == "rewrite_gen"].value.mean()
+        line["rate"] = next(method["hparams"][k] for k in RATES if k in method["hparams"]) * method["rate_factor"]
+        found.append(line)
+    return sorted(found, key=lambda line: (line["method"], -line["mean"]))
+
+
+def main(results: str, out: str) -> None:
+    with open(out, "w", encoding="utf-8", newline="") as stream:
+        writer = csv.DictWriter(stream, ["method", "seed", "rate", *SETTINGS, *FIGURES], lineterminator="\n")
+        writer.writeheader()
+        for line in trials(Path(results)):
+            writer.writerow({k: round(v, 6) if isinstance(v, float) else v for k, v in line.items()})
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
