@@ -234,7 +234,7 @@ def _step(current: Round | OwnAnswerRound, optimizer: Optimizer, hparams: KDPOHy
     losses = current.losses(hparams, use_first)
     current.history.append(losses.detach())
     live = losses.detach() >= hparams.stop_loss
-    # The sum over edits: Adam does not mind its scale, and one edit stays exactly the paper's.
+    # The sum over edits: no optimiser here minds its scale, and one edit stays exactly the paper's.
     loss = (losses * live).sum()
     if not _host_waits(losses.device):
         optimizer.step(loss, skip=~live.any())
