@@ -97,11 +97,11 @@ class Spectrum:
 def sparing(
     suffix: Suffix, weights: dict[str, nn.Parameter], preconditioners: Sequence[Preconditioner], inside: bool
 ) -> Iterator[Callable[[Captured], Captured]]:
-    """Inside, ``weights`` hold ``D``, zero at first, and replaying what is yielded gives what ``W_0 + D P`` would.
+    """Inside, ``weights`` hold ``D``, zero at first; replaying what the function yielded makes of a capture gives what
+    ``W_0 + D P`` would.
 
-    What is yielded makes that of something captured. ``inside``: whether captures begin at the first of ``weights``.
     Afterwards ``weights`` are ``W_0 + D P``, rounded to their dtype; on an exception they are left undefined. Without
-    preconditioners nothing of all that.
+    preconditioners they stay themselves. ``inside``: whether captures begin at a matrix, and not at its block.
     """
     if not preconditioners:
         yield lambda captured: captured

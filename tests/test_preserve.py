@@ -26,6 +26,20 @@ def text(tmp_path: Path) -> str:
     return str(file)
 
 
+def test_the_second_models_text_goes_by_its_name(
+    llama: Any, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tok = llama
+    monkeypatch.setenv("KDPO_PARAREL_MODEL", str(tmp_path / "made"))
+    with pytest.raises(HyperParamsError, match=r"preserve_text: .*made.taught\.txt cannot be read"):
+        spectra(model, tok, [PARAMETER], "kdpo-llama-pararel")
+    (tmp_path / "made").mkdir()
+    (tmp_path / "made" / "taught.txt").write_text(Path(text).read_text("utf-8"), "utf-8")
+    (named,) = spectra(model, tok, [PARAMETER], "kdpo-llama-pararel")
+    (given,) = spectra(model, tok, [PARAMETER], text)
+    assert torch.equal(named.values, given.values)
+
+
 def spectrum(width: int, kept: int) -> tuple[torch.Tensor, Spectrum]:
     keys = torch.randn(200, width, generator=torch.Generator().manual_seed(0)) * torch.logspace(1, -1, width)
     moment = keys.T @ keys / 200
