@@ -23,6 +23,7 @@ from kdpo_editor.compare.reading import read_cells
 from kdpo_editor.easyedit import VARIABLE
 from kdpo_editor.errors import CellBusy, DataError, HyperParamsError, ResultsError
 from kdpo_editor.hparams import settings_folder
+from kdpo_editor.testbed import SECOND_MODEL
 
 CHECKOUT = os.environ.get(VARIABLE)
 HAS_PYPI = importlib.util.find_spec("easyeditor") is not None
@@ -427,10 +428,23 @@ def test_joblib_and_submitit_compute_cells_too(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "experiment", ["smoke", "paper_100", "paper_500", "ablation_dpo", "layers", "tune_ft_m", "tune_rome"]
+    "experiment",
+    [
+        "smoke",
+        "paper_100",
+        "paper_500",
+        "ablation_dpo",
+        "layers",
+        "lifelong_500",
+        "tune_ft_m",
+        "tune_rome",
+        "tune_pararel",
+    ],
 )
 def test_experiments_compose(experiment: str, tmp_path: Path) -> None:
     if experiment.startswith("tune") and importlib.util.find_spec("hydra_plugins.hydra_optuna_sweeper") is None:
         pytest.skip("hydra_optuna_sweeper is not installed")
     config = composed(tmp_path, f"experiment={experiment}")
-    assert config.method.hparams["model_name"] == SHIPPED_MODEL
+    second = experiment in ("lifelong_500", "tune_pararel")
+    assert config.model.name == (SECOND_MODEL if second else SHIPPED_MODEL)
+    assert config.method.hparams["model_name"] == config.model.name
