@@ -44,10 +44,14 @@ class Batch:
         chosen, mask = self.chosen[rows.to(self.chosen.device)], self.mask[rows.to(self.mask.device)]
         return Batch(list(members), self.captured.rows(rows), chosen, mask, hidden, logits, reference)
 
+    def losing(self, margin: float) -> tuple[Tensor, Tensor]:
+        """The negatives, ``[B, T]``, and which edits do not win everywhere, ``[B]`` bool."""
+        negative = competitors(self.logits, self.chosen, margin)
+        return negative, ((negative != self.chosen) & self.mask).any(-1)
+
     def remaining(self, suffix: Suffix, margin: float) -> Round | None:
         """The edits whose new answer does not win everywhere, with their negatives; ``None`` if all do."""
-        negative = competitors(self.logits, self.chosen, margin)
-        lost = ((negative != self.chosen) & self.mask).any(-1)
+        negative, lost = self.losing(margin)
         if not lost.any():
             return None
         hidden, rejected, chosen, mask = self.hidden, negative, self.chosen, self.mask

@@ -170,7 +170,7 @@ def optimise(
                     _look(suffix, looked_back, graph=False)
                 else:
                     looked_back = earlier.batches(suffix, checked, budget, len(edits), adapted)
-                harmed = _harmed(suffix, looked_back, active, hparams)
+                harmed = _harmed(looked_back, active, hparams.margin)
                 active += harmed
                 rounds = _unfinished(suffix, harmed, hparams)
             if not rounds:
@@ -217,13 +217,13 @@ def _unfinished(suffix: Suffix, batches: list[Batch], hparams: KDPOHyperParams) 
     return [remaining for batch in batches if (remaining := batch.remaining(suffix, hparams.margin)) is not None]
 
 
-def _harmed(suffix: Suffix, looked_back: list[Batch], active: list[Batch], hparams: KDPOHyperParams) -> list[Batch]:
+def _harmed(looked_back: list[Batch], active: list[Batch], margin: float) -> list[Batch]:
     """The part of each batch of earlier edits that is not won and not being trained yet."""
     there = {member for batch in active for member in batch.members}
     parts = []
     for batch in looked_back:
-        remaining = batch.remaining(suffix, hparams.margin)
-        lost = [] if remaining is None else [member for member in remaining.members if member not in there]
+        _, losing = batch.losing(margin)
+        lost = [m for m, loses in zip(batch.members, losing.tolist(), strict=True) if loses and m not in there]
         if lost:
             parts.append(batch.part(lost))
     return parts
