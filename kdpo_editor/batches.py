@@ -125,7 +125,7 @@ def make_batches(suffix: Suffix, edits: Sequence[EditTokens], budget: float) -> 
     with torch.set_grad_enabled(len(groups) == 1):
         for members in groups:
             ids, chosen, mask, positions = padded([edits[i] for i in members])
-            captured, hidden = suffix.capture(ids, positions)
+            captured, hidden = suffix.capture(ids, positions, subjects([edits[i] for i in members], suffix))
             batches.append(make_batch(suffix, members, captured, hidden, chosen, mask))
     return batches
 
@@ -168,3 +168,16 @@ def padded(edits: Sequence[EditTokens]) -> tuple[Tensor, Tensor, Tensor, Tensor]
     mask = pad([torch.ones(len(e.chosen), dtype=torch.bool) for e in edits], batch_first=True)
     positions = pad([torch.arange(len(e.prompt) - 1, len(e.sequence)) for e in edits], batch_first=True)
     return ids, chosen, mask, positions
+
+
+def subjects(edits: Sequence[EditTokens], suffix: Suffix, length: int | None = None) -> Tensor | None:
+    """Where their subjects' tokens are, ``[B, L]`` bool, if anything of ``suffix`` is trained there only.
+
+    ``length``: ``L``, by default that of :func:`padded`.
+    """
+    if not suffix.at_subject:
+        return None
+    where = torch.zeros(len(edits), length or max(len(e.sequence) for e in edits), dtype=torch.bool)
+    for row, edit in zip(where, edits, strict=True):
+        row[slice(*edit.subject)] = True
+    return where

@@ -390,7 +390,8 @@ def _requests(args: argparse.Namespace) -> tuple[list[tuple[str, dict[str, Any]]
     from .request_file import read_lines
 
     if args.file is None:
-        return [("--prompt", {"prompt": args.prompt, "target_new": args.target})], []
+        request = {"prompt": args.prompt, "target_new": args.target}
+        return [("--prompt", request | ({} if args.subject is None else {"subject": args.subject}))], []
     if args.file == "-":
         name, lines = "stdin", read_lines(sys.stdin.buffer, "stdin")
     else:
@@ -408,7 +409,7 @@ def _check(model: Any, tok: Any, request: dict[str, Any], hparams: KDPOHyperPara
     from .kdpo import _check_lengths
     from .requests import tokenize
 
-    _check_lengths(model, tokenize(tok, [request], append_eos=hparams.append_eos))
+    _check_lengths(model, tokenize(tok, [request], append_eos=hparams.append_eos, with_subject=hparams.needs_subject))
 
 
 def _not_done(wanted: list[tuple[str, dict[str, Any]]], done: list[dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
@@ -508,6 +509,7 @@ def make_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentP
     loads(sub, required=True)
     sub.add_argument("--prompt", help="what the model is asked")
     sub.add_argument("--target", help="what it shall answer")
+    sub.add_argument("--subject", help="what the prompt asks about, word for word (for subject_layers)")
     sub.add_argument("--file", metavar="JSONL", help='edits, one a line; "-" reads standard input')
     sub.add_argument("--out", required=True, metavar="DIR", help="the ledger, made if it is not there")
     sub.add_argument("--hparams", metavar="FILE", help="settings: a YAML file or the name of a ready-made one")
@@ -587,8 +589,8 @@ def _check_options(
                 near = difflib.get_close_matches(option, known, n=1)
                 sub.error(f"there is no option {option}; {f'did you mean {near[0]}?' if near else 'see the help'}")
     if name == "edit" and not {"--help", "-h"} & set(given):
-        if "--file" in given and {"--prompt", "--target"} & set(given):
-            sub.error("give either --file, or --prompt and --target")
+        if "--file" in given and {"--prompt", "--target", "--subject"} & set(given):
+            sub.error("give either --file, or --prompt, --target and, where it is needed, --subject")
         if "--file" not in given and not {"--prompt", "--target"} <= set(given):
             sub.error("give --prompt and --target, or --file")
 

@@ -19,7 +19,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from .batches import Batch, group, make_batch, padded
+from .batches import Batch, group, make_batch, padded, subjects
 from .hparams import KDPOHyperParams
 from .objectives import lead
 from .requests import EditTokens, tokenize
@@ -102,7 +102,7 @@ class EarlierEdits:
             return
         latest = {request["prompt"]: request for request in requests}
         done = [request for request in requests if latest[request["prompt"]] is request]
-        edits = tokenize(tok, done, append_eos=hparams.append_eos)
+        edits = tokenize(tok, done, append_eos=hparams.append_eos, with_subject=hparams.needs_subject)
         first = min(hparams.layers)
         module = dict(zip(hparams.layers, weights, strict=True))[first].rpartition(".")[0]
         with only_training(model, weights, {name: w.detach().clone() for name, w in weights.items()}):
@@ -194,7 +194,9 @@ class EarlierEdits:
 
         inner = [one.inner for one in edits if one.inner is not None]
         hidden = stack([one.hidden for one in edits])
-        return Captured(hidden, stack(inner) if inner else None, self._arguments[shape], positions)
+        where = subjects([one.tokens for one in edits], suffix, length)
+        where = None if where is None else where.to(suffix.device)
+        return Captured(hidden, stack(inner) if inner else None, self._arguments[shape], positions, where)
 
     def note(self, edits: Sequence[Kept], batches: Sequence[Batch], first: int = 0) -> None:
         """Note how ``edits`` stand, by the logits of the ``batches`` made of them; ``first`` as there."""

@@ -72,6 +72,9 @@ class KDPOHyperParams:
     margin: float = 0.0
     """Logits by which the new answer must win: the negative is the strongest token within this much of it, and an
     edit is finished only when every token wins by this much."""
+    subject_layers: list[int] | None = None
+    """Those of ``layers`` that are trained through the tokens of each request's ``subject`` alone; the others through
+    all tokens. Set, every request needs a ``subject`` that stands in its prompt."""
     schedule: str = "depth_first"
     """"depth_first" edits several requests of one call one after the other, "breadth_first" all at once."""
     memory_budget: float = 2e9
@@ -113,6 +116,11 @@ class KDPOHyperParams:
         self._check("model_name", bool(self.model_name), "a model's id or folder")
         self._check("layers", bool(self.layers) and min(self.layers) >= 0, "at least one index, none negative")
         self._check("layers", len(set(self.layers)) == len(self.layers), "each layer once")
+        among = set(self.subject_layers or ()) <= set(self.layers)
+        self._check("subject_layers", among, f"null or some of layers, {self.layers}")
+        self._check(
+            "subject_layers", not (self.subject_layers and self.objective == "dpo"), "null where objective is dpo"
+        )
         self._check("rewrite_module_tmp", self.rewrite_module_tmp.count("{}") == 1, 'one "{}" for the layer')
         for key in ("num_steps", "cycles", "max_length", "batch_size", "replay_checks"):
             self._check(key, getattr(self, key) >= 1, "at least 1")
@@ -137,6 +145,11 @@ class KDPOHyperParams:
         )
         self._check("preserve", not self.preserve or self.objective != "dpo", "0 where objective is dpo")
         self._check("ledger", self.ledger != "", "a folder or null")
+
+    @property
+    def needs_subject(self) -> bool:
+        """Whether requests must name their ``subject``."""
+        return bool(self.subject_layers)
 
     def _check(self, key: str, ok: bool, allowed: str) -> None:
         if not ok:

@@ -73,7 +73,8 @@ def apply_kdpo_to_model(
         model: a decoder-only ``transformers`` model, edited in place unless ``copy``.
         tok: its tokenizer; neither its padding side nor anything else of it is changed.
         requests: ``[{"prompt": str, "target_new": str}, ...]``, edited in this order; ``"rephrases"``, a list of other
-            prompts for the same target, is trained too; other keys are ignored.
+            prompts for the same target, is trained too; ``"subject"``, a part of the prompt, is needed where
+            ``subject_layers`` is set; other keys are ignored.
         hparams: settings. With ``ledger`` set, a call that succeeds is journaled there (:meth:`EditLedger.edit`).
         copy: edit and return a deep copy instead.
         return_orig_weights: also return the edited matrices as they were.
@@ -101,7 +102,7 @@ def edit(
     model: nn.Module, tok: Any, requests: Sequence[Mapping[str, Any]], hparams: KDPOHyperParams, copy: bool = False
 ) -> tuple[nn.Module, dict[str, Tensor], list[EditTrace]]:
     """As :func:`apply_kdpo_to_model`, but always with the original weights, and with a trace of each edit."""
-    edits = tokenize(tok, requests, append_eos=hparams.append_eos)
+    edits = tokenize(tok, requests, append_eos=hparams.append_eos, with_subject=hparams.needs_subject)
     if hparams.objective == "dpo" and any(len(phrasings) > 1 for phrasings in edits):
         raise RequestError("'rephrases' cannot be trained where objective is dpo")
     weights = find_matrices(model, hparams)
@@ -113,9 +114,10 @@ def edit(
         weights = find_matrices(model, hparams)
     originals = {name: w.detach().clone() for name, w in weights.items()}
     earlier = EarlierEdits.of(given, weights) if hparams.replay else None
-    first = min(hparams.layers)
-    module = dict(zip(hparams.layers, weights, strict=True))[first].rpartition(".")[0]
-    suffix = Suffix(model, blocks_name(hparams), first, module)
+    modules = {layer: name.rpartition(".")[0] for layer, name in zip(hparams.layers, weights, strict=True)}
+    first = min(modules)
+    at_subject = [modules[layer] for layer in hparams.subject_layers or ()]
+    suffix = Suffix(model, blocks_name(hparams), first, modules[first], at_subject)
     with only_training(model, weights, originals):
         together = [[*chain(*edits)]] if hparams.schedule == "breadth_first" else edits
         found = iter(

@@ -19,11 +19,13 @@ LOG = logging.getLogger(__name__)
 class EditTokens:
     """The token ids of one edit.
 
-    ``prompt``: ``[P]``, int64. ``chosen``: ``[T]``, int64, the new answer ``y_w``. Both on the CPU.
+    ``prompt``: ``[P]``, int64. ``chosen``: ``[T]``, int64, the new answer ``y_w``. Both on the CPU. ``subject``: where
+    in ``prompt`` the subject's tokens begin and where they have ended; nowhere unless that was asked for.
     """
 
     prompt: Tensor
     chosen: Tensor
+    subject: tuple[int, int] = (0, 0)
 
     @property
     def sequence(self) -> Tensor:
@@ -31,19 +33,22 @@ class EditTokens:
         return torch.cat([self.prompt, self.chosen[:-1]])
 
 
-def tokenize(tok: Any, requests: Sequence[Mapping[str, Any]], *, append_eos: bool = False) -> list[list[EditTokens]]:
+def tokenize(
+    tok: Any, requests: Sequence[Mapping[str, Any]], *, append_eos: bool = False, with_subject: bool = False
+) -> list[list[EditTokens]]:
     """Tokenise ``prompt + " " + target_new`` once; the answer is what lies past the prompt's own length.
 
     Gives the tokens of each request's prompt, followed by those of its ``rephrases``, if it has any: other prompts for
     the same target. No padding and no truncation takes place, so a tokenizer's settings for them do not matter. With
-    ``append_eos`` the end token closes the answer. All requests are checked before any is returned.
+    ``append_eos`` the end token closes the answer; with ``with_subject`` each request's ``subject`` is found in its
+    prompts. All requests are checked before any is returned.
 
     Raises :class:`~kdpo_editor.RequestError`, naming the request's position and what is wrong with it.
     """
     if isinstance(requests, (str, Mapping)) or not isinstance(requests, Sequence) or not requests:
         raise RequestError("requests must be a list of at least one {'prompt': ..., 'target_new': ...}")
     return [
-        [_tokenize(tok, one, f"request {i}", append_eos) for one in _phrasings(request, f"request {i}")]
+        [_tokenize(tok, one, f"request {i}", append_eos, with_subject) for one in _phrasings(request, f"request {i}")]
         for i, request in enumerate(requests)
     ]
 
@@ -57,8 +62,8 @@ def _phrasings(request: Mapping[str, Any], name: str) -> list[Mapping[str, Any]]
     return [request, *({**request, "prompt": prompt} for prompt in rephrases)]
 
 
-def _tokenize(tok: Any, request: Mapping[str, Any], name: str, append_eos: bool) -> EditTokens:
-    for key in ("prompt", "target_new"):
+def _tokenize(tok: Any, request: Mapping[str, Any], name: str, append_eos: bool, with_subject: bool) -> EditTokens:
+    for key in ("prompt", "target_new", *(("subject",) if with_subject else ())):
         if key not in request:
             raise RequestError(f"{name} has no {key!r}; it has {', '.join(map(repr, request)) or 'nothing'}")
         if not isinstance(request[key], str):
@@ -83,7 +88,21 @@ def _tokenize(tok: Any, request: Mapping[str, Any], name: str, append_eos: bool)
         if tok.eos_token_id is None:
             raise RequestError(f"{name}: append_eos is set but the tokenizer has no end token")
         chosen.append(tok.eos_token_id)
-    return EditTokens(torch.tensor(prompt), torch.tensor(chosen))
+    subject = _find_subject(tok, request, name, prompt) if with_subject else (0, 0)
+    return EditTokens(torch.tensor(prompt), torch.tensor(chosen), subject)
+
+
+def _find_subject(tok: Any, request: Mapping[str, Any], name: str, prompt: list[int]) -> tuple[int, int]:
+    """Where the tokens of the subject, where it stands last in the prompt, begin and where they have ended."""
+    text, subject = request["prompt"], request["subject"].strip()
+    start = text.rfind(subject)
+    if start < 0:
+        raise RequestError(f"{name}: 'subject' {subject!r} does not stand in the prompt {text!r}")
+    before = _ids(tok, text[:start].rstrip())
+    # A token that holds part of the subject counts, whatever else is in it.
+    first = next((i for i, (a, b) in enumerate(zip(before, prompt, strict=False)) if a != b), len(before))
+    first = min(first, len(prompt) - 1)
+    return first, min(max(len(_ids(tok, text[: start + len(subject)])), first + 1), len(prompt))
 
 
 def _ids(tok: Any, text: str) -> list[int]:

@@ -15,9 +15,9 @@ matrix's output and comparing with the full forward; a model for which it does n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -46,12 +46,14 @@ class Captured:
     ``inner``: ``[B, L, F]``, the matrix's input.
     ``arguments``: the other positional and keyword arguments of each block that remains to be run.
     ``positions``: ``[B, T]`` int64, where logits are read.
+    ``subject``: ``[B, L]`` bool, where the modules named ``at_subject`` are trained, or ``None``.
     """
 
     hidden: Tensor
     inner: Tensor | None
     arguments: list[Arguments]
     positions: Tensor
+    subject: Tensor | None = None
 
     def rows(self, kept: Tensor) -> Captured:
         """Those rows of the batch whose indices, int64, are in ``kept``."""
@@ -68,7 +70,7 @@ class Captured:
             return value.unflatten(0, (size, -1))[kept.to(value.device)].flatten(0, 1)
 
         arguments = [(take(args), {k: take(v) for k, v in kwargs.items()}) for args, kwargs in self.arguments]
-        return Captured(take(self.hidden), take(self.inner), arguments, take(self.positions))
+        return Captured(take(self.hidden), take(self.inner), arguments, take(self.positions), take(self.subject))
 
 
 @dataclass
@@ -92,9 +94,12 @@ class Suffix:
         blocks_name: dotted name of its list of blocks, such as ``model.layers``.
         first: index of the first block that may change.
         module_name: dotted name of the module whose weight is edited in that block.
+        at_subject: dotted names of edited modules whose gradient comes from the subject's tokens alone.
     """
 
-    def __init__(self, model: nn.Module, blocks_name: str, first: int, module_name: str) -> None:
+    def __init__(
+        self, model: nn.Module, blocks_name: str, first: int, module_name: str, at_subject: Sequence[str] = ()
+    ) -> None:
         self.model = model
         blocks = model.get_submodule(blocks_name)
         assert isinstance(blocks, nn.ModuleList)
@@ -102,6 +107,7 @@ class Suffix:
         self.blocks = list(blocks)[first:]
         self.module_name = module_name
         self.module = model.get_submodule(module_name)
+        self.at_subject = [model.get_submodule(name) for name in at_subject]
         self._after: list[nn.Module] = []
         self._narrow: list[nn.Module] = []
 
@@ -112,7 +118,7 @@ class Suffix:
         device: torch.device = embeddings.weight.device
         return device
 
-    def capture(self, ids: Tensor, positions: Tensor) -> tuple[Captured, Tensor]:
+    def capture(self, ids: Tensor, positions: Tensor, subject: Tensor | None = None) -> tuple[Captured, Tensor]:
         """Run the whole model over ``ids`` once.
 
         With gradients enabled and only edited matrices requiring them, the graph begins at the first edited
@@ -122,6 +128,7 @@ class Suffix:
         Args:
             ids: ``[B, L]`` int64.
             positions: ``[B, T]`` int64; logits are read there.
+            subject: ``[B, L]`` bool, or ``None``; see :class:`Captured`.
 
         Returns:
             What was captured, and the final hidden states there, ``[B, T, D]``, for :meth:`logits`.
@@ -138,21 +145,26 @@ class Suffix:
             known[self.module_name] = inside, self._find_narrow(ids[:1], inside)
         inside, narrow = known[self.module_name]
         self._narrow = [self.blocks[-1].get_submodule(name) for name in narrow]
-        return self._run(ids, positions, inside)
+        subject = None if subject is None else subject.to(self.device)
+        with self._trained_at(subject):
+            captured, hidden = self._run(ids, positions, inside)
+        return replace(captured, subject=subject), hidden
 
     def replay(self, captured: Captured) -> Tensor:
         """The final hidden states, ``[B, T, D]``, that the whole model would give with its weights as they are now."""
         blocks = self.blocks
         hidden = captured.hidden
-        if captured.inner is not None:
-            hidden = hidden + self.module(captured.inner).view(hidden.shape)
-            blocks = blocks[1:]
-        for block, (args, kwargs) in zip(blocks, captured.arguments, strict=True):
-            with ExitStack() as patches:
-                if block is self.blocks[-1] and len(hidden) * (hidden.shape[1] - captured.positions.shape[1]) >= WORTH:
-                    for module in self._narrow:
-                        patches.enter_context(_narrowed(module, captured.positions))
-                hidden = _hidden(block(hidden, *args, **kwargs))
+        with self._trained_at(captured.subject):
+            if captured.inner is not None:
+                hidden = hidden + self.module(captured.inner).view(hidden.shape)
+                blocks = blocks[1:]
+            for block, (args, kwargs) in zip(blocks, captured.arguments, strict=True):
+                saved = len(hidden) * (hidden.shape[1] - captured.positions.shape[1])
+                with ExitStack() as patches:
+                    if block is self.blocks[-1] and saved >= WORTH:
+                        for module in self._narrow:
+                            patches.enter_context(_narrowed(module, captured.positions))
+                    hidden = _hidden(block(hidden, *args, **kwargs))
         hidden = _at(hidden, captured.positions)
         for module in self._after:
             hidden = module(hidden)
@@ -179,6 +191,15 @@ class Suffix:
             return None
         tokens = tokens.to(head.weight.device)
         return HeadRows(head.weight[tokens], None if head.bias is None else head.bias[tokens])
+
+    @contextmanager
+    def _trained_at(self, subject: Tensor | None) -> Iterator[None]:
+        """Inside, the weights of :attr:`at_subject` get gradients from the tokens in ``subject`` only."""
+        with ExitStack() as patches:
+            if subject is not None:
+                for module in self.at_subject:
+                    patches.enter_context(forward_is(module, _trained_only_at(module.forward, subject)))
+            yield
 
     def _run(self, ids: Tensor, positions: Tensor, inside: bool) -> tuple[Captured, Tensor]:
         calls: list[Arguments] = []
@@ -350,6 +371,16 @@ def _narrowed(module: nn.Module, positions: Tensor, elsewhere: float = 0.0) -> I
 
     with forward_is(module, forward):
         yield
+
+
+def _trained_only_at(forward: Callable[..., Tensor], where: Tensor) -> Callable[..., Tensor]:
+    """``forward`` of a module, with no gradient from its output for tokens outside ``where``, ``[B, L]``."""
+
+    def trained(inputs: Tensor) -> Tensor:
+        output = forward(inputs)
+        return torch.where(where.to(output.device).view(*output.shape[:-1], 1), output, output.detach())
+
+    return trained
 
 
 @torch.no_grad()

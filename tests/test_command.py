@@ -58,6 +58,19 @@ def test_one_edit(tmp_path: Path, capsys: Any) -> None:
     assert generate(model, tok, first["prompt"]) == first["target_new"]
 
 
+def test_an_edit_through_its_subject(tmp_path: Path, capsys: Any) -> None:
+    first = FACTS[1]
+    own = ["--prompt", first["prompt"], "--target", first["target_new"], "--out", tmp_path / "e"]
+    layers = ["--set", "layers=[1, 4]", "--set", "subject_layers=[1]"]
+    code, lines, err = kdpo(capsys, "edit", *MODEL, *own, *layers)
+    assert (code, lines) == (1, [])
+    assert "no 'subject'" in err
+    subject = first["prompt"].split()[-1].strip("?.")
+    code, lines, _ = kdpo(capsys, "edit", *MODEL, *own, *layers, "--subject", subject)
+    assert (code, lines[0]["converged"]) == (0, True)
+    assert EditLedger(tmp_path / "e").requests == [{**first, "subject": subject}]
+
+
 def test_a_file_from_standard_input(tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
     with open(write(tmp_path / "f.jsonl", [{"prompt": FACTS[1]["prompt"], "target": FACTS[1]["target_new"]}])) as file:
         monkeypatch.setattr(sys, "stdin", file)
@@ -248,7 +261,7 @@ def test_export_of_an_adapter(edits: Path, tmp_path: Path, capsys: Any) -> None:
         (["edit", *MODEL, "--prompt", "x", "--out", "e"], "give --prompt and --target, or --file"),
         (
             ["edit", *MODEL, "--prompt", "x", "--file", "f", "--out", "e"],
-            "give either --file, or --prompt and --target",
+            "give either --file, or --prompt, --target and, where it is needed, --subject",
         ),
         (["edit", *MODEL, "--prompt", "x", "--target", "y"], "--out"),
         (["undo", "e", "-n", "-1"], "'-1' is not a number from 1"),

@@ -161,6 +161,34 @@ def test_replay_equals_full_forward(name: str, layer: int) -> None:
     torch.testing.assert_close(suffix.logits(suffix.replay(captured), rows), after.gather(-1, pair), atol=1e-5, rtol=0)
 
 
+@pytest.mark.usefixtures("worth")
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_gradient_from_some_tokens_only(name: str) -> None:
+    """Of two matrices one is trained at a few tokens: against the full model, its output cut off elsewhere."""
+    model, blocks, matrix = tiny(name)
+    modules = [f"{blocks}.{layer}.{matrix}" for layer in (1, 2)]
+    weights = [model.get_submodule(module).weight for module in modules]
+    for p in model.parameters():
+        p.requires_grad_(any(p is weight for weight in weights))
+    ids, mask = padded()
+    where = torch.zeros(ids.shape, dtype=torch.bool)
+    where[0, 1:3], where[1, 2:4], where[2, :2] = True, True, True
+    suffix = Suffix(model, blocks, 1, modules[0], modules[:1])
+    handle = model.get_submodule(modules[0]).register_forward_hook(
+        lambda module, args, output: torch.where(where.view(*output.shape[:-1], 1), output, output.detach())
+    )
+    expected = torch.autograd.grad(full(model, ids, mask).square().mean(), weights)
+    handle.remove()
+    whole = torch.autograd.grad(full(model, ids, mask).square().mean(), weights)
+    assert (whole[0] - expected[0]).norm() > 0.1 * whole[0].norm()
+    captured, first = suffix.capture(ids, POSITIONS, where)
+    some = captured.rows(torch.tensor([2, 0, 1]))
+    for hidden in (first, suffix.replay(captured), suffix.replay(some)):
+        gradients = torch.autograd.grad(suffix.logits(hidden).square().mean(), weights)
+        for gradient, exact in zip(gradients, expected, strict=True):
+            torch.testing.assert_close(gradient, exact, rtol=1e-3, atol=1e-4 * exact.abs().max().item())
+
+
 @pytest.mark.parametrize("name", ARCHITECTURES)
 @torch.no_grad()
 def test_edits_captured_one_by_one_are_replayed_together(name: str) -> None:
