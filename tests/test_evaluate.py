@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import lzma
 import math
 from pathlib import Path
@@ -10,13 +11,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 
-from kdpo_editor import SHIPPED_MODEL
+from kdpo_editor import SHIPPED_MODEL, KDPOHyperParams, apply_kdpo_to_model
 from kdpo_editor.compare import statistics
 from kdpo_editor.compare.evaluate import Evaluator, Generation, accuracy, fingerprint, ngram_entropy, normalised
 from kdpo_editor.compare.memory import peak_bytes
 from kdpo_editor.compare.models import load
+from kdpo_editor.compare.prefixes import Prefixes
 from kdpo_editor.errors import DataError, ModelError
+from kdpo_editor.hparams import settings_folder
 from kdpo_editor.preserve import second_moments
 from kdpo_editor.testbed import load_records
 
@@ -36,6 +40,49 @@ def test_batches_and_single_prompts_agree(shipped: tuple[Any, Any]) -> None:
     assert together.generate(prompts, 12) == alone.generate(prompts, 12)
     alike = Evaluator(*shipped, alike=True)
     assert alike.predict(pairs) == together.predict(pairs)
+
+
+def test_blocks_below_an_edit_are_run_once(shipped: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before and after an edit the same is scored as by the whole model, of which most is run the first time only."""
+    model, tok = copy.deepcopy(shipped[0]), shipped[1]
+    file = settings_folder() / "KDPO" / f"{SHIPPED_MODEL}.yaml"
+    settings = yaml.safe_load(file.read_text("utf-8"))
+    prefixes = Prefixes.of(model, settings)
+    assert prefixes is not None
+    pairs = [(r["prompt"], r[key]) for r in RECORDS for key in ("target_new", "ground_truth")]
+    fast, whole = Evaluator(model, tok, prefixes=prefixes), Evaluator(model, tok)
+    before = fast.predict(pairs)
+    assert before == whole.predict(pairs)
+    apply_kdpo_to_model(model, tok, RECORDS[:3], KDPOHyperParams.from_hparams(file))
+    after = whole.predict(pairs)
+    assert after != before
+    run: list[int] = []
+    handle = model.model.layers[0].register_forward_pre_hook(lambda module, args: run.append(len(args[0])))
+    assert fast.predict(pairs) == after
+    assert run == [], "the first block was run again"
+    assert fast.predict(pairs[5:1:-1]) == after[5:1:-1]
+    assert len(run) <= 1, "a batch of another shape needs what blocks are told of it, once"
+    monkeypatch.setattr("kdpo_editor.compare.prefixes.BUDGET", prefixes.held)
+    new = [(RECORDS[0]["rephrase_prompt"], RECORDS[0]["target_new"])]
+    expected = whole.predict(new)
+    assert fast.predict(new) == expected
+    for _ in range(2):
+        run.clear()
+        assert fast.predict(new) == expected
+        assert len(run) == 1, "what does not fit is computed each time"
+    handle.remove()
+    assert fast.predict([]) == []
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"alg_name": "LoRA"}, {"layers": [0, 4]}, {"layers": []}, {"rewrite_module_tmp": "h.{}.mlp"}],
+    ids=["adapters", "the-first-block", "no-layers", "another-model's"],
+)
+def test_prefixes_are_for_matrices_changed_in_place(shipped: tuple[Any, Any], change: dict[str, Any]) -> None:
+    settings = yaml.safe_load((settings_folder() / "KDPO" / f"{SHIPPED_MODEL}.yaml").read_text("utf-8"))
+    assert Prefixes.of(shipped[0], settings | change) is None
+    assert Prefixes.of(shipped[0], None) is None
 
 
 def test_a_known_fact_is_generated_and_stops(shipped: tuple[Any, Any]) -> None:

@@ -28,6 +28,7 @@ from .. import easyedit
 from ..errors import HyperParamsError
 from .datasets import Record
 from .evaluate import Evaluator
+from .prefixes import Prefixes
 
 # How ROME and MEMIT begin the contexts that they put before a prompt, and WISE.
 DOT_STARTS = ("The", "Therefore", "Because", "I", "You")
@@ -68,6 +69,7 @@ class Editing:
         self.count = 0
         self.ignored: list[str] = []
         self._reset: Callable[[], Any] | None = None
+        self.prefixes = Prefixes.of(model, config)
         self.config = config or {}
         self.algorithm: str = self.config.get("alg_name", "")
         if config is None:
@@ -108,7 +110,8 @@ class Editing:
     def evaluator(self) -> Evaluator:
         """For the model as it is now."""
         alone, alike = self._reset is not None and self.algorithm == "WISE", self.algorithm == "GRACE"
-        return Evaluator(self.model, self.tok, alone=alone, alike=alike, at=self._ask_at if alike else None)
+        at = self._ask_at if alike else None
+        return Evaluator(self.model, self.tok, alone=alone, alike=alike, at=at, prefixes=self.prefixes)
 
     def edit(self, records: Sequence[Record]) -> None:
         """Make the edits that ``records`` ask for, in one call of the method."""

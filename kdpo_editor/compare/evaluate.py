@@ -14,14 +14,18 @@ import re
 import string
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from ..batches import padded
 from ..requests import tokenize
+from ..suffix import forward_is
 from ..weights import as_found
+from .prefixes import Prefixes
 
 # Bytes of logits in one batch.
 LOGITS_BUDGET = 512e6
@@ -47,6 +51,8 @@ class Evaluator:
     ``alone``: score prompts one by one, for methods that take one decision for a whole batch (WISE).
     ``alike``: batch only prompts of equal length, for methods that act at a fixed position (GRACE).
     ``at``: called before each such batch with the index of the prompts' last token.
+    ``prefixes``: what the blocks below every edit made of prompts that were scored before, for methods that change
+    matrices in place.
     """
 
     model: Any
@@ -55,6 +61,7 @@ class Evaluator:
     alone: bool = False
     alike: bool = False
     at: Any = None
+    prefixes: Prefixes | None = None
 
     @property
     def _inner(self) -> nn.Module:
@@ -66,21 +73,25 @@ class Evaluator:
         """For each prompt and answer, the argmax tokens at the answer's positions and the answer's own tokens."""
         asked = [{"prompt": p, "target_new": a} for p, a in pairs]
         edits = [tokens for tokens, *_ in tokenize(self.tok, asked)] if asked else []
+        if self.prefixes is not None and edits:
+            best_by_edit = self.prefixes.predict(edits)
+            return [(best, edit.chosen.tolist()) for best, edit in zip(best_by_edit, edits, strict=True)]
         found: list[tuple[list[int], list[int]]] = [([], [])] * len(edits)
         inner = self._inner
         device = inner.get_input_embeddings().weight.device  # type: ignore[operator]
         with as_found(inner):
             for group in self._batches([len(e.sequence) for e in edits], [len(e.prompt) for e in edits]):
-                ids = nn.utils.rnn.pad_sequence([edits[i].sequence for i in group], batch_first=True)
+                ids, _, answer, positions = padded([edits[i] for i in group])
                 mask = torch.zeros_like(ids)
                 for row, i in enumerate(group):
                     mask[row, : len(edits[i].sequence)] = 1
                 if self.at is not None:
                     self.at(len(edits[group[0]].prompt) - 1)
-                best = self.model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits.argmax(-1).cpu()
+                with _logits_at(inner, positions.to(device)):
+                    logits = self.model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits
+                best = logits.argmax(-1).cpu()
                 for row, i in enumerate(group):
-                    first, last = len(edits[i].prompt) - 1, len(edits[i].sequence)
-                    found[i] = best[row, first:last].tolist(), edits[i].chosen.tolist()
+                    found[i] = best[row][answer[row]].tolist(), edits[i].chosen.tolist()
         return found
 
     @torch.no_grad()
@@ -157,6 +168,21 @@ class Evaluator:
             group.append(i)
         if group:
             yield group
+
+
+@contextmanager
+def _logits_at(model: nn.Module, positions: Tensor) -> Iterator[None]:
+    """Inside, ``model`` gives logits at ``positions``, ``[B, T]``, only: ``[B, T, V]``, for a fraction of the work."""
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    whole = head.forward
+
+    def forward(hidden: Tensor) -> Tensor:
+        rows = positions.to(hidden.device).unsqueeze(-1).expand(-1, -1, hidden.shape[-1])
+        logits: Tensor = whole(hidden.gather(1, rows))
+        return logits
+
+    with forward_is(head, forward):
+        yield
 
 
 def accuracy(predicted: list[int], wanted: list[int]) -> float:
