@@ -75,6 +75,8 @@ class KDPOHyperParams:
     subject_layers: list[int] | None = None
     """Those of ``layers`` that are trained through the tokens of each request's ``subject`` alone; the others through
     all tokens. Set, every request needs a ``subject`` that stands in its prompt."""
+    subject_rate: float = 1.0
+    """A factor on their learning rate: how much of an edit is theirs."""
     schedule: str = "depth_first"
     """"depth_first" edits several requests of one call one after the other, "breadth_first" all at once."""
     memory_budget: float = 2e9
@@ -124,7 +126,7 @@ class KDPOHyperParams:
         self._check("rewrite_module_tmp", self.rewrite_module_tmp.count("{}") == 1, 'one "{}" for the layer')
         for key in ("num_steps", "cycles", "max_length", "batch_size", "replay_checks"):
             self._check(key, getattr(self, key) >= 1, "at least 1")
-        for key in ("lr", "beta", "memory_budget", "replay_budget"):
+        for key in ("lr", "beta", "subject_rate", "memory_budget", "replay_budget"):
             self._check(key, getattr(self, key) > 0, "more than 0")
         for key in ("stop_loss", "weight_decay", "margin", "preserve"):
             self._check(key, getattr(self, key) >= 0, "0 or more")

@@ -238,7 +238,7 @@ def _step(current: Round | OwnAnswerRound, optimizer: Optimizer, hparams: KDPOHy
     live = losses.detach() >= hparams.stop_loss
     # The sum over edits: no optimiser here minds its scale, and one edit stays exactly the paper's.
     loss = (losses * live).sum()
-    if not _host_waits(losses.device):
+    if not _host_waits(losses.device, hparams.optimizer):
         optimizer.step(loss, skip=~live.any())
         return
     _check_finite(losses)
@@ -247,9 +247,12 @@ def _step(current: Round | OwnAnswerRound, optimizer: Optimizer, hparams: KDPOHy
         optimizer.step(loss)
 
 
-def _host_waits(device: torch.device) -> bool:
-    """Whether losses are read as they come; on a GPU, steps that should not be taken are masked there instead."""
-    return device.type != "cuda"
+def _host_waits(device: torch.device, optimizer: str) -> bool:
+    """Whether losses are read as they come; on a GPU, steps that should not be taken are masked there instead.
+
+    Polyak's one or two steps of a cycle are not worth computing all of its steps.
+    """
+    return device.type != "cuda" or optimizer == "polyak"
 
 
 def _record(current: Round | OwnAnswerRound, traces: list[EditTrace], hparams: KDPOHyperParams) -> None:

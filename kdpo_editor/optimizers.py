@@ -17,10 +17,14 @@ class Optimizer(ABC):
     Args:
         weights: the matrices, ``requires_grad`` set.
         norm_constraint: largest change of any single weight, or ``None``.
+        factors: of each matrix, on the learning rate; 1 for all by default.
     """
 
-    def __init__(self, weights: list[nn.Parameter], norm_constraint: float | None) -> None:
+    def __init__(
+        self, weights: list[nn.Parameter], norm_constraint: float | None, factors: Sequence[float] | None = None
+    ) -> None:
         self.weights = weights
+        self.factors = [1.0] * len(weights) if factors is None else list(factors)
         half = (torch.float16, torch.bfloat16)
         self.masters = [w.detach().float() if w.dtype in half else w for w in weights]
         self.bounds = (
@@ -58,10 +62,16 @@ class Adam(Optimizer):
     """
 
     def __init__(
-        self, weights: list[nn.Parameter], norm_constraint: float | None, lr: float, weight_decay: float
+        self,
+        weights: list[nn.Parameter],
+        norm_constraint: float | None,
+        lr: float,
+        weight_decay: float,
+        factors: Sequence[float] | None = None,
     ) -> None:
-        super().__init__(weights, norm_constraint)
-        self.adam = torch.optim.Adam(self.masters, lr=lr, weight_decay=weight_decay, fused=True)
+        super().__init__(weights, norm_constraint, factors)
+        groups = [{"params": [m], "lr": lr * f} for m, f in zip(self.masters, self.factors, strict=True)]
+        self.adam = torch.optim.Adam(groups, lr=lr, weight_decay=weight_decay, fused=True)
 
     def _move(self, gradients: Sequence[Tensor], loss: Tensor, skip: Tensor | None) -> None:
         for master, gradient in zip(self.masters, gradients, strict=True):
@@ -75,28 +85,39 @@ class Adam(Optimizer):
 class Polyak(Optimizer):
     """Gradient steps as long as would bring the loss to zero if it were linear: ``lr * L / |g|^2 * g`` (Polyak 1969).
 
-    Nothing is remembered from step to step. On a hinge, with ``lr`` 1, a step is the least change of the weights that
-    satisfies the hinge's linear model, as in passive-aggressive learning (Crammer et al. 2006).
+    With factors ``c_i`` on the rates of matrices with gradients ``g_i``, each one's step is
+    ``lr * L / sum_i(c_i |g_i|^2) * c_i g_i``, and the same is true of them together. Nothing is remembered from step to
+    step. On a hinge, with ``lr`` and factors 1, it is the least change of the weights that satisfies the hinge's
+    linear model, as in passive-aggressive learning (Crammer et al. 2006).
 
     Args:
         lr: a factor on every step's length; above 1 it aims beyond zero.
     """
 
-    def __init__(self, weights: list[nn.Parameter], norm_constraint: float | None, lr: float) -> None:
-        super().__init__(weights, norm_constraint)
+    def __init__(
+        self,
+        weights: list[nn.Parameter],
+        norm_constraint: float | None,
+        lr: float,
+        factors: Sequence[float] | None = None,
+    ) -> None:
+        super().__init__(weights, norm_constraint, factors)
         self.lr = lr
 
     def _move(self, gradients: Sequence[Tensor], loss: Tensor, skip: Tensor | None) -> None:
-        squares = torch.stack([g.square().sum().to(loss.device) for g in gradients]).sum()
+        each = zip(gradients, self.factors, strict=True)
+        squares = torch.stack([f * g.square().sum().to(loss.device) for g, f in each]).sum()
         length = torch.where(squares > 0, self.lr * loss / squares, 0.0)
         if skip is not None:
             length = length.masked_fill(skip, 0.0)
-        for master, gradient in zip(self.masters, gradients, strict=True):
-            master.sub_(gradient * length.to(master))
+        for master, gradient, factor in zip(self.masters, gradients, self.factors, strict=True):
+            master.sub_(gradient * (factor * length).to(master))
 
 
 def make_optimizer(weights: list[nn.Parameter], hparams: KDPOHyperParams) -> Optimizer:
-    """The one that the settings name, for ``weights``."""
+    """The one that the settings name, for ``weights``, the matrix of each of their ``layers``."""
+    through_subject = hparams.subject_layers or ()
+    factors = [hparams.subject_rate if layer in through_subject else 1.0 for layer in hparams.layers]
     if hparams.optimizer == "polyak":
-        return Polyak(weights, hparams.norm_constraint, hparams.lr)
-    return Adam(weights, hparams.norm_constraint, hparams.lr, hparams.weight_decay)
+        return Polyak(weights, hparams.norm_constraint, hparams.lr, factors)
+    return Adam(weights, hparams.norm_constraint, hparams.lr, hparams.weight_decay, factors)

@@ -38,6 +38,24 @@ def test_a_polyak_step_takes_a_linear_loss_to_zero_by_the_least_change() -> None
     assert moved.item() == pytest.approx((loss / norm).item(), rel=1e-4)
 
 
+def test_factors_share_a_polyak_step_out_and_it_still_reaches_zero() -> None:
+    weights, even = matrices(), matrices()
+    before = [w.detach().clone() for w in weights]
+    Polyak(weights, None, 1.0, [0.25, 1.0]).step(linear(weights))
+    Polyak(even, None, 1.0).step(linear(even))
+    assert linear(weights).item() == pytest.approx(0, abs=1e-4)
+    first, second = (((w - b).norm() / (e - b).norm()).item() for w, e, b in zip(weights, even, before, strict=True))
+    assert first / second == pytest.approx(0.25, rel=1e-4)
+
+
+def test_factors_are_on_adams_rates() -> None:
+    weights = matrices()
+    before = [w.detach().clone() for w in weights]
+    Adam(weights, None, 0.1, 0.0, [0.5, 1.0]).step(linear(weights))
+    for weight, start, rate in zip(weights, before, (0.05, 0.1), strict=True):
+        torch.testing.assert_close((weight - start).abs(), torch.full_like(start, rate), rtol=1e-4, atol=0)
+
+
 def test_the_rate_is_a_factor_on_a_polyak_step() -> None:
     weights = matrices()
     before = linear(weights).item()
