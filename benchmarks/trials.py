@@ -19,7 +19,7 @@ import yaml
 from kdpo_editor.compare.cell import RATES
 from kdpo_editor.compare.tune import figures
 
-SETTINGS = ("layers", "subject_layers", "objective", "optimizer", "margin", "preserve")
+SETTINGS = ("layers", "subject_layers", "subject_rate", "objective", "optimizer", "margin", "preserve")
 FIGURES = ("rewrite", "rephrase", "locality", "unrelated", "generated", "mean")
 
 
