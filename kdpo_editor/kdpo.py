@@ -30,7 +30,7 @@ from .optimizers import Optimizer, make_optimizer
 from .preserve import Preconditioner, preconditioners, sparing
 from .requests import EditTokens, tokenize
 from .suffix import Suffix
-from .weights import blocks_name, find_matrices, only_training
+from .weights import blocks_name, find_blocks, find_matrices, only_training
 
 LOG = logging.getLogger(__name__)
 
@@ -106,6 +106,9 @@ def edit(
     if hparams.objective == "dpo" and any(len(phrasings) > 1 for phrasings in edits):
         raise RequestError("'rephrases' cannot be trained where objective is dpo")
     weights = find_matrices(model, hparams)
+    last = len(find_blocks(model, hparams)) - 1
+    if last in (hparams.subject_layers or ()):
+        raise ModelError(f"subject_layers: {last} is the last layer, where a subject's tokens reach no answer")
     _check_lengths(model, edits)
     spared = preconditioners(model, tok, weights, hparams)
     given = model

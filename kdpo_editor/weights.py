@@ -35,8 +35,6 @@ def find_matrices(model: nn.Module, hparams: KDPOHyperParams) -> dict[str, nn.Pa
             raise ModelError(
                 f"layers: {layer} is outside the model, which has {len(blocks)} layers, 0 to {len(blocks) - 1}"
             )
-        if layer in (hparams.subject_layers or ()) and layer == len(blocks) - 1:
-            raise ModelError(f"subject_layers: {layer} is the last layer, where a subject's tokens reach no answer")
         if any(n.rpartition(".")[2] == "experts" for n, _ in blocks[layer].named_modules()):
             raise ModelError(f"layer {layer} of {type(model).__name__} is a mixture of experts, which cannot be edited")
         wanted = name.format(layer).removesuffix(".weight")
