@@ -374,7 +374,10 @@ def _narrowed(module: nn.Module, positions: Tensor, elsewhere: float = 0.0) -> I
 
 
 def _trained_only_at(forward: Callable[..., Tensor], where: Tensor) -> Callable[..., Tensor]:
-    """``forward`` of a module, with no gradient from its output for tokens outside ``where``, ``[B, L]``."""
+    """``forward`` of a module, with no gradient through its output for tokens outside ``where``, ``[B, L]``.
+
+    Neither its weight nor what comes before it gets any from there.
+    """
 
     def trained(inputs: Tensor) -> Tensor:
         output = forward(inputs)
