@@ -180,4 +180,4 @@ def subjects(edits: Sequence[EditTokens], suffix: Suffix, length: int | None = N
     where = torch.zeros(len(edits), length or max(len(e.sequence) for e in edits), dtype=torch.bool)
     for row, edit in zip(where, edits, strict=True):
         row[slice(*edit.subject)] = True
-    return where
+    return where.to(suffix.device)

@@ -24,7 +24,7 @@ from .hparams import KDPOHyperParams
 from .objectives import lead
 from .requests import EditTokens, tokenize
 from .suffix import Arguments, Captured, Suffix
-from .weights import blocks_name, find_matrices, only_training
+from .weights import find_matrices, only_training
 
 LOG = logging.getLogger(__name__)
 # Lengths are rounded up to a multiple of this, so that few shapes occur, and what blocks are called with is kept for
@@ -103,10 +103,8 @@ class EarlierEdits:
         latest = {request["prompt"]: request for request in requests}
         done = [request for request in requests if latest[request["prompt"]] is request]
         edits = tokenize(tok, done, append_eos=hparams.append_eos, with_subject=hparams.needs_subject)
-        first = min(hparams.layers)
-        module = dict(zip(hparams.layers, weights, strict=True))[first].rpartition(".")[0]
         with only_training(model, weights, {name: w.detach().clone() for name, w in weights.items()}):
-            suffix = Suffix(model, blocks_name(hparams), first, module)
+            suffix = Suffix.above(model, weights, hparams)
             # Each by itself, as when it was made: the shape of a batch shows in the last bits.
             earlier.kept = [one for phrasings in edits for one in earlier.capture(suffix, phrasings, hparams)]
         earlier.store(model, weights, hparams)
@@ -195,7 +193,6 @@ class EarlierEdits:
         inner = [one.inner for one in edits if one.inner is not None]
         hidden = stack([one.hidden for one in edits])
         where = subjects([one.tokens for one in edits], suffix, length)
-        where = None if where is None else where.to(suffix.device)
         return Captured(hidden, stack(inner) if inner else None, self._arguments[shape], positions, where)
 
     def note(self, edits: Sequence[Kept], batches: Sequence[Batch], first: int = 0) -> None:

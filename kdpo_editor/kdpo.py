@@ -30,7 +30,7 @@ from .optimizers import Optimizer, make_optimizer
 from .preserve import Preconditioner, preconditioners, sparing
 from .requests import EditTokens, tokenize
 from .suffix import Suffix
-from .weights import blocks_name, find_blocks, find_matrices, only_training
+from .weights import find_blocks, find_matrices, only_training
 
 LOG = logging.getLogger(__name__)
 
@@ -117,10 +117,7 @@ def edit(
         weights = find_matrices(model, hparams)
     originals = {name: w.detach().clone() for name, w in weights.items()}
     earlier = EarlierEdits.of(given, weights) if hparams.replay else None
-    modules = {layer: name.rpartition(".")[0] for layer, name in zip(hparams.layers, weights, strict=True)}
-    first = min(modules)
-    at_subject = [modules[layer] for layer in hparams.subject_layers or ()]
-    suffix = Suffix(model, blocks_name(hparams), first, modules[first], at_subject)
+    suffix = Suffix.above(model, weights, hparams)
     with only_training(model, weights, originals):
         together = [[*chain(*edits)]] if hparams.schedule == "breadth_first" else edits
         found = iter(

@@ -15,7 +15,7 @@ matrix's output and comparing with the full forward; a model for which it does n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -26,6 +26,8 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from .errors import ModelError
+from .hparams import KDPOHyperParams
+from .weights import blocks_name
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 """What a block is called with besides its hidden states."""
@@ -111,6 +113,14 @@ class Suffix:
         self._after: list[nn.Module] = []
         self._narrow: list[nn.Module] = []
 
+    @classmethod
+    def above(cls, model: nn.Module, weights: Iterable[str], hparams: KDPOHyperParams) -> Suffix:
+        """From the first of the edited matrices up; ``weights``: their names, in the order of ``hparams.layers``."""
+        modules = {layer: name.rpartition(".")[0] for layer, name in zip(hparams.layers, weights, strict=True)}
+        first = min(modules)
+        at_subject = [modules[layer] for layer in hparams.subject_layers or ()]
+        return cls(model, blocks_name(hparams), first, modules[first], at_subject)
+
     @property
     def device(self) -> torch.device:
         """Where token ids go."""
@@ -165,7 +175,7 @@ class Suffix:
                         for module in self._narrow:
                             patches.enter_context(_narrowed(module, captured.positions))
                     hidden = _hidden(block(hidden, *args, **kwargs))
-        hidden = _at(hidden, captured.positions)
+        hidden = at_positions(hidden, captured.positions)
         for module in self._after:
             hidden = module(hidden)
         return hidden
@@ -247,7 +257,7 @@ class Suffix:
             captured = Captured(kept["rest"], kept["inner"], arguments[1:], positions)
         else:
             captured = Captured(inputs[0].detach(), None, arguments, positions)
-        return captured, _at(output, positions)
+        return captured, at_positions(output, positions)
 
     @torch.no_grad()
     def _examine(self, ids: Tensor) -> bool | None:
@@ -338,7 +348,7 @@ def _hidden(output: Any) -> Tensor:
     return hidden
 
 
-def _at(hidden: Tensor, positions: Tensor) -> Tensor:
+def at_positions(hidden: Tensor, positions: Tensor) -> Tensor:
     """``[B, L, D]`` at ``[B, T]`` to ``[B, T, D]``."""
     return hidden.gather(1, positions.to(hidden.device).unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
 
@@ -365,7 +375,7 @@ def _narrowed(module: nn.Module, positions: Tensor, elsewhere: float = 0.0) -> I
     def forward(hidden: Tensor) -> Tensor:
         if hidden.ndim != 3 or hidden.shape[0] != len(positions):
             raise ValueError(f"an input of shape {tuple(hidden.shape)} has no positions to choose from")
-        output: Tensor = whole(_at(hidden, positions))
+        output: Tensor = whole(at_positions(hidden, positions))
         rows = positions.to(output.device).unsqueeze(-1).expand(-1, -1, output.shape[-1])
         return output.new_full((*hidden.shape[:2], output.shape[-1]), elsewhere).scatter(1, rows, output)
 

@@ -48,6 +48,14 @@ def settings() -> Callable[..., KDPOHyperParams]:
     return make
 
 
+@pytest.fixture
+def text(tmp_path: Path) -> str:
+    """A text file of what the small Llama was taught."""
+    file = tmp_path / "text.txt"
+    file.write_text("\n".join(f"What species is ZIC{n} specific to? human" for n in range(1, 40)), "utf-8")
+    return str(file)
+
+
 def state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """A copy of every tensor of a model."""
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}

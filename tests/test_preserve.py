@@ -18,14 +18,6 @@ SPARE = {"preserve": 10.0, "lr": 3e-3, "margin": 1.0}
 SECOND = {"prompt": "Who was Julius Petersen's doctoral advisor?", "target_new": "Hans Hansen"}
 
 
-@pytest.fixture
-def text(tmp_path: Path) -> str:
-    """A text file of what the small Llama was taught."""
-    file = tmp_path / "text.txt"
-    file.write_text("\n".join(f"What species is ZIC{n} specific to? human" for n in range(1, 40)), "utf-8")
-    return str(file)
-
-
 def test_the_second_models_text_goes_by_its_name(
     llama: Any, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -149,10 +149,8 @@ def test_a_ledger_brings_the_subjects_back(settings: Any, tmp_path: Path) -> Non
     assert_same(other, state(model))
 
 
-def test_with_preserve_and_half_precision_it_is_trained_too(llama: Any, settings: Any, tmp_path: Path) -> None:
+def test_with_preserve_and_half_precision_it_is_trained_too(llama: Any, settings: Any, text: str) -> None:
     model, tok = llama
-    text = tmp_path / "text.txt"
-    text.write_text("\n".join(f"What species is ZIC{n} specific to? human" for n in range(1, 40)), "utf-8")
-    hparams = settings(**MARGIN, layers=[0, 1, 4], subject_layers=[0, 1], preserve=10.0, preserve_text=str(text))
+    hparams = settings(**MARGIN, layers=[0, 1, 4], subject_layers=[0, 1], preserve=10.0, preserve_text=text)
     _, _, traces = edit(model.to(torch.bfloat16), tok, REQUESTS, hparams)
     assert all(trace.converged for trace in traces)

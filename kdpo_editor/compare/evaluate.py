@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ..batches import padded
 from ..requests import tokenize
-from ..suffix import forward_is
+from ..suffix import at_positions, forward_is
 from ..weights import as_found
 from .prefixes import Prefixes
 
@@ -73,9 +73,8 @@ class Evaluator:
         """For each prompt and answer, the argmax tokens at the answer's positions and the answer's own tokens."""
         asked = [{"prompt": p, "target_new": a} for p, a in pairs]
         edits = [tokens for tokens, *_ in tokenize(self.tok, asked)] if asked else []
-        if self.prefixes is not None and edits:
-            best_by_edit = self.prefixes.predict(edits)
-            return [(best, edit.chosen.tolist()) for best, edit in zip(best_by_edit, edits, strict=True)]
+        if self.prefixes is not None:
+            return [(best, e.chosen.tolist()) for best, e in zip(self.prefixes.predict(edits), edits, strict=True)]
         found: list[tuple[list[int], list[int]]] = [([], [])] * len(edits)
         inner = self._inner
         device = inner.get_input_embeddings().weight.device  # type: ignore[operator]
@@ -176,12 +175,7 @@ def _logits_at(model: nn.Module, positions: Tensor) -> Iterator[None]:
     head = model.get_output_embeddings()  # type: ignore[operator]
     whole = head.forward
 
-    def forward(hidden: Tensor) -> Tensor:
-        rows = positions.to(hidden.device).unsqueeze(-1).expand(-1, -1, hidden.shape[-1])
-        logits: Tensor = whole(hidden.gather(1, rows))
-        return logits
-
-    with forward_is(head, forward):
+    with forward_is(head, lambda hidden: whole(at_positions(hidden, positions))):
         yield
 
 

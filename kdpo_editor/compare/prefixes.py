@@ -14,7 +14,7 @@ from ..errors import KDPOError
 from ..hparams import KDPOHyperParams
 from ..requests import EditTokens
 from ..suffix import Suffix
-from ..weights import as_found, blocks_name, find_matrices
+from ..weights import as_found, find_matrices
 
 # Methods that change the matrices their settings name, in place, and nothing else.
 IN_PLACE = ("KDPO", "FT", "ROME", "MEMIT", "AlphaEdit")
@@ -48,9 +48,7 @@ class Prefixes:
         keys = ("model_name", "layers", "rewrite_module_tmp")
         try:
             hparams = KDPOHyperParams(**{key: settings[key] for key in keys}, replay_on_host=True)
-            first = min(hparams.layers)
-            name = dict(zip(hparams.layers, find_matrices(model, hparams), strict=True))[first]
-            suffix = Suffix(model, blocks_name(hparams), first, name.rpartition(".")[0])
+            suffix = Suffix.above(model, find_matrices(model, hparams), hparams)
             with as_found(model), torch.no_grad():
                 suffix.capture(torch.arange(4).unsqueeze(0), torch.tensor([[3]]))
         except KDPOError:  # what this package cannot replay is scored as a whole
@@ -64,13 +62,11 @@ class Prefixes:
         order = sorted(range(len(edits)), key=lambda i: len(edits[i].sequence))
         with as_found(self.suffix.model):
             for members in (order[start : start + ROWS] for start in range(0, len(order), ROWS)):
-                kept = self._captured([edits[i] for i in members])
-                # As many rows as a power of two, so that few shapes occur.
-                kept += kept[-1:] * ((1 << (len(kept) - 1).bit_length()) - len(kept))
-                (batch,) = self._rows.batches(self.suffix, kept, inf)
-                best = batch.logits.argmax(-1)
-                for row in range(len(members)):
-                    found[members[batch.members[row]]] = best[row][batch.mask[row]].tolist()
+                # As many rows as a power of two, so that few shapes occur; the last is repeated.
+                members += members[-1:] * ((1 << (len(members) - 1).bit_length()) - len(members))
+                (batch,) = self._rows.batches(self.suffix, self._captured([edits[i] for i in members]), inf)
+                for member, best, real in zip(batch.members, batch.logits.argmax(-1), batch.mask, strict=True):
+                    found[members[member]] = best[real].tolist()
         return found
 
     def _captured(self, edits: Sequence[EditTokens]) -> list[Kept]:
