@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from math import inf
 
 import torch
 from torch import Tensor
 
 from .hparams import KDPOHyperParams
-from .objectives import ce_loss, competitors, ipo_loss, kdpo_loss, kdpo_token_loss, margin_loss
+from .objectives import ce_loss, competitors, ipo_loss, kdpo_loss, kdpo_token_loss, lead, margin_loss
 from .requests import EditTokens
 from .suffix import Captured, HeadRows, Suffix
 
@@ -36,13 +37,6 @@ class Batch:
         """Bring hidden states and logits up to date with the weights."""
         self.hidden = suffix.replay(self.captured)
         self.logits = suffix.logits(self.hidden.detach()).to(suffix.device)
-
-    def part(self, members: list[int]) -> Batch:
-        """Those of its edits."""
-        rows = torch.tensor([self.members.index(member) for member in members])
-        hidden, logits, reference = (t[rows.to(t.device)] for t in (self.hidden, self.logits, self.reference))
-        chosen, mask = self.chosen[rows.to(self.chosen.device)], self.mask[rows.to(self.mask.device)]
-        return Batch(list(members), self.captured.rows(rows), chosen, mask, hidden, logits, reference)
 
     def losing(self, margin: float) -> tuple[Tensor, Tensor]:
         """The negatives, ``[B, T]``, and which edits do not win everywhere, ``[B]`` bool."""
@@ -138,8 +132,17 @@ def make_batch(
     return Batch(members, captured, chosen.to(logits.device), mask.to(logits.device), hidden, logits, logits)
 
 
-def group(suffix: Suffix, edits: Sequence[EditTokens], budget: float) -> list[list[int]]:
-    """The positions of ``edits`` in as few mini-batches as ``budget`` bytes each allow, alike in length.
+def leads(batches: Sequence[Batch]) -> dict[int, float]:
+    """By how many logits the weakest token of each member's answer leads; negative where it does not win."""
+    found: dict[int, float] = {}
+    for batch in batches:
+        weakest = lead(batch.logits, batch.chosen).masked_fill(~batch.mask, inf).amin(-1)
+        found.update(zip(batch.members, weakest.tolist(), strict=True))
+    return found
+
+
+def group(suffix: Suffix, edits: Sequence[EditTokens], budget: float, most: int | None = None) -> list[list[int]]:
+    """The positions of ``edits`` in mini-batches of at most ``budget`` bytes and ``most`` edits, alike in length.
 
     A batch holds captured inputs, in the model's dtype, and two tables of logits, in fp32. One edit is always taken,
     whatever it needs.
@@ -153,7 +156,7 @@ def group(suffix: Suffix, edits: Sequence[EditTokens], budget: float) -> list[li
         tokens = max(len(edits[k].sequence) for k in members)
         answer = max(len(edits[k].chosen) for k in members)
         bytes_ = len(members) * (tokens * sum(weight.shape) * weight.element_size() + answer * vocabulary * 8)
-        if groups[-1] and bytes_ > budget:
+        if groups[-1] and (bytes_ > budget or len(groups[-1]) == most):
             groups.append([i])
         else:
             groups[-1] = members

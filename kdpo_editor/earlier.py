@@ -21,15 +21,14 @@ from torch import Tensor, nn
 
 from .batches import Batch, group, make_batch, padded, subjects
 from .hparams import KDPOHyperParams
-from .objectives import lead
 from .requests import EditTokens, tokenize
-from .suffix import Arguments, Captured, Suffix
+from .suffix import Arguments, Captured, Suffix, rows_of
 from .weights import find_matrices, only_training
 
 LOG = logging.getLogger(__name__)
 # Lengths are rounded up to a multiple of this, so that few shapes occur, and what blocks are called with is kept for
 # the last few.
-ROUND = 8
+ROUND = 4
 SHAPES = 64
 
 
@@ -157,22 +156,25 @@ class EarlierEdits:
         suffix: Suffix,
         edits: Sequence[Kept],
         budget: float,
-        first: int = 0,
+        members: Sequence[int] | None = None,
         adapted: Callable[[Captured], Captured] = lambda captured: captured,
+        most: int | None = None,
     ) -> list[Batch]:
         """``edits``, captured some time, as mini-batches with hidden states and logits of now.
 
-        ``first``: the number that the first of them has as a member. ``adapted``: see
-        :func:`~kdpo_editor.preserve.sparing`.
+        ``members``: which of them, by their positions; ``None`` is all. ``adapted``: see
+        :func:`~kdpo_editor.preserve.sparing`. ``most``: edits in a mini-batch, by default as many as ``budget`` allows.
         """
+        members = range(len(edits)) if members is None else members
         batches = []
         with torch.no_grad():
-            for members in group(suffix, [one.tokens for one in edits], budget):
-                chosen = [edits[i] for i in members]
+            for places in group(suffix, [edits[member].tokens for member in members], budget, most):
+                here = [members[place] for place in places]
+                chosen = [edits[member] for member in here]
                 _, answers, mask, positions = padded([one.tokens for one in chosen])
                 captured = adapted(self._stack(suffix, chosen, positions.to(suffix.device)))
                 hidden = suffix.replay(captured)
-                batches.append(make_batch(suffix, [first + i for i in members], captured, hidden, answers, mask))
+                batches.append(make_batch(suffix, here, captured, hidden, answers, mask))
         return batches
 
     def _stack(self, suffix: Suffix, edits: Sequence[Kept], positions: Tensor) -> Captured:
@@ -180,12 +182,13 @@ class EarlierEdits:
         device = next(suffix.module.parameters()).device
         most = getattr(suffix.model.config, "max_position_embeddings", None) or inf
         length = int(min(-(-max(len(one.hidden) for one in edits) // ROUND) * ROUND, most))
-        shape = (len(edits), length, device)
+        # Taken from as many rows as a power of two.
+        shape = (1 << (len(edits) - 1).bit_length(), length, device)
         if shape not in self._arguments:
             if len(self._arguments) == SHAPES:
                 del self._arguments[next(iter(self._arguments))]
             anything = torch.zeros(shape[:2], dtype=torch.int64)
-            self._arguments[shape] = suffix.capture(anything, positions)[0].arguments
+            self._arguments[shape] = suffix.capture(anything, anything[:, :1])[0].arguments
 
         def stack(rows: list[Tensor]) -> Tensor:
             return torch.stack([nn.functional.pad(r.to(device), (0, 0, 0, length - len(r))) for r in rows])
@@ -193,14 +196,8 @@ class EarlierEdits:
         inner = [one.inner for one in edits if one.inner is not None]
         hidden = stack([one.hidden for one in edits])
         where = subjects([one.tokens for one in edits], suffix, length)
-        return Captured(hidden, stack(inner) if inner else None, self._arguments[shape], positions, where)
-
-    def note(self, edits: Sequence[Kept], batches: Sequence[Batch], first: int = 0) -> None:
-        """Note how ``edits`` stand, by the logits of the ``batches`` made of them; ``first`` as there."""
-        for batch in batches:
-            leads = lead(batch.logits, batch.chosen).masked_fill(~batch.mask, inf).amin(-1)
-            for member, value in zip(batch.members, leads.tolist(), strict=True):
-                edits[member - first].lead = value
+        arguments = rows_of(self._arguments[shape], shape[0], torch.arange(len(edits)))
+        return Captured(hidden, stack(inner) if inner else None, arguments, positions, where)
 
 
 def _same(weight: Tensor, value: Tensor) -> bool:

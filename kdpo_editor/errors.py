@@ -20,7 +20,7 @@ class ModelError(KDPOError, ValueError):
 
 
 class EditDiverged(KDPOError, ArithmeticError):
-    """The loss or the weights of an edit became NaN or infinite. The model is as it was before the call."""
+    """The loss or the weights of an edit became NaN, infinite or absurdly large. The model is as before the call."""
 
 
 class DataError(KDPOError, ValueError):

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from .ablation import OwnAnswerRound
-from .batches import Batch, Round, make_batches
-from .earlier import EarlierEdits
+from .batches import Batch, Round, leads, make_batches
+from .earlier import EarlierEdits, Kept
 from .errors import EditDiverged, ModelError, RequestError
 from .hparams import KDPOHyperParams
 from .optimizers import Optimizer, make_optimizer
@@ -33,6 +33,13 @@ from .suffix import Suffix
 from .weights import find_blocks, find_matrices, only_training
 
 LOG = logging.getLogger(__name__)
+# Earlier edits are looked at in so many batches, so that short ones are not padded to the length of long ones, but not
+# in smaller ones than these.
+PARTS = 4
+LEAST = 8
+# A matrix that changes by more than so many times its own norm is not edited but destroyed. Recipes that work change
+# it by a hundredth to once its norm in a hundred edits.
+LARGEST = 10.0
 
 
 @dataclass
@@ -85,8 +92,8 @@ def apply_kdpo_to_model(
 
     Raises:
         RequestError, ModelError: something cannot be edited; found before anything is changed.
-        EditDiverged: a loss or weight became NaN or infinite. Whatever is raised during an edit, the model
-            is left as it was before the call.
+        EditDiverged: a loss or weight became NaN or infinite, or a matrix changed by more than ten times its norm.
+            Whatever is raised during an edit, the model is left as it was before the call.
     """
     if hparams.ledger is None:
         model, originals, _ = edit(model, tok, requests, hparams, copy=copy)
@@ -123,6 +130,7 @@ def edit(
         found = iter(
             [trace for some in together for trace in optimise(suffix, weights, some, hparams, earlier, spared)]
         )
+        _check_size(weights, originals)
     if earlier is not None:
         earlier.store(model, weights, hparams)
     traces = [_of_request([next(found) for _ in phrasings]) for phrasings in edits]
@@ -148,14 +156,15 @@ def optimise(
     preconditioner for each matrix, or none at all.
     """
     budget = hparams.memory_budget
+    kept: list[Kept] = []
     if earlier is None:
-        batches, checked = make_batches(suffix, edits, budget), []
+        batches = make_batches(suffix, edits, budget)
     else:
-        new, checked = earlier.capture(suffix, edits, hparams), earlier.to_check(edits, hparams.replay_checks)
-        batches = earlier.batches(suffix, new, budget)
+        kept = [*earlier.capture(suffix, edits, hparams), *earlier.to_check(edits, hparams.replay_checks)]
+        batches = earlier.batches(suffix, kept, budget, range(len(edits)))
     # Whether the pass that reads off the negatives is the first step's forward too.
     alone = earlier is None and len(batches) == 1 and not spared
-    traces = [EditTrace() for _ in [*edits, *checked]]
+    traces = [EditTrace() for _ in kept or edits]
     looked_back: list[Batch] = []
 
     with sparing(suffix, weights, spared, inside=batches[0].captured.inner is not None) as adapted:
@@ -167,14 +176,17 @@ def optimise(
             if number > 0:
                 _look(suffix, active, graph=alone)
             rounds: list[Round | OwnAnswerRound] = _unfinished(suffix, active, hparams)
-            if not rounds and earlier is not None and checked:
+            if not rounds and earlier is not None and len(kept) > len(edits):
                 if looked_back:
                     _look(suffix, looked_back, graph=False)
                 else:
-                    looked_back = earlier.batches(suffix, checked, budget, len(edits), adapted)
-                harmed = _harmed(looked_back, active, hparams.margin)
-                active += harmed
-                rounds = _unfinished(suffix, harmed, hparams)
+                    checked = range(len(edits), len(kept))
+                    most = max(LEAST, -(-len(checked) // PARTS))
+                    looked_back = earlier.batches(suffix, kept, budget, checked, adapted, most)
+                if harmed := _harmed(looked_back, active, hparams.margin):
+                    again = earlier.batches(suffix, kept, budget, harmed, adapted)
+                    active += again
+                    rounds = _unfinished(suffix, again, hparams)
             if not rounds:
                 break
             if hparams.objective == "dpo":
@@ -200,9 +212,9 @@ def optimise(
     for i, trace in enumerate(traces):
         trace.converged = i not in unfinished
     if earlier is not None:
-        earlier.note(new, batches)
-        earlier.note(checked, looked_back, len(edits))
-        earlier.kept += new
+        for member, value in leads([*batches, *looked_back]).items():
+            kept[member].lead = value
+        earlier.kept += kept[: len(edits)]
         earlier.repaired += sum(bool(trace.cycles) for trace in traces[len(edits) :])
     return traces[: len(edits)]
 
@@ -219,16 +231,11 @@ def _unfinished(suffix: Suffix, batches: list[Batch], hparams: KDPOHyperParams) 
     return [remaining for batch in batches if (remaining := batch.remaining(suffix, hparams.margin)) is not None]
 
 
-def _harmed(looked_back: list[Batch], active: list[Batch], margin: float) -> list[Batch]:
-    """The part of each batch of earlier edits that is not won and not being trained yet."""
+def _harmed(looked_back: list[Batch], active: list[Batch], margin: float) -> list[int]:
+    """The earlier edits that are not won and not being trained yet, by their numbers."""
     there = {member for batch in active for member in batch.members}
-    parts = []
-    for batch in looked_back:
-        _, losing = batch.losing(margin)
-        lost = [m for m, loses in zip(batch.members, losing.tolist(), strict=True) if loses and m not in there]
-        if lost:
-            parts.append(batch.part(lost))
-    return parts
+    lost = [m for b in looked_back for m, loses in zip(b.members, b.losing(margin)[1].tolist(), strict=True) if loses]
+    return [member for member in lost if member not in there]
 
 
 def _step(current: Round | OwnAnswerRound, optimizer: Optimizer, hparams: KDPOHyperParams, use_first: bool) -> None:
@@ -268,6 +275,15 @@ def _record(current: Round | OwnAnswerRound, traces: list[EditTrace], hparams: K
 def _check_finite(losses: Tensor) -> None:
     if not torch.isfinite(losses).all():
         raise EditDiverged(f"the loss became {losses[~torch.isfinite(losses)].flatten()[0].item()}")
+
+
+@torch.no_grad()
+def _check_size(weights: dict[str, nn.Parameter], originals: dict[str, Tensor]) -> None:
+    """Weights may grow without bound and stay finite, where a loss hardly depends on the layers that are edited."""
+    for name, original in originals.items():
+        change, size = (tensor.float().norm().item() for tensor in (weights[name] - original, original))
+        if change > LARGEST * size > 0:
+            raise EditDiverged(f"{name} changed by {change / size:.3g} times its norm")
 
 
 def _of_request(traces: list[EditTrace]) -> EditTrace:

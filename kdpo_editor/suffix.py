@@ -59,20 +59,27 @@ class Captured:
 
     def rows(self, kept: Tensor) -> Captured:
         """Those rows of the batch whose indices, int64, are in ``kept``."""
-        size = self.hidden.shape[0]
+        size = len(self.hidden)
+        hidden, inner, arguments, positions, subject = (
+            rows_of(v, size, kept) for v in (self.hidden, self.inner, self.arguments, self.positions, self.subject)
+        )
+        return Captured(hidden, inner, arguments, positions, subject)
 
-        def take(value: Any) -> Any:
-            if isinstance(value, tuple):
-                return tuple(take(v) for v in value)
-            # Anything per row is at least a matrix; some (ALiBi) hold rows times heads.
-            if not isinstance(value, Tensor) or value.ndim < 2 or value.shape[0] % size or size == 1:
-                return value
-            if value.shape[0] == size:
-                return value[kept.to(value.device)]
-            return value.unflatten(0, (size, -1))[kept.to(value.device)].flatten(0, 1)
 
-        arguments = [(take(args), {k: take(v) for k, v in kwargs.items()}) for args, kwargs in self.arguments]
-        return Captured(take(self.hidden), take(self.inner), arguments, take(self.positions), take(self.subject))
+def rows_of(value: Any, size: int, kept: Tensor) -> Any:
+    """What belongs to the rows ``kept``, int64, of a batch of ``size``, in tensors and whatever holds them."""
+    if isinstance(value, tuple):
+        return tuple(rows_of(v, size, kept) for v in value)
+    if isinstance(value, list):
+        return [rows_of(v, size, kept) for v in value]
+    if isinstance(value, dict):
+        return {k: rows_of(v, size, kept) for k, v in value.items()}
+    # Anything per row is at least a matrix; some (ALiBi) hold rows times heads.
+    if not isinstance(value, Tensor) or value.ndim < 2 or value.shape[0] % size or size == 1:
+        return value
+    if value.shape[0] == size:
+        return value[kept.to(value.device)]
+    return value.unflatten(0, (size, -1))[kept.to(value.device)].flatten(0, 1)
 
 
 @dataclass

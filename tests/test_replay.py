@@ -189,9 +189,10 @@ def test_gradient_from_some_tokens_only(name: str) -> None:
             torch.testing.assert_close(gradient, exact, rtol=1e-3, atol=1e-4 * exact.abs().max().item())
 
 
+@pytest.mark.parametrize(("most", "groups"), [(None, [[1, 2, 0]]), (2, [[1, 2], [0]])], ids=["all", "two"])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 @torch.no_grad()
-def test_edits_captured_one_by_one_are_replayed_together(name: str) -> None:
+def test_edits_captured_one_by_one_are_replayed_together(name: str, most: int | None, groups: list[list[int]]) -> None:
     """Of different lengths, after the edited matrix changed, with what the blocks are told made from other tokens."""
     model, suffix, weight = suffix_of(name, 2)
     hparams = KDPOHyperParams(model_name=name, layers=[2], rewrite_module_tmp="{}", replay=True)
@@ -199,9 +200,10 @@ def test_edits_captured_one_by_one_are_replayed_together(name: str) -> None:
     earlier = EarlierEdits()
     kept = [one for tokens in edits for one in earlier.capture(suffix, [tokens], hparams)]
     change(weight)
-    (batch,) = earlier.batches(suffix, kept, 2e9)
-    for tokens, logits in zip([edits[i] for i in batch.members], batch.logits, strict=True):
-        expected = model(input_ids=tokens.sequence.unsqueeze(0)).logits[0, -2:].float()
+    batches = earlier.batches(suffix, kept, 2e9, most=most)
+    assert [batch.members for batch in batches] == groups
+    for member, logits in ((m, row) for b in batches for m, row in zip(b.members, b.logits, strict=True)):
+        expected = model(input_ids=edits[member].sequence.unsqueeze(0)).logits[0, -2:].float()
         torch.testing.assert_close(logits, expected, atol=1e-5, rtol=0)
 
 
