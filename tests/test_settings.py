@@ -64,5 +64,22 @@ def test_files_leave_nothing_to_defaults_but_the_options() -> None:
         assert set(yaml.safe_load(file.read_text("utf-8"))) >= written, file
 
 
+LIFELONG = [file for file in FILES if file.parent.name == "KDPO-L" and not file.stem.startswith("kdpo-llama")]
+
+
+@pytest.mark.parametrize("file", LIFELONG, ids=lambda f: f.stem)
+def test_the_lifelong_recipe_of_other_models_is_the_second_models(file: Path) -> None:
+    """But for what that recipe knows of its model: the layers, which are KDPO's here, and the text."""
+    own = ("model_name", "layers", "subject_layers", "rewrite_module_tmp", "preserve_text")
+    recipe = KDPOHyperParams.from_hparams(FOLDER / "KDPO-L" / "kdpo-llama-pararel").to_dict()
+    published = KDPOHyperParams.from_hparams(FOLDER / "KDPO" / file.stem).to_dict()
+    expected = {**recipe, **{key: published[key] for key in own}}
+    assert KDPOHyperParams.from_hparams(file).to_dict() == expected
+
+
+def test_every_model_has_the_lifelong_recipe() -> None:
+    assert {f.stem for f in FILES if f.parent.name == "KDPO"} == {f.stem for f in FILES if f.parent.name == "KDPO-L"}
+
+
 def test_the_installed_package_finds_its_settings() -> None:
     assert (settings_folder() / "KDPO" / f"{SHIPPED_MODEL}.yaml").is_file()
