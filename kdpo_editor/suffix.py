@@ -67,7 +67,7 @@ class Captured:
 
 
 def rows_of(value: Any, size: int, kept: Tensor) -> Any:
-    """What belongs to the rows ``kept``, int64, of a batch of ``size``, in tensors and whatever holds them."""
+    """What belongs to the rows ``kept``, ``[K]`` int64, of a batch of ``size``, in tensors and whatever holds them."""
     if isinstance(value, tuple):
         return tuple(rows_of(v, size, kept) for v in value)
     if isinstance(value, list):
