@@ -62,8 +62,6 @@ class Prefixes:
         order = sorted(range(len(edits)), key=lambda i: len(edits[i].sequence))
         with as_found(self.suffix.model):
             for members in (order[start : start + ROWS] for start in range(0, len(order), ROWS)):
-                # As many rows as a power of two, so that few shapes occur; the last is repeated.
-                members += members[-1:] * ((1 << (len(members) - 1).bit_length()) - len(members))
                 (batch,) = self._rows.batches(self.suffix, self._captured([edits[i] for i in members]), inf)
                 for member, best, real in zip(batch.members, batch.logits.argmax(-1), batch.mask, strict=True):
                     found[members[member]] = best[real].tolist()
