@@ -37,8 +37,8 @@ LOG = logging.getLogger(__name__)
 # in smaller ones than these.
 PARTS = 4
 LEAST = 8
-# A matrix that changes by more than so many times its own norm is not edited but destroyed. Recipes that work change
-# it by a hundredth to once its norm in a hundred edits.
+# A matrix that changes by more than so many times its own norm is not edited but destroyed. Sixty edits of the shipped
+# model by KDPO-L make its matrices' norms grow by 7 to 26%.
 LARGEST = 10.0
 
 
