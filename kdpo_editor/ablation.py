@@ -38,7 +38,7 @@ class OwnAnswerRound:
             restore(weights, start)
             self.reference_rejected = self._logps(self.context, self.rejected)
             restore(weights, now)
-        self.reference_chosen = answer_logps(batch.reference, batch.chosen)
+        self.reference_chosen = answer_logps(suffix.logits(batch.reference).to(suffix.device), batch.chosen)
 
     @property
     def negatives(self) -> list[list[int]]:

@@ -21,60 +21,64 @@ class Batch:
     """``B`` edits, captured together.
 
     ``members``: the position of each in the list of edits. ``chosen`` ``[B, T]``: the new answers, padded.
-    ``mask`` ``[B, T]``: where they are real. ``hidden`` ``[B, T, D]``: the policy's final hidden states now.
-    ``logits`` ``[B, T, V]``: its logits; ``reference``: those before the first step; both fp32 and without gradient.
+    ``mask`` ``[B, T]``: where they are real. ``hidden`` ``[B, T, D]``: the policy's final hidden states now;
+    ``reference``: those before the first step, without gradient. Read from the policy's logits now: ``negative``
+    ``[B, T]``, the :func:`~kdpo_editor.objectives.competitors` at ``margin``, and ``lead`` ``[B]``, by how many logits
+    the weakest token of an answer leads, negative where it does not win. Logits themselves are not kept.
     """
 
+    suffix: Suffix
     members: list[int]
     captured: Captured
     chosen: Tensor
     mask: Tensor
+    margin: float
     hidden: Tensor
-    logits: Tensor
     reference: Tensor
+    negative: Tensor
+    lead: Tensor
 
-    def look(self, suffix: Suffix) -> None:
-        """Bring hidden states and logits up to date with the weights."""
-        self.hidden = suffix.replay(self.captured)
-        self.logits = suffix.logits(self.hidden.detach()).to(suffix.device)
+    def look(self) -> None:
+        """Bring what is known of the policy up to date with the weights."""
+        self.hidden = self.suffix.replay(self.captured)
+        self.negative, self.lead = _standing(self.suffix, self.hidden, self.chosen, self.mask, self.margin)
 
-    def losing(self, margin: float) -> tuple[Tensor, Tensor]:
-        """The negatives, ``[B, T]``, and which edits do not win everywhere, ``[B]`` bool."""
-        negative = competitors(self.logits, self.chosen, margin)
-        return negative, ((negative != self.chosen) & self.mask).any(-1)
+    @property
+    def losing(self) -> Tensor:
+        """Which edits do not win everywhere, ``[B]`` bool."""
+        return ((self.negative != self.chosen) & self.mask).any(-1)
 
-    def remaining(self, suffix: Suffix, margin: float) -> Round | None:
+    def remaining(self) -> Round | None:
         """The edits whose new answer does not win everywhere, with their negatives; ``None`` if all do."""
-        negative, lost = self.losing(margin)
+        lost = self.losing
         if not lost.any():
             return None
-        hidden, rejected, chosen, mask = self.hidden, negative, self.chosen, self.mask
+        hidden, rejected, chosen, mask = self.hidden, self.negative, self.chosen, self.mask
         captured, reference, members = self.captured, self.reference, self.members
         if not lost.all():
             rows = lost.nonzero().flatten()
             captured = captured.rows(rows)
-            hidden, reference = hidden[rows.to(hidden.device)], reference[rows]
+            hidden, reference = (states[rows.to(states.device)] for states in (hidden, reference))
             rejected, chosen, mask = rejected[rows], chosen[rows], mask[rows]
             members = [members[i] for i in rows.tolist()]
-        pair = torch.stack([chosen, rejected], -1)
-        return Round(suffix, members, captured, hidden, pair, mask, reference.gather(-1, pair))
+        return Round(self.suffix, members, captured, hidden, reference, torch.stack([chosen, rejected], -1), mask)
 
 
 @dataclass
 class Round:
     """One cycle's work on the unfinished edits of a batch.
 
-    ``pair`` ``[B, T, 2]``: chosen and rejected tokens. ``reference`` ``[B, T, 2]``: the reference's logits of them.
-    ``history``: the losses ``[B]`` of each step so far. ``done``: no further step is worth taking.
+    ``hidden`` and ``reference`` ``[B, T, D]``: as in :class:`Batch`. ``pair`` ``[B, T, 2]``: chosen and rejected
+    tokens. ``history``: the losses ``[B]`` of each step so far. ``done``: no further step is worth taking.
     """
 
     suffix: Suffix
     members: list[int]
     captured: Captured
     hidden: Tensor
+    reference: Tensor
     pair: Tensor
     mask: Tensor
-    reference: Tensor
     history: list[Tensor] = field(default_factory=list)
     done: bool = False
 
@@ -82,6 +86,12 @@ class Round:
     def head_rows(self) -> HeadRows | None:
         """The head's rows for ``pair``, or ``None`` if this head cannot be divided."""
         return self.suffix.head_rows(self.pair)
+
+    @cached_property
+    def reference_pairs(self) -> Tensor:
+        """``[B, T, 2]``: the reference's logits of ``pair``."""
+        with torch.no_grad():
+            return self._pairs(self.reference)
 
     @cached_property
     def lost(self) -> Tensor:
@@ -98,54 +108,64 @@ class Round:
         hidden = self.hidden if use_first else self.suffix.replay(self.captured)
         if hparams.objective == "ce":
             return ce_loss(self.suffix.logits(hidden).to(self.pair.device), self.pair[..., 0], self.mask)
-        pairs = self.suffix.logits(hidden, self.head_rows).to(self.pair.device)
-        if self.head_rows is None:
-            pairs = pairs.gather(-1, self.pair)
+        pairs = self._pairs(hidden)
         if hparams.objective == "margin":
             return margin_loss(pairs, hparams.margin, self.lost)
         if hparams.objective == "kdpo_token":
-            return kdpo_token_loss(pairs, self.reference, hparams.beta, self.lost)
+            return kdpo_token_loss(pairs, self.reference_pairs, hparams.beta, self.lost)
         loss = ipo_loss if hparams.objective == "ipo" else kdpo_loss
-        return loss(pairs, self.reference, hparams.beta, self.mask)
+        return loss(pairs, self.reference_pairs, hparams.beta, self.mask)
+
+    def _pairs(self, hidden: Tensor) -> Tensor:
+        """Logits of ``pair``, ``[B, T, 2]``, of final hidden states ``[B, T, D]``."""
+        logits = self.suffix.logits(hidden, self.head_rows).to(self.pair.device)
+        return logits.gather(-1, self.pair) if self.head_rows is None else logits
 
 
-def make_batches(suffix: Suffix, edits: Sequence[EditTokens], budget: float) -> list[Batch]:
+def make_batches(suffix: Suffix, edits: Sequence[EditTokens], hparams: KDPOHyperParams) -> list[Batch]:
     """Capture ``edits`` in the mini-batches of :func:`group`.
 
     With a single batch the hidden states carry the graph of the first step.
     """
-    groups = group(suffix, edits, budget)
+    groups = group(suffix, edits, hparams.memory_budget)
     batches = []
     with torch.set_grad_enabled(len(groups) == 1):
         for members in groups:
             ids, chosen, mask, positions = padded([edits[i] for i in members])
             captured, hidden = suffix.capture(ids, positions, subjects([edits[i] for i in members], suffix))
-            batches.append(make_batch(suffix, members, captured, hidden, chosen, mask))
+            if hparams.captured_on_host:
+                captured = captured.to("cpu")
+            batches.append(make_batch(suffix, members, captured, hidden, chosen, mask, hparams.margin))
     return batches
 
 
 def make_batch(
-    suffix: Suffix, members: list[int], captured: Captured, hidden: Tensor, chosen: Tensor, mask: Tensor
+    suffix: Suffix,
+    members: list[int],
+    captured: Captured,
+    hidden: Tensor,
+    chosen: Tensor,
+    mask: Tensor,
+    margin: float,
 ) -> Batch:
     """A batch whose reference is the policy as it is now; arguments as :class:`Batch`, ``chosen`` ``[B, T]``."""
+    chosen, mask = chosen.to(suffix.device), mask.to(suffix.device)
+    standing = _standing(suffix, hidden, chosen, mask, margin)
+    return Batch(suffix, members, captured, chosen, mask, margin, hidden, hidden.detach(), *standing)
+
+
+def _standing(suffix: Suffix, hidden: Tensor, chosen: Tensor, mask: Tensor, margin: float) -> tuple[Tensor, Tensor]:
+    """``negative`` and ``lead`` of a :class:`Batch`."""
     logits = suffix.logits(hidden.detach()).to(suffix.device)
-    return Batch(members, captured, chosen.to(logits.device), mask.to(logits.device), hidden, logits, logits)
-
-
-def leads(batches: Sequence[Batch]) -> dict[int, float]:
-    """By how many logits the weakest token of each member's answer leads; negative where it does not win."""
-    found: dict[int, float] = {}
-    for batch in batches:
-        weakest = lead(batch.logits, batch.chosen).masked_fill(~batch.mask, inf).amin(-1)
-        found.update(zip(batch.members, weakest.tolist(), strict=True))
-    return found
+    weakest = lead(logits, chosen).masked_fill(~mask, inf).amin(-1)
+    return competitors(logits, chosen, margin), weakest
 
 
 def group(suffix: Suffix, edits: Sequence[EditTokens], budget: float, most: int | None = None) -> list[list[int]]:
     """The positions of ``edits`` in mini-batches of at most ``budget`` bytes and ``most`` edits, alike in length.
 
-    A batch holds captured inputs, in the model's dtype, and two tables of logits, in fp32. One edit is always taken,
-    whatever it needs.
+    A batch needs room for captured inputs, in the model's dtype, and, while it is looked at, for two tables of logits,
+    in fp32. One edit is always taken, whatever it needs.
     """
     weight = suffix.module.weight
     assert isinstance(weight, Tensor)

@@ -155,7 +155,7 @@ class EarlierEdits:
         self,
         suffix: Suffix,
         edits: Sequence[Kept],
-        budget: float,
+        hparams: KDPOHyperParams,
         members: Sequence[int] | None = None,
         adapted: Callable[[Captured], Captured] = lambda captured: captured,
         most: int | None = None,
@@ -163,27 +163,28 @@ class EarlierEdits:
         """``edits``, captured some time, as mini-batches with hidden states and logits of now.
 
         ``members``: which of them, by their positions; ``None`` is all. ``adapted``: see
-        :func:`~kdpo_editor.preserve.sparing`. ``most``: edits in a mini-batch, by default as many as ``budget`` allows.
+        :func:`~kdpo_editor.preserve.sparing`. ``most``: edits in a mini-batch, by default as many as ``memory_budget``
+        allows.
         """
         members = range(len(edits)) if members is None else members
         batches = []
         with torch.no_grad():
-            for places in group(suffix, [edits[member].tokens for member in members], budget, most):
+            for places in group(suffix, [edits[member].tokens for member in members], hparams.memory_budget, most):
                 here = [members[place] for place in places]
                 chosen = [edits[member] for member in here]
                 _, answers, mask, positions = padded([one.tokens for one in chosen])
-                captured = adapted(self._stack(suffix, chosen, positions.to(suffix.device)))
+                place = torch.device("cpu") if hparams.captured_on_host else suffix.place
+                captured = adapted(self._stack(suffix, chosen, positions.to(suffix.device), place))
                 hidden = suffix.replay(captured)
-                batches.append(make_batch(suffix, here, captured, hidden, answers, mask))
+                batches.append(make_batch(suffix, here, captured, hidden, answers, mask, hparams.margin))
         return batches
 
-    def _stack(self, suffix: Suffix, edits: Sequence[Kept], positions: Tensor) -> Captured:
-        """One capture of them all; what blocks are told besides hidden states is the same for any tokens."""
-        device = next(suffix.module.parameters()).device
+    def _stack(self, suffix: Suffix, edits: Sequence[Kept], positions: Tensor, place: torch.device) -> Captured:
+        """One capture of them all, in ``place``; what else blocks are told is the same for any tokens."""
         most = getattr(suffix.model.config, "max_position_embeddings", None) or inf
         length = int(min(-(-max(len(one.hidden) for one in edits) // ROUND) * ROUND, most))
         # Taken from as many rows as a power of two.
-        shape = (1 << (len(edits) - 1).bit_length(), length, device)
+        shape = (1 << (len(edits) - 1).bit_length(), length, suffix.place)
         if shape not in self._arguments:
             if len(self._arguments) == SHAPES:
                 del self._arguments[next(iter(self._arguments))]
@@ -191,7 +192,7 @@ class EarlierEdits:
             self._arguments[shape] = suffix.capture(anything, anything[:, :1])[0].arguments
 
         def stack(rows: list[Tensor]) -> Tensor:
-            return torch.stack([nn.functional.pad(r.to(device), (0, 0, 0, length - len(r))) for r in rows])
+            return torch.stack([nn.functional.pad(r.to(place), (0, 0, 0, length - len(r))) for r in rows])
 
         inner = [one.inner for one in edits if one.inner is not None]
         hidden = stack([one.hidden for one in edits])
@@ -205,7 +206,7 @@ def _same(weight: Tensor, value: Tensor) -> bool:
 
 
 def _copied(tensor: Tensor, hparams: KDPOHyperParams) -> Tensor:
-    return tensor.detach().to("cpu" if hparams.replay_on_host else tensor.device, copy=True)
+    return tensor.detach().to("cpu" if hparams.captured_on_host else tensor.device, copy=True)
 
 
 # The edits hold no reference to their model, so they go when it does.

@@ -81,6 +81,9 @@ class KDPOHyperParams:
     """"depth_first" edits several requests of one call one after the other, "breadth_first" all at once."""
     memory_budget: float = 2e9
     """Bytes of captured inputs and logits in one mini-batch of "breadth_first"."""
+    captured_on_host: bool = False
+    """Hold captured inputs, those of "replay" too, in main memory instead of on the model's device, to which every pass
+    brings them over."""
     replay: bool = False
     """Remember the edits of a model, also from earlier calls, and train those again that a new edit pushes below
     ``margin``. They are forgotten once the edited matrices are restored or changed by anything else."""
@@ -88,8 +91,6 @@ class KDPOHyperParams:
     """Earlier edits that are looked at for each new one: half those that led by least, half a random sample."""
     replay_budget: float = 1e9
     """Bytes of captured inputs that "replay" may hold; beyond it the edits that lead by most are dropped."""
-    replay_on_host: bool = False
-    """Hold them in main memory instead of on the model's device."""
 
     preserve: float = 0.0
     """How much updates are kept away from inputs that the edited matrix usually sees (:mod:`kdpo_editor.preserve`).

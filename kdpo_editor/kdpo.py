@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from .ablation import OwnAnswerRound
-from .batches import Batch, Round, leads, make_batches
+from .batches import Batch, Round, make_batches
 from .earlier import EarlierEdits, Kept
 from .errors import EditDiverged, ModelError, RequestError
 from .hparams import KDPOHyperParams
@@ -155,13 +155,12 @@ def optimise(
     looked at, and those that were harmed join them. ``edits`` are then added to the earlier ones. ``spared``: a
     preconditioner for each matrix, or none at all.
     """
-    budget = hparams.memory_budget
     kept: list[Kept] = []
     if earlier is None:
-        batches = make_batches(suffix, edits, budget)
+        batches = make_batches(suffix, edits, hparams)
     else:
         kept = [*earlier.capture(suffix, edits, hparams), *earlier.to_check(edits, hparams.replay_checks)]
-        batches = earlier.batches(suffix, kept, budget, range(len(edits)))
+        batches = earlier.batches(suffix, kept, hparams, range(len(edits)))
     # Whether the pass that reads off the negatives is the first step's forward too.
     alone = earlier is None and len(batches) == 1 and not spared
     traces = [EditTrace() for _ in kept or edits]
@@ -174,19 +173,20 @@ def optimise(
         active = [replace(b, captured=adapted(b.captured)) for b in batches] if spared else list(batches)
         for number in range(hparams.cycles):
             if number > 0:
-                _look(suffix, active, graph=alone)
-            rounds: list[Round | OwnAnswerRound] = _unfinished(suffix, active, hparams)
+                _look(active, graph=alone)
+            rounds: list[Round | OwnAnswerRound] = _unfinished(active)
             if not rounds and earlier is not None and len(kept) > len(edits):
                 if looked_back:
-                    _look(suffix, looked_back, graph=False)
+                    _look(looked_back, graph=False)
                 else:
                     checked = range(len(edits), len(kept))
                     most = max(LEAST, -(-len(checked) // PARTS))
-                    looked_back = earlier.batches(suffix, kept, budget, checked, adapted, most)
-                if harmed := _harmed(looked_back, active, hparams.margin):
-                    again = earlier.batches(suffix, kept, budget, harmed, adapted)
+                    looked_back = earlier.batches(suffix, kept, hparams, checked, adapted, most)
+                trained = {member for batch in active for member in batch.members}
+                if harmed := [member for member in _lost(looked_back) if member not in trained]:
+                    again = earlier.batches(suffix, kept, hparams, harmed, adapted)
                     active += again
-                    rounds = _unfinished(suffix, again, hparams)
+                    rounds = _unfinished(again)
             if not rounds:
                 break
             if hparams.objective == "dpo":
@@ -202,40 +202,39 @@ def optimise(
                 for name, w in weights.items():
                     w.copy_(start[name] + hparams.update_scale * (w - start[name]))
         if rounds or hparams.update_scale != 1.0:
-            _look(suffix, looked_back, graph=False)
+            _look(looked_back, graph=False)
 
     if not all(torch.isfinite(w).all() for w in weights.values()):
         raise EditDiverged("the edited weights became NaN or infinite")
     if rounds or hparams.update_scale != 1.0 or spared:
-        _look(suffix, batches, graph=False)
-    unfinished = {member for current in _unfinished(suffix, batches, hparams) for member in current.members}
+        _look(batches, graph=False)
+    lost = set(_lost(batches))
     for i, trace in enumerate(traces):
-        trace.converged = i not in unfinished
+        trace.converged = i not in lost
     if earlier is not None:
-        for member, value in leads([*batches, *looked_back]).items():
-            kept[member].lead = value
+        for batch in chain(batches, looked_back):
+            for member, value in zip(batch.members, batch.lead.tolist(), strict=True):
+                kept[member].lead = value
         earlier.kept += kept[: len(edits)]
         earlier.repaired += sum(bool(trace.cycles) for trace in traces[len(edits) :])
     return traces[: len(edits)]
 
 
-def _look(suffix: Suffix, batches: list[Batch], graph: bool) -> None:
+def _look(batches: list[Batch], graph: bool) -> None:
     """Bring every batch up to date with the weights."""
     with torch.set_grad_enabled(graph):
         for batch in batches:
-            batch.look(suffix)
+            batch.look()
 
 
-def _unfinished(suffix: Suffix, batches: list[Batch], hparams: KDPOHyperParams) -> list[Round | OwnAnswerRound]:
+def _unfinished(batches: list[Batch]) -> list[Round | OwnAnswerRound]:
     """What remains to be done in each batch."""
-    return [remaining for batch in batches if (remaining := batch.remaining(suffix, hparams.margin)) is not None]
+    return [remaining for batch in batches if (remaining := batch.remaining()) is not None]
 
 
-def _harmed(looked_back: list[Batch], active: list[Batch], margin: float) -> list[int]:
-    """The earlier edits that are not won and not being trained yet, by their numbers."""
-    there = {member for batch in active for member in batch.members}
-    lost = [m for b in looked_back for m, loses in zip(b.members, b.losing(margin)[1].tolist(), strict=True) if loses]
-    return [member for member in lost if member not in there]
+def _lost(batches: list[Batch]) -> list[int]:
+    """The edits that are not won, by their numbers."""
+    return [m for batch in batches for m, loses in zip(batch.members, batch.losing.tolist(), strict=True) if loses]
 
 
 def _step(current: Round | OwnAnswerRound, optimizer: Optimizer, hparams: KDPOHyperParams, use_first: bool) -> None:

@@ -112,8 +112,10 @@ def sparing(
     def adapted(captured: Captured) -> Captured:
         for spared, start in shifts:
             assert captured.inner is not None
-            base = spared.product(captured.inner, start).view(captured.hidden.shape)
-            captured = replace(captured, hidden=captured.hidden + base, inner=spared(captured.inner))
+            inner = captured.inner.to(start.device)
+            base = spared.product(inner, start).view(captured.hidden.shape).to(captured.hidden.device)
+            inner = spared(inner).to(captured.inner.device)
+            captured = replace(captured, hidden=captured.hidden + base, inner=inner)
         return captured
 
     with ExitStack() as patches, torch.no_grad():

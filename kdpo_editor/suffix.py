@@ -65,6 +65,10 @@ class Captured:
         )
         return Captured(hidden, inner, arguments, positions, subject)
 
+    def to(self, device: torch.device | str) -> Captured:
+        """The same with the large tensors, ``hidden`` and ``inner``, on ``device``; replaying brings them back."""
+        return replace(self, hidden=self.hidden.to(device), inner=None if self.inner is None else self.inner.to(device))
+
 
 def rows_of(value: Any, size: int, kept: Tensor) -> Any:
     """What belongs to the rows ``kept``, ``[K]`` int64, of a batch of ``size``, in tensors and whatever holds them."""
@@ -129,6 +133,11 @@ class Suffix:
         return cls(model, blocks_name(hparams), first, modules[first], at_subject)
 
     @property
+    def place(self) -> torch.device:
+        """Where the edited matrix is, and replay begins."""
+        return next(self.module.parameters()).device
+
+    @property
     def device(self) -> torch.device:
         """Where token ids go."""
         embeddings = self.model.get_input_embeddings()  # type: ignore[operator]
@@ -170,6 +179,7 @@ class Suffix:
     def replay(self, captured: Captured) -> Tensor:
         """The final hidden states, ``[B, T, D]``, that the whole model would give with its weights as they are now."""
         blocks = self.blocks
+        captured = captured.to(self.place)
         hidden = captured.hidden
         with self._trained_at(captured.subject):
             if captured.inner is not None:

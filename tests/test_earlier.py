@@ -6,6 +6,7 @@ import copy
 import gc
 import logging
 import weakref
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from kdpo_editor import EarlierEdits, EditDiverged, apply_kdpo_to_model, edit
 from kdpo_editor.earlier import Kept
 from kdpo_editor.objectives import lead
 from kdpo_editor.requests import EditTokens
+from kdpo_editor.suffix import Suffix
 
 SECOND = {"prompt": "Which family does Epaspidoceras belong to?", "target_new": "Noctuidae"}
 THIRD = {"prompt": "What is the capital of the old country by the sea?", "target_new": "Noctuidae of the north"}
@@ -215,13 +217,27 @@ def test_beyond_the_budget_the_safest_are_dropped_and_counted(
     assert "1 earlier edits were dropped" in caplog.text
 
 
-def test_edits_kept_on_the_host_give_the_same_edits(llama: Any, settings: Any) -> None:
+@pytest.mark.parametrize("replay", [True, False])
+def test_edits_captured_on_the_host_are_the_same(llama: Any, settings: Any, replay: bool) -> None:
     model, tok = llama
     other = copy.deepcopy(model)
-    one_call_each(model, tok, REQUESTS, settings(**MARGIN, replay=True))
-    one_call_each(other, tok, REQUESTS, settings(**MARGIN, replay=True, replay_on_host=True))
+    hparams = settings(**MARGIN, replay=replay, schedule="breadth_first", memory_budget=1.0)
+    one_call_each(model, tok, REQUESTS, hparams)
+    one_call_each(other, tok, REQUESTS, replace(hparams, captured_on_host=True))
     assert_same(model, state(other))
-    assert {t.hidden.device.type for t in EarlierEdits.of(other, named(other, 4)).kept} == {"cpu"}
+    assert {t.hidden.device.type for t in EarlierEdits.of(other, named(other, 4)).kept} <= {"cpu"}
+
+
+@torch.no_grad()
+def test_what_was_captured_moves_but_for_what_blocks_are_told(llama: Any, settings: Any) -> None:
+    model, _ = llama
+    hparams = settings()
+    suffix = Suffix.above(model, named(model, 4), hparams)
+    captured, _ = suffix.capture(torch.arange(4).unsqueeze(0), torch.tensor([[3]]))
+    moved = captured.to("meta")
+    assert moved.inner is not None
+    assert (moved.hidden.device.type, moved.inner.device.type, moved.positions.device.type) == ("meta", "meta", "cpu")
+    assert moved.arguments is captured.arguments
 
 
 def test_a_half_precision_model_keeps_its_edits_in_its_own_dtype(llama: Any, settings: Any) -> None:

@@ -14,6 +14,7 @@ from tokenizers import processors
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from kdpo_editor import EditDiverged, apply_kdpo_to_model, edit
+from kdpo_editor.compare.memory import peak_bytes
 from kdpo_editor.objectives import competitors, dpo_loss, kdpo_loss
 
 SECOND = {"prompt": "Which family does Epaspidoceras belong to?", "target_new": "Noctuidae"}
@@ -329,7 +330,23 @@ def test_a_step_computes_two_logits_an_answer_position(settings: Any) -> None:
     _, _, (trace,) = edit(model, tok, [REQUEST], settings(layers=[1], cycles=2, lr=1e-6, stop_loss=0.0))
     assert not trace.converged
     whole, pairs = (1, 1, 1024), (1, 1, 2)
-    assert shapes == [whole, *[pairs] * 8] * 2 + [whole]
+    reference_and_steps = [pairs] * (1 + 8)
+    assert shapes == [whole, *reference_and_steps] * 2 + [whole]
+
+
+def test_memory_of_many_edits_grows_by_less_than_their_logits(settings: Any) -> None:
+    """Mini-batches keep hidden states; a vocabulary's logits are there for one of them at a time."""
+    _, tok = load("llama")
+    vocabulary = 20_000
+    config = LlamaConfig(
+        vocab_size=vocabulary, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2
+    )
+    model = AutoModelForCausalLM.from_config(config)
+    hparams = settings(layers=[1], cycles=1, schedule="breadth_first", memory_budget=1.0)
+    edit(model, tok, [REQUEST], hparams)  # the first edit of a model examines it
+    requests = [{**REQUEST, "prompt": f"{n} {REQUEST['prompt']}"} for n in range(12)]
+    few, many = (peak_bytes(lambda some=requests[:count]: edit(model, tok, some, hparams)) for count in (4, 12))  # type: ignore[misc]
+    assert many - few < 8 * 4 * vocabulary
 
 
 REPHRASES = ["To which family does Epaspidoceras belong?", "The family of Epaspidoceras is"]

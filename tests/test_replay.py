@@ -200,11 +200,11 @@ def test_edits_captured_one_by_one_are_replayed_together(name: str, most: int | 
     earlier = EarlierEdits()
     kept = [one for tokens in edits for one in earlier.capture(suffix, [tokens], hparams)]
     change(weight)
-    batches = earlier.batches(suffix, kept, 2e9, most=most)
+    batches = earlier.batches(suffix, kept, hparams, most=most)
     assert [batch.members for batch in batches] == groups
-    for member, logits in ((m, row) for b in batches for m, row in zip(b.members, b.logits, strict=True)):
+    for member, hidden in ((m, row) for b in batches for m, row in zip(b.members, b.hidden, strict=True)):
         expected = model(input_ids=edits[member].sequence.unsqueeze(0)).logits[0, -2:].float()
-        torch.testing.assert_close(logits, expected, atol=1e-5, rtol=0)
+        torch.testing.assert_close(suffix.logits(hidden.unsqueeze(0))[0], expected, atol=1e-5, rtol=0)
 
 
 @pytest.mark.usefixtures("worth")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import inf
 from typing import Any
 
 import torch
@@ -47,7 +46,7 @@ class Prefixes:
             return None
         keys = ("model_name", "layers", "rewrite_module_tmp")
         try:
-            hparams = KDPOHyperParams(**{key: settings[key] for key in keys}, replay_on_host=True)
+            hparams = KDPOHyperParams(**{key: settings[key] for key in keys}, captured_on_host=True)
             suffix = Suffix.above(model, find_matrices(model, hparams), hparams)
             with as_found(model), torch.no_grad():
                 suffix.capture(torch.arange(4).unsqueeze(0), torch.tensor([[3]]))
@@ -62,9 +61,10 @@ class Prefixes:
         order = sorted(range(len(edits)), key=lambda i: len(edits[i].sequence))
         with as_found(self.suffix.model):
             for members in (order[start : start + ROWS] for start in range(0, len(order), ROWS)):
-                (batch,) = self._rows.batches(self.suffix, self._captured([edits[i] for i in members]), inf)
-                for member, best, real in zip(batch.members, batch.logits.argmax(-1), batch.mask, strict=True):
-                    found[members[member]] = best[real].tolist()
+                captured = self._captured([edits[i] for i in members])
+                for batch in self._rows.batches(self.suffix, captured, self.hparams):
+                    for member, best, real in zip(batch.members, batch.negative, batch.mask, strict=True):
+                        found[members[member]] = best[real].tolist()
         return found
 
     def _captured(self, edits: Sequence[EditTokens]) -> list[Kept]:
