@@ -95,6 +95,9 @@ class KDPOHyperParams:
     preserve: float = 0.0
     """How much updates are kept away from inputs that the edited matrix usually sees (:mod:`kdpo_editor.preserve`).
     Above 0 ``lr`` has another meaning and is to be chosen anew."""
+    preserve_outputs: float = 0.0
+    """How much updates are kept away from what the model's usual predictions hang on, among the directions in which the
+    edited matrix's output can move."""
     preserve_text: str | None = None
     """What a model usually sees: a text file (a paragraph or sentence a line), "shipped" or "kdpo-llama-pararel" for
     what the shipped or second model was taught, or ``None`` for what the model writes by itself."""
@@ -129,7 +132,7 @@ class KDPOHyperParams:
             self._check(key, getattr(self, key) >= 1, "at least 1")
         for key in ("lr", "beta", "subject_rate", "memory_budget", "replay_budget"):
             self._check(key, getattr(self, key) > 0, "more than 0")
-        for key in ("stop_loss", "weight_decay", "margin", "preserve"):
+        for key in ("stop_loss", "weight_decay", "margin", "preserve", "preserve_outputs"):
             self._check(key, getattr(self, key) >= 0, "0 or more")
         self._check("norm_constraint", self.norm_constraint is None or self.norm_constraint > 0, "more than 0 or null")
         if isinstance(self.device, int):
@@ -142,11 +145,11 @@ class KDPOHyperParams:
         one_by_one = self.schedule == "depth_first" or self.objective != "dpo"
         self._check("schedule", one_by_one, "depth_first where objective is dpo")
         self._check("replay", not self.replay or self.objective != "dpo", "false where objective is dpo")
-        self._check("weight_decay", not (self.preserve and self.weight_decay), "0 where preserve is not")
-        self._check(
-            "norm_constraint", not self.preserve or self.norm_constraint is None, "null where preserve is not 0"
-        )
-        self._check("preserve", not self.preserve or self.objective != "dpo", "0 where objective is dpo")
+        for key in ("preserve", "preserve_outputs"):
+            off = not getattr(self, key)
+            self._check("weight_decay", off or not self.weight_decay, f"0 where {key} is not")
+            self._check("norm_constraint", off or self.norm_constraint is None, f"null where {key} is not 0")
+            self._check(key, off or self.objective != "dpo", "0 where objective is dpo")
         self._check("ledger", self.ledger != "", "a folder or null")
 
     @property

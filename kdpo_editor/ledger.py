@@ -33,7 +33,7 @@ from .errors import DamagedFileError, EditDiverged, FingerprintError, LedgerErro
 from .hparams import KDPOHyperParams
 from .kdpo import EditTrace, edit
 from .manifest import EditInfo, Value, check_config, config_of, matrices_of, value_of, values_from
-from .preserve import known, spectra
+from .preserve import known, preconditioners
 from .storage import (
     MAX_JSON,
     dump_json,
@@ -255,9 +255,9 @@ class EditLedger:
         self._check_writable()
         matrices = find_matrices(model, hparams)
         self.follow(model)
-        if hparams.preserve and self.head and not known(model, list(matrices), hparams.preserve_text):
+        if self.head and not known(model, list(matrices), hparams):
             with original(model, {name: self._load(value) for name, value in self.state(0).items()}):
-                spectra(model, tok, list(matrices), hparams.preserve_text)
+                preconditioners(model, tok, matrices, hparams)
         if hparams.replay:
             EarlierEdits.recall(model, tok, self.requests, hparams)
         edited, originals, traces = edit(model, tok, requests, hparams, copy=copy)

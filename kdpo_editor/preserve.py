@@ -1,15 +1,18 @@
-"""Spare what a model usually does: steps preconditioned by the second moments of a matrix's inputs (``preserve``).
+"""Spare what a model usually does: steps preconditioned on both sides of a matrix (``preserve``, ``preserve_outputs``).
 
 An update ``D`` of a matrix changes its output for an input ``k`` by ``D k``, for the edited fact and for every other
-text alike. With ``C = E[k k^T]`` over text such as the model usually sees, steps are taken on ``D`` in
+text alike. With second moments over text such as the model usually sees, ``C = E[k k^T]`` of the inputs and
+``G = E[g g^T]`` of the gradients of its own predictions' leads with respect to the outputs, steps are taken on ``D`` in
 
-    W = W_0 + D P,    P = (I + preserve * C / mean eigenvalue of C)^(-1/2)
+    W = W_0 + Q D P,    P = (I + preserve * C / mean eigenvalue of C)^(-1/2)
+                        Q = (I + preserve_outputs * G / mean eigenvalue of G)^(-1/2)
 
 so that what an update does to common inputs is damped and what it does to rare ones, such as an edited subject's, is
-not. ``D`` is trained in the matrix's place, with ``P k`` for input, and what ``W_0`` makes of ``k`` is added; for the
-first edited matrix both are known before the first step, so steps cost what they cost without.
+not; and that outputs move rather in directions which few predictions hang on. ``D`` is trained in the matrix's place,
+with ``P k`` for input and ``Q`` on its output, and what ``W_0`` makes of ``k`` is added; for the first edited matrix
+``P k`` and ``W_0 k`` are known before the first step, so steps cost what they cost without, but for ``Q``.
 
-This is the input side of a Kronecker-factored natural gradient (Martens and Grosse 2015), for the purpose that MEMIT's
+This is a Kronecker-factored natural gradient (Martens and Grosse 2015), its input side for the purpose that MEMIT's
 ``C_0`` (Meng et al. 2023, eq. 14) and AlphaEdit's projection (Fang et al. 2025) serve in closed form.
 """
 
@@ -26,15 +29,18 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from .errors import HyperParamsError, ModelError
 from .hparams import KDPOHyperParams
 from .suffix import Captured, Suffix, forward_is
-from .weights import as_found
+from .weights import as_found, only_training
 
 # Lines of a text that are read, and tokens of each.
 LINES = 4096
 LONGEST = 256
+# Texts whose predictions' gradients are looked at, at most.
+GRADIENTS = 1024
 # Texts that a model writes, their longest length and how many at a time.
 TEXTS = 512
 LENGTH = 32
@@ -44,53 +50,78 @@ RANK = 2048
 
 
 @dataclass(frozen=True)
-class Preconditioner:
-    """``P``, as ``rest * I + left @ right``, with ``left`` ``[F, R]`` and ``right`` ``[R, F]``, or as ``left`` alone.
-
-    ``transposed``: the matrix is stored as ``[F, D]``, as GPT-2's are, and not as ``[D, F]``.
-    """
+class Damping:
+    """A symmetric matrix: ``rest * I + left @ right``, of ``[N, R]`` and ``[R, N]``, or ``left`` ``[N, N]`` alone."""
 
     left: Tensor
     right: Tensor | None
     rest: float
-    transposed: bool
 
     def __call__(self, rows: Tensor) -> Tensor:
-        """``rows @ P``: ``[..., F]`` to ``[..., F]``."""
+        """``rows`` times it: ``[..., N]`` to ``[..., N]``."""
         return rows @ self.left if self.right is None else self.rest * rows + (rows @ self.left) @ self.right
-
-    def change(self, update: Tensor) -> Tensor:
-        """What ``D`` in the place of the matrix changes it by: ``D P``, or ``P D`` where ``transposed``."""
-        return self(update.T).T if self.transposed else self(update)
-
-    def product(self, inputs: Tensor, weight: Tensor) -> Tensor:
-        """What ``weight`` makes of ``inputs``, ``[..., F]`` to ``[..., D]``."""
-        return inputs @ (weight if self.transposed else weight.T)
 
 
 @dataclass(frozen=True, eq=False)
 class Spectrum:
-    """Of ``C``: its mean eigenvalue, the ``R`` largest and the next one ``[R + 1]``, and the directions of those R."""
+    """Of ``C`` or ``G``: its mean eigenvalue, the ``R`` largest and the next ``[R + 1]``, and those R's directions."""
 
     mean: Tensor
     values: Tensor
     directions: Tensor
-    _made: dict[Any, Preconditioner] = field(default_factory=dict)
+    _made: dict[Any, Damping] = field(default_factory=dict)
 
-    def preconditioner(self, strength: float, weight: Tensor) -> Preconditioner:
-        """For updates of ``weight``, in its dtype and place. ``strength``: ``preserve`` of the settings."""
-        key = strength, weight.dtype, weight.device, weight.shape
+    @classmethod
+    def of(cls, moments: Tensor) -> Spectrum:
+        """That of sums or means ``[N, N]``, fp32."""
+        values, directions = torch.linalg.eigh(moments)
+        top = min(RANK, len(values) - 1)
+        values = values.clamp_min(0).flip(0)[: top + 1]
+        return cls(moments.trace() / len(moments), values, directions.flip(1)[:, :top].contiguous())
+
+    def damping(self, strength: float, weight: Tensor) -> Damping:
+        """``(I + strength * moments / mean)^(-1/2)`` in the dtype and place of ``weight``, of any shape."""
+        key = strength, weight.dtype, weight.device
         if key not in self._made:
             factors = (1 + strength * self.values / self.mean).rsqrt()
             rest = factors[-1].item()
             left, right = self.directions * (factors[:-1] - rest), self.directions.T
-            transposed = weight.shape[0] == len(self.directions) != weight.shape[1]
             if 2 * len(factors) < len(self.directions):
-                self._made[key] = Preconditioner(left.to(weight), right.to(weight), rest, transposed)
+                self._made[key] = Damping(left.to(weight), right.to(weight), rest)
             else:
                 whole = left @ right + rest * torch.eye(len(left), device=left.device)
-                self._made[key] = Preconditioner(whole.to(weight), None, 0.0, transposed)
+                self._made[key] = Damping(whole.to(weight), None, 0.0)
         return self._made[key]
+
+
+@dataclass(frozen=True)
+class Preconditioner:
+    """Of one matrix: ``P`` and ``Q``, ``None`` where they are the identity.
+
+    ``transposed``: the matrix is stored as ``[F, D]``, as GPT-2's are, and not as ``[D, F]``.
+    """
+
+    inputs: Damping | None
+    outputs: Damping | None
+    transposed: bool
+
+    def change(self, update: Tensor) -> Tensor:
+        """What ``D`` in the place of the matrix changes it by: ``Q D P``, or ``P D Q`` where ``transposed``. ``[D, F]``
+        or ``[F, D]``, as the matrix."""
+        rows = update.T if self.transposed else update
+        if self.inputs is not None:
+            rows = self.inputs(rows)
+        if self.outputs is not None:
+            rows = self.outputs(rows.T).T
+        return rows.T if self.transposed else rows
+
+    def before(self, inputs: Tensor) -> Tensor:
+        """``P k`` of inputs ``[..., F]``."""
+        return inputs if self.inputs is None else self.inputs(inputs)
+
+    def product(self, inputs: Tensor, weight: Tensor) -> Tensor:
+        """What ``weight`` makes of ``inputs``, ``[..., F]`` to ``[..., D]``."""
+        return inputs @ (weight if self.transposed else weight.T)
 
 
 @contextmanager
@@ -98,9 +129,9 @@ def sparing(
     suffix: Suffix, weights: dict[str, nn.Parameter], preconditioners: Sequence[Preconditioner], inside: bool
 ) -> Iterator[Callable[[Captured], Captured]]:
     """Inside, ``weights`` hold ``D``, zero at first; replaying what the function yielded makes of a capture gives what
-    ``W_0 + D P`` would.
+    ``W_0 + Q D P`` would.
 
-    Afterwards ``weights`` are ``W_0 + D P``, rounded to their dtype; on an exception they are left undefined. Without
+    Afterwards ``weights`` are ``W_0 + Q D P``, rounded to their dtype; on an exception they are left undefined. Without
     preconditioners they stay themselves. ``inside``: whether captures begin at a matrix, and not at its block.
     """
     if not preconditioners:
@@ -114,7 +145,7 @@ def sparing(
             assert captured.inner is not None
             inner = captured.inner.to(start.device)
             base = spared.product(inner, start).view(captured.hidden.shape).to(captured.hidden.device)
-            inner = spared(inner).to(captured.inner.device)
+            inner = spared.before(inner).to(captured.inner.device)
             captured = replace(captured, hidden=captured.hidden + base, inner=inner)
         return captured
 
@@ -123,8 +154,9 @@ def sparing(
             module = suffix.model.get_submodule(name.rpartition(".")[0])
             if module is suffix.module and inside:
                 shifts.append((spared, starts[name]))
+                patches.enter_context(forward_is(module, _after(module, spared)))
             else:
-                patches.enter_context(forward_is(module, _with_start(module.forward, spared, starts[name])))
+                patches.enter_context(forward_is(module, _with_start(module, spared, starts[name])))
             weight.zero_()
         with torch.enable_grad():
             yield adapted
@@ -132,55 +164,84 @@ def sparing(
             weight.copy_(starts[name] + spared.change(weight))
 
 
-def _with_start(
-    forward: Callable[[Tensor], Tensor], spared: Preconditioner, start: Tensor
-) -> Callable[[Tensor], Tensor]:
-    return lambda inputs: forward(spared(inputs)) + spared.product(inputs, start)
+def _after(module: nn.Module, spared: Preconditioner) -> Callable[[Tensor], Tensor]:
+    """``module``'s forward with ``Q`` on the matrix's output, but not on the bias that it adds."""
+    forward: Callable[[Tensor], Tensor] = module.forward
+    outputs, bias = spared.outputs, getattr(module, "bias", None)
+    if outputs is None:
+        return forward
+    if bias is None:
+        return lambda inputs: outputs(forward(inputs))
+    return lambda inputs: outputs(forward(inputs) - bias) + bias
 
 
-# By model and name of a matrix, with the text's name. They stay when the model is edited.
-_KNOWN: WeakKeyDictionary[nn.Module, dict[tuple[str, str | None], Spectrum]] = WeakKeyDictionary()
+def _with_start(module: nn.Module, spared: Preconditioner, start: Tensor) -> Callable[[Tensor], Tensor]:
+    """What ``W_0 + Q D P`` makes of an input, where ``module`` holds ``D``."""
+    forward = _after(module, spared)
+    return lambda inputs: forward(spared.before(inputs)) + spared.product(inputs, start)
 
 
-def known(model: nn.Module, names: Sequence[str], text: str | None) -> bool:
-    """Whether the spectra of these matrices' inputs were computed before."""
-    return {(name, text) for name in names} <= set(_KNOWN.get(model, {}))
+# By model, with a matrix's name, its side and the text's name. They stay when the model is edited.
+_KNOWN: WeakKeyDictionary[nn.Module, dict[tuple[str, str, str | None], Spectrum]] = WeakKeyDictionary()
+
+
+def known(model: nn.Module, names: Sequence[str], hparams: KDPOHyperParams) -> bool:
+    """Whether what :func:`preconditioners` needs for the matrices ``names`` was computed before."""
+    wanted = {(name, side, hparams.preserve_text) for name in names for side in _strengths(hparams)}
+    return wanted <= set(_KNOWN.get(model, {}))
 
 
 def preconditioners(
     model: nn.Module, tok: Any, weights: Mapping[str, Tensor], hparams: KDPOHyperParams
 ) -> list[Preconditioner]:
-    """One for each of ``weights``, none where ``preserve`` is 0; errors as those of :func:`spectra`."""
-    if not hparams.preserve:
+    """One for each of ``weights``, ``{name: [D, F] or [F, D]}``; none where both strengths are 0. Errors as those of
+    :func:`spectra`."""
+    strengths = _strengths(hparams)
+    if not strengths:
         return []
-    found = spectra(model, tok, list(weights), hparams.preserve_text)
-    return [one.preconditioner(hparams.preserve, weight) for one, weight in zip(found, weights.values(), strict=True)]
+    dampings: dict[str, list[Damping | None]] = {side: [None] * len(weights) for side in ("inputs", "outputs")}
+    for side, strength in strengths.items():
+        found = spectra(model, tok, list(weights), hparams.preserve_text, side)
+        dampings[side] = [one.damping(strength, w) for one, w in zip(found, weights.values(), strict=True)]
+    transposed = [isinstance(model.get_submodule(name.rpartition(".")[0]), Conv1D) for name in weights]
+    return [Preconditioner(*each) for each in zip(dampings["inputs"], dampings["outputs"], transposed, strict=True)]
 
 
-def spectra(model: nn.Module, tok: Any, names: Sequence[str], text: str | None) -> list[Spectrum]:
-    """Of the inputs of the matrices ``names``; computed once for each model object.
+def _strengths(hparams: KDPOHyperParams) -> dict[str, float]:
+    both = {"inputs": hparams.preserve, "outputs": hparams.preserve_outputs}
+    return {side: strength for side, strength in both.items() if strength}
+
+
+def spectra(model: nn.Module, tok: Any, names: Sequence[str], text: str | None, side: str = "inputs") -> list[Spectrum]:
+    """Of the inputs of the matrices ``names``, or of the gradients of their "outputs"; computed once for each model
+    object.
 
     ``text``: a file of text in UTF-8, a paragraph or sentence a line; "shipped" or "kdpo-llama-pararel" for what the
     shipped or second model was taught; or ``None`` for what ``model`` writes by itself.
 
     Raises:
         HyperParamsError: the file cannot be read or is empty.
-        ModelError: the model is to write text and its tokenizer has no token to begin with, or inputs are not finite.
+        ModelError: the model is to write text and its tokenizer has no token to begin with, inputs or gradients are
+            not finite, or no prediction depends on a matrix's outputs.
     """
-    if not known(model, names, text):
+    found = _KNOWN.setdefault(model, {})
+    if not {(name, side, text) for name in names} <= set(found):
         # Of a text of its own the token that begins it is left out.
         windows, skip = (_own_texts(model, tok), 1) if text is None else (_windows(tok, text), 0)
-        moments = second_moments(model, [n.rpartition(".")[0] for n in names], windows, skip)
-        found = _KNOWN.setdefault(model, {})
-        for name, (sums, _) in zip(names, moments.values(), strict=True):
+        modules = [name.rpartition(".")[0] for name in names]
+        if side == "inputs":
+            moments = {module: sums for module, (sums, _) in second_moments(model, modules, windows, skip).items()}
+        else:
+            moments = lead_moments(model, modules, windows[:GRADIENTS], skip)
+        for name, sums in zip(names, moments.values(), strict=True):
             total = sums.float()
             if not torch.isfinite(total).all():
-                raise ModelError(f"preserve: the inputs of {name} are NaN or infinite on ordinary text")
-            values, directions = torch.linalg.eigh(total)
-            top = min(RANK, len(values) - 1)
-            values = values.clamp_min(0).flip(0)[: top + 1]
-            found[name, text] = Spectrum(total.trace() / len(total), values, directions.flip(1)[:, :top].contiguous())
-    return [_KNOWN[model][name, text] for name in names]
+                what = "inputs" if side == "inputs" else "gradients of the outputs"
+                raise ModelError(f"preserve: the {what} of {name} are NaN or infinite on ordinary text")
+            if not total.trace() > 0:
+                raise ModelError(f"preserve_{side}: nothing depends on the outputs of {name} on ordinary text")
+            found[name, side, text] = Spectrum.of(total)
+    return [found[name, side, text] for name in names]
 
 
 def _windows(tok: Any, text: str) -> list[Tensor]:
@@ -245,14 +306,13 @@ def second_moments(
     models answer to whatever comes first with inputs of another size altogether (Sun et al. 2024, "Massive
     Activations").
     """
-    device = model.get_input_embeddings().weight.device  # type: ignore[operator]
     sums: dict[str, Tensor] = {}
     count = 0
-    real = torch.empty(0)
+    counted = torch.empty(0)
 
     def hook(name: str) -> Any:
         def add(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-            keys = arguments[0].reshape(real.numel(), -1)[real.flatten().to(arguments[0].device)].float()
+            keys = arguments[0].reshape(counted.numel(), -1)[counted.flatten().to(arguments[0].device)].float()
             sums[name] = sums.get(name, 0) + (keys.T @ keys).double()
 
         return model.get_submodule(name).register_forward_pre_hook(add)
@@ -260,15 +320,63 @@ def second_moments(
     handles = [hook(name) for name in names]
     try:
         with as_found(model):
-            stream = iter(windows)
-            while group := list(islice(stream, batch)):
-                ids = nn.utils.rnn.pad_sequence(group, batch_first=True).to(device)
-                real = nn.utils.rnn.pad_sequence([torch.ones_like(g) for g in group], batch_first=True).bool()
-                mask = real.to(ids)
-                real[:, :skip] = False
+            for ids, mask, counted in _padded(model, windows, skip, batch):
                 model(input_ids=ids, attention_mask=mask, use_cache=False)
-                count += int(real.sum())
+                count += int(counted.sum())
     finally:
         for handle in handles:
             handle.remove()
     return {name: (sums[name], count) for name in names if count}
+
+
+def lead_moments(
+    model: nn.Module, names: Sequence[str], windows: Iterable[Tensor], skip: int = 0, batch: int = 16
+) -> dict[str, Tensor]:
+    """For each module named, the sum of ``g g^T`` over the tokens of ``windows`` (``[D, D]``, fp64, on its device).
+
+    ``g`` is the gradient, with respect to the module's output for a token, of the sum over the text's positions of
+    ``s p (z_1 - z_2)``: by how much the model's first choice leads the second there, times its probability, so that
+    what the model is not sure of hardly counts, and times a random sign, so that positions do not add up. Arguments as
+    :func:`second_moments`; the signs are the same every time.
+    """
+    sums: dict[str, Tensor] = {}
+    outputs: dict[str, Tensor] = {}
+    signs = torch.Generator().manual_seed(0)
+
+    def hook(name: str) -> Any:
+        def keep(_: nn.Module, arguments: Any, output: Tensor) -> Tensor:
+            outputs[name] = output if output.requires_grad else output.detach().requires_grad_()
+            return outputs[name]
+
+        return model.get_submodule(name).register_forward_hook(keep)
+
+    handles = [hook(name) for name in names]
+    try:
+        with only_training(model, {}, {}), torch.enable_grad():
+            for ids, mask, counted in _padded(model, windows, skip, batch):
+                logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits.float()
+                first, second = logits.topk(2, -1).values.unbind(-1)
+                sign = 2.0 * torch.randint(0, 2, first.shape, generator=signs) - 1
+                sure = logits.detach().softmax(-1).amax(-1)
+                total = ((sign * counted).to(first.device) * sure * (first - second)).sum()
+                for name, g in zip(names, torch.autograd.grad(total, [outputs[name] for name in names]), strict=True):
+                    rows = g.reshape(counted.numel(), -1)[counted.flatten().to(g.device)].float()
+                    sums[name] = sums.get(name, 0) + (rows.T @ rows).double()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: sums[name] for name in names if sums}
+
+
+def _padded(
+    model: nn.Module, windows: Iterable[Tensor], skip: int, batch: int
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Token ids and attention mask ``[B, L]`` on the model's device, and which tokens count, ``[B, L]`` bool."""
+    device = model.get_input_embeddings().weight.device  # type: ignore[operator]
+    stream = iter(windows)
+    while group := list(islice(stream, batch)):
+        ids = nn.utils.rnn.pad_sequence(group, batch_first=True).to(device)
+        real = nn.utils.rnn.pad_sequence([torch.ones_like(g) for g in group], batch_first=True).bool()
+        mask = real.to(ids)
+        real[:, :skip] = False
+        yield ids, mask, real

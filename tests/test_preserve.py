@@ -12,7 +12,7 @@ from conftest import PARAMETER, REQUEST, assert_same, load, state
 
 from kdpo_editor import EditLedger, HyperParamsError, ModelError, apply_kdpo_to_model, edit
 from kdpo_editor.answers import says_target
-from kdpo_editor.preserve import Spectrum, spectra
+from kdpo_editor.preserve import Preconditioner, Spectrum, lead_moments, second_moments, spectra
 
 SPARE = {"preserve": 10.0, "lr": 3e-3, "margin": 1.0}
 SECOND = {"prompt": "Who was Julius Petersen's doctoral advisor?", "target_new": "Hans Hansen"}
@@ -32,59 +32,97 @@ def test_the_second_models_text_goes_by_its_name(
     assert torch.equal(named.values, given.values)
 
 
-def spectrum(width: int, kept: int) -> tuple[torch.Tensor, Spectrum]:
+def moments(width: int) -> torch.Tensor:
     keys = torch.randn(200, width, generator=torch.Generator().manual_seed(0)) * torch.logspace(1, -1, width)
-    moment = keys.T @ keys / 200
-    values, directions = torch.linalg.eigh(moment)
-    return moment, Spectrum(moment.trace() / width, values.flip(0)[: kept + 1], directions.flip(1)[:, :kept])
+    return keys.T @ keys / 200
+
+
+def inverse_root(strength: float, moment: torch.Tensor) -> torch.Tensor:
+    values, directions = torch.linalg.eigh(torch.eye(len(moment)) + strength * moment / moment.diagonal().mean())
+    return directions @ torch.diag(values.rsqrt()) @ directions.T
+
+
+def matrix(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(1))
 
 
 def test_with_all_directions_it_is_the_inverse_root() -> None:
-    moment, found = spectrum(12, 11)
-    weight = torch.randn(5, 12, generator=torch.Generator().manual_seed(1))
-    spared = found.preconditioner(3.0, weight).change(weight)
-    values, directions = torch.linalg.eigh(torch.eye(12) + 3.0 * moment / moment.diagonal().mean())
-    torch.testing.assert_close(
-        spared, weight @ directions @ torch.diag(values.rsqrt()) @ directions.T, rtol=1e-4, atol=1e-5
-    )
+    damping = Spectrum.of(moments(12)).damping(3.0, matrix(1))
+    torch.testing.assert_close(damping(matrix(5, 12)), matrix(5, 12) @ inverse_root(3.0, moments(12)))
 
 
-def test_few_directions_are_a_low_rank_change() -> None:
-    _, found = spectrum(12, 4)
-    weight = torch.randn(5, 12, generator=torch.Generator().manual_seed(1))
-    few = found.preconditioner(3.0, weight)
+def test_few_directions_are_a_low_rank_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kdpo_editor.preserve.RANK", 4)
+    found = Spectrum.of(moments(12))
+    few = found.damping(3.0, matrix(1))
     assert few.right is not None
+    assert few.right.shape == (4, 12)
     rest = torch.eye(12) - found.directions @ found.directions.T
     factors = (1 + 3.0 * found.values / found.mean).rsqrt()
-    expected = weight @ (found.directions @ torch.diag(factors[:-1]) @ found.directions.T + factors[-1] * rest)
-    torch.testing.assert_close(few.change(weight), expected, rtol=1e-4, atol=1e-5)
+    expected = found.directions @ torch.diag(factors[:-1]) @ found.directions.T + factors[-1] * rest
+    torch.testing.assert_close(few(matrix(5, 12)), matrix(5, 12) @ expected, rtol=1e-4, atol=1e-5)
 
 
-def test_a_transposed_matrix_is_spared_alike() -> None:
-    _, found = spectrum(12, 4)
-    weight = torch.randn(5, 12, generator=torch.Generator().manual_seed(1))
-    plain, transposed = found.preconditioner(3.0, weight), found.preconditioner(3.0, weight.T)
-    assert not plain.transposed
-    assert transposed.transposed
-    torch.testing.assert_close(transposed.change(weight.T), plain.change(weight).T)
-    inputs = torch.randn(2, 3, 12, generator=torch.Generator().manual_seed(2))
-    torch.testing.assert_close(transposed.product(inputs, weight.T), plain.product(inputs, weight))
-    torch.testing.assert_close(plain.product(plain(inputs), weight), inputs @ plain.change(weight).T)
+def test_an_update_is_damped_on_both_sides_however_its_matrix_is_stored() -> None:
+    inputs, outputs = (Spectrum.of(moments(width)).damping(3.0, matrix(1)) for width in (12, 5))
+    update, keys = matrix(5, 12), torch.randn(2, 3, 12, generator=torch.Generator().manual_seed(2))
+    plain, transposed = Preconditioner(inputs, outputs, False), Preconditioner(inputs, outputs, True)
+    expected = inverse_root(3.0, moments(5)) @ update @ inverse_root(3.0, moments(12))
+    torch.testing.assert_close(plain.change(update), expected)
+    torch.testing.assert_close(transposed.change(update.T), expected.T)
+    torch.testing.assert_close(transposed.product(keys, update.T), plain.product(keys, update))
+    torch.testing.assert_close(outputs(plain.product(plain.before(keys), update)), keys @ expected.T)
+    torch.testing.assert_close(Preconditioner(inputs, None, False).change(update), inputs(update))
+    torch.testing.assert_close(Preconditioner(None, outputs, False).change(update), outputs(update.T).T)
 
 
 def test_equal_moments_change_nothing() -> None:
-    weight = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
-    same = Spectrum(torch.tensor(2.0), torch.full((3,), 2.0), torch.eye(6)[:, :2]).preconditioner(3.0, weight)
-    torch.testing.assert_close(same.change(weight), weight / 2)  # 1 / sqrt(1 + 3)
+    same = Spectrum.of(2.0 * torch.eye(6)).damping(3.0, matrix(1))
+    torch.testing.assert_close(same(matrix(4, 6)), matrix(4, 6) / 2)  # 1 / sqrt(1 + 3)
+
+
+def test_moments_of_leads_are_those_of_single_gradients(llama: Any) -> None:
+    """One text at a time, one token at a time, by autograd through the weight: of its rows' gradients for one token
+    the bias' gradient, ``g``, is the sum."""
+    model, tok = llama
+    model.requires_grad_(False)
+    module = model.get_submodule(PARAMETER.removesuffix(".weight"))
+    windows = [torch.tensor(tok(p["prompt"])["input_ids"]) for p in (REQUEST, SECOND)]
+    (found,) = lead_moments(model, [PARAMETER.removesuffix(".weight")], windows, skip=1, batch=1).values()
+    assert not any(p.requires_grad for p in model.parameters())
+    signs = torch.Generator().manual_seed(0)
+    expected = torch.zeros(module.out_features, module.out_features, dtype=torch.float64)
+    for ids in windows:
+        shift = torch.zeros(len(ids), module.out_features, requires_grad=True)
+        handle = module.register_forward_hook(lambda m, a, out, shift=shift: out + shift)
+        logits = model(input_ids=ids.unsqueeze(0)).logits[0].float()
+        handle.remove()
+        sign = 2.0 * torch.randint(0, 2, (1, len(ids)), generator=signs)[0] - 1
+        top = logits.topk(2).values
+        lead = logits.detach().softmax(-1).amax(-1) * (top[:, 0] - top[:, 1])
+        (g,) = torch.autograd.grad((sign * lead)[1:].sum(), shift)
+        expected += (g[1:].T @ g[1:]).double()
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-8)
+
+
+def test_padding_does_not_count(llama: Any) -> None:
+    model, tok = llama
+    names = [PARAMETER.removesuffix(".weight")]
+    windows = [torch.tensor(tok(p["prompt"])["input_ids"]) for p in (REQUEST, SECOND)]
+    assert len(windows[0]) != len(windows[1])
+    (together, count), (one_by_one, same) = (second_moments(model, names, windows, batch=n)[names[0]] for n in (2, 1))
+    assert count == same == sum(map(len, windows))
+    torch.testing.assert_close(together, one_by_one, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
-def test_hardly_sparing_is_hardly_different(name: str, settings: Any, text: str) -> None:
+@pytest.mark.parametrize("side", ["preserve", "preserve_outputs"])
+def test_hardly_sparing_is_hardly_different(name: str, settings: Any, text: str, side: str) -> None:
     template = {"llama": "model.layers.{}.mlp.down_proj", "gpt2": "transformer.h.{}.mlp.c_proj"}[name]
     model, tok = load(name)
     edits = []
-    for preserve in (0.0, 1e-9):
-        hparams = settings(rewrite_module_tmp=template, preserve=preserve, preserve_text=text, cycles=1)
+    for strength in (0.0, 1e-9):
+        hparams = settings(rewrite_module_tmp=template, **{side: strength}, preserve_text=text, cycles=1)
         edited, originals, _ = edit(copy.deepcopy(model), tok, [REQUEST], hparams)
         edits += [edited.get_parameter(n).detach() - before for n, before in originals.items()]
     torch.testing.assert_close(edits[1], edits[0], rtol=0.02, atol=1e-5)
@@ -103,20 +141,42 @@ def test_common_inputs_see_less_of_an_edit(llama: Any, settings: Any, text: str)
     assert seen(**SPARE, preserve_text=text) < 0.7 * seen(margin=1.0)
 
 
-def test_the_conv1d_of_gpt2_is_edited_too(gpt2: Any, settings: Any, text: str) -> None:
+@pytest.mark.parametrize("layers", [[4], [3, 4]])
+def test_the_biased_conv1d_of_gpt2_is_edited_too(gpt2: Any, settings: Any, text: str, layers: list[int]) -> None:
     model, tok = gpt2
-    own = {"layers": [4], "rewrite_module_tmp": "transformer.h.{}.mlp.c_proj", "preserve_text": text}
-    _, _, (trace,) = edit(model, tok, [REQUEST], settings(**{**SPARE, **own}))
+    own = {"layers": layers, "rewrite_module_tmp": "transformer.h.{}.mlp.c_proj", "preserve_text": text}
+    with torch.no_grad():
+        for block in model.transformer.h:
+            block.mlp.c_proj.bias.normal_(std=0.02, generator=torch.Generator().manual_seed(0))
+    _, _, (trace,) = edit(model, tok, [REQUEST], settings(**{**SPARE, **own}, preserve_outputs=3.0))
     assert trace.converged
+    assert says_target(model, tok, [REQUEST]) == [True]
 
 
+def test_what_predictions_hang_on_moves_less(llama: Any, settings: Any, text: str) -> None:
+    model, tok = llama
+    (found,) = spectra(model, tok, [PARAMETER], text, "outputs")
+
+    def moved(**options: Any) -> float:
+        edited, originals, (trace,) = edit(copy.deepcopy(model), tok, [REQUEST], settings(**options))
+        assert trace.converged
+        change = edited.get_parameter(PARAMETER).detach() - originals[PARAMETER]
+        return float((found.directions[:, :4].T @ change).norm() / change.norm())
+
+    assert moved(preserve_outputs=10.0, lr=3e-3, margin=1.0, preserve_text=text) < 0.7 * moved(margin=1.0)
+
+
+@pytest.mark.parametrize("outputs", [0.0, 3.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_what_was_trained_is_what_stands(llama: Any, settings: Any, text: str, dtype: torch.dtype) -> None:
+def test_what_was_trained_is_what_stands(
+    llama: Any, settings: Any, text: str, dtype: torch.dtype, outputs: float
+) -> None:
     """Two layers, whose inputs are constant or not, and a batch: the full forward agrees with the trace."""
     model, tok = llama
     model.to(dtype)
     requests = [REQUEST, SECOND]
-    options = {"layers": [3, 4], "schedule": "breadth_first", "objective": "margin", "margin": 2.0, "lr": 1e-3}
+    options = {"layers": [3, 4], "schedule": "breadth_first", "objective": "margin", "margin": 4.0, "lr": 1e-3}
+    options |= {"preserve_outputs": outputs, "cycles": 40}
     _, originals, traces = edit(model, tok, requests, settings(**{**SPARE, **options}, preserve_text=text))
     assert all(trace.converged for trace in traces)
     assert says_target(model, tok, requests) == [True, True]
@@ -124,8 +184,9 @@ def test_what_was_trained_is_what_stands(llama: Any, settings: Any, text: str, d
         assert not torch.equal(model.get_parameter(name), before)
 
 
+@pytest.mark.parametrize("side", ["preserve", "preserve_outputs"])
 def test_a_failure_leaves_the_model_as_it_was(
-    llama: Any, settings: Any, text: str, monkeypatch: pytest.MonkeyPatch
+    side: str, llama: Any, settings: Any, text: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, tok = llama
     before = state(model)
@@ -135,7 +196,7 @@ def test_a_failure_leaves_the_model_as_it_was(
 
     monkeypatch.setattr("kdpo_editor.kdpo._record", fail)
     with pytest.raises(KeyboardInterrupt):
-        edit(model, tok, [REQUEST], settings(**SPARE, preserve_text=text, layers=[3, 4]))
+        edit(model, tok, [REQUEST], settings(**{side: 10.0}, preserve_text=text, layers=[3, 4]))
     assert_same(model, before)
     assert all("forward" not in module.__dict__ for module in model.modules())
 
@@ -156,12 +217,13 @@ def test_a_model_writes_its_own_text_and_is_left_as_it_was(llama: Any, settings:
     assert spectra(model, tok, [PARAMETER], None)[0] is first, "they are those of the model before its edits"
 
 
-def test_a_resumed_run_spares_what_the_unedited_model_did(settings: Any, tmp_path: Path) -> None:
-    hparams = settings(**SPARE, replay=True, ledger=str(tmp_path / "one"))
+@pytest.mark.parametrize("outputs", [0.0, 3.0])
+def test_a_resumed_run_spares_what_the_unedited_model_did(settings: Any, tmp_path: Path, outputs: float) -> None:
+    hparams = settings(**SPARE, preserve_outputs=outputs, replay=True, ledger=str(tmp_path / "one"))
     undisturbed, tok = load("llama")
     for request in (REQUEST, SECOND):
         apply_kdpo_to_model(undisturbed, tok, [request], hparams)
-    hparams = settings(**SPARE, replay=True, ledger=str(tmp_path / "two"))
+    hparams = settings(**SPARE, preserve_outputs=outputs, replay=True, ledger=str(tmp_path / "two"))
     model, _ = load("llama")
     apply_kdpo_to_model(model, tok, [REQUEST], hparams)
     resumed, _ = load("llama")
@@ -178,11 +240,23 @@ def test_a_resumed_run_spares_what_the_unedited_model_did(settings: Any, tmp_pat
         ({"preserve": 1.0, "weight_decay": 0.1}, "weight_decay: 0.1 .* 0 where preserve"),
         ({"preserve": 1.0, "objective": "dpo"}, "preserve: 1.0 .* 0 where objective is dpo"),
         ({"preserve": 1.0, "norm_constraint": 0.1}, "norm_constraint: 0.1 .* null where preserve"),
+        ({"preserve_outputs": -1.0}, "preserve_outputs: -1.0 .* 0 or more"),
+        ({"preserve_outputs": 1.0, "weight_decay": 0.1}, "weight_decay: 0.1 .* 0 where preserve_outputs"),
+        ({"preserve_outputs": 1.0, "objective": "dpo"}, "preserve_outputs: 1.0 .* 0 where objective is dpo"),
+        ({"preserve_outputs": 1.0, "norm_constraint": 0.1}, "norm_constraint: 0.1 .* null where preserve_outputs"),
     ],
 )
 def test_what_cannot_be_combined_is_named(settings: Any, options: dict[str, Any], message: str) -> None:
     with pytest.raises(HyperParamsError, match=message):
         settings(**options)
+
+
+def test_outputs_that_nothing_depends_on_are_named(llama: Any, settings: Any, text: str) -> None:
+    model, tok = llama
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+    with pytest.raises(ModelError, match=r"preserve_outputs: nothing depends on the outputs of model\.layers\.4"):
+        edit(model, tok, [REQUEST], settings(preserve_outputs=1.0, preserve_text=text))
 
 
 def test_a_bad_text_is_named_before_anything_changes(llama: Any, settings: Any, tmp_path: Path) -> None:

@@ -50,14 +50,15 @@ def watch(model: nn.Module, tok: Any, request: Mapping[str, Any], hparams: KDPOH
     Keeps the logits of the answer's positions in main memory until the end, ``T x V`` fp32 numbers a step.
 
     Raises what :func:`kdpo_editor.edit` raises; :class:`~kdpo_editor.errors.HyperParamsError` where ``objective`` is
-    "dpo", whose negatives have a context of their own, and where ``preserve`` is set, during which the matrix holds
-    something else; :class:`~kdpo_editor.errors.RequestError` where the request has ``rephrases``, and where the model
-    gives its target already.
+    "dpo", whose negatives have a context of their own, and where ``preserve`` or ``preserve_outputs`` is set, during
+    which the matrix holds something else; :class:`~kdpo_editor.errors.RequestError` where the request has
+    ``rephrases``, and where the model gives its target already.
     """
     if hparams.objective == "dpo":
         raise HyperParamsError("objective: 'dpo' cannot be watched; its negatives are not read from the answer's pass")
-    if hparams.preserve:
-        raise HyperParamsError(f"preserve: {hparams.preserve} cannot be watched; it must be 0")
+    for key in ("preserve", "preserve_outputs"):
+        if strength := getattr(hparams, key):
+            raise HyperParamsError(f"{key}: {strength} cannot be watched; it must be 0")
     if request.get("rephrases"):
         raise RequestError("'rephrases' cannot be watched; leave them out")
     ((tokens, *_),) = tokenize(tok, [request], append_eos=hparams.append_eos)
