@@ -38,6 +38,7 @@ def trials(results: Path) -> list[dict[str, Any]]:
         here["unrelated"] = last[last.metric == "unrelated_gen"].value.mean()
         line = {key: method["hparams"].get(key) for key in SETTINGS} | here
         line |= {"method": manifest["method"], "seed": manifest["seed"], "mean": fmean(here.values())}
+        line["edits"] = manifest["n_edits"]
         line["generated"] = last[last.metric == "rewrite_gen"].value.mean()
         line["rate"] = next(method["hparams"][k] for k in RATES if k in method["hparams"]) * method["rate_factor"]
         found.append(line)
@@ -46,7 +47,7 @@ def trials(results: Path) -> list[dict[str, Any]]:
 
 def main(results: str, out: str) -> None:
     with open(out, "w", encoding="utf-8", newline="") as stream:
-        writer = csv.DictWriter(stream, ["method", "seed", "rate", *SETTINGS, *FIGURES], lineterminator="\n")
+        writer = csv.DictWriter(stream, ["method", "edits", "seed", "rate", *SETTINGS, *FIGURES], lineterminator="\n")
         writer.writeheader()
         for line in trials(Path(results)):
             writer.writerow({k: round(v, 6) if isinstance(v, float) else v for k, v in line.items()})

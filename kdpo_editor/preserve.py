@@ -187,37 +187,36 @@ _KNOWN: WeakKeyDictionary[nn.Module, dict[tuple[str, str, str | None], Spectrum]
 
 def known(model: nn.Module, names: Sequence[str], hparams: KDPOHyperParams) -> bool:
     """Whether what :func:`preconditioners` needs for the matrices ``names`` was computed before."""
-    wanted = {(name, side, hparams.preserve_text) for name in names for side in _strengths(hparams)}
-    return wanted <= set(_KNOWN.get(model, {}))
+    return not _missing(model, names, hparams.preserve_text, _strengths(hparams))
 
 
 def preconditioners(
     model: nn.Module, tok: Any, weights: Mapping[str, Tensor], hparams: KDPOHyperParams
 ) -> list[Preconditioner]:
-    """One for each of ``weights``, ``{name: [D, F] or [F, D]}``; none where both strengths are 0. Errors as those of
-    :func:`spectra`."""
+    """One for each of ``weights``, ``{name: [D, F] or [F, D]}``; none where both strengths are 0.
+
+    Raises what :func:`spectra` raises.
+    """
     strengths = _strengths(hparams)
     if not strengths:
         return []
-    dampings: dict[str, list[Damping | None]] = {side: [None] * len(weights) for side in ("inputs", "outputs")}
-    for side, strength in strengths.items():
-        found = spectra(model, tok, list(weights), hparams.preserve_text, side)
-        dampings[side] = [one.damping(strength, w) for one, w in zip(found, weights.values(), strict=True)]
-    transposed = [isinstance(model.get_submodule(name.rpartition(".")[0]), Conv1D) for name in weights]
-    return [Preconditioner(*each) for each in zip(dampings["inputs"], dampings["outputs"], transposed, strict=True)]
+    found = spectra(model, tok, list(weights), hparams.preserve_text, list(strengths))
+    made = []
+    for name, weight in weights.items():
+        dampings = {side: found[name, side].damping(strength, weight) for side, strength in strengths.items()}
+        transposed = isinstance(model.get_submodule(name.rpartition(".")[0]), Conv1D)
+        made.append(Preconditioner(dampings.get("inputs"), dampings.get("outputs"), transposed))
+    return made
 
 
-def _strengths(hparams: KDPOHyperParams) -> dict[str, float]:
-    both = {"inputs": hparams.preserve, "outputs": hparams.preserve_outputs}
-    return {side: strength for side, strength in both.items() if strength}
+def spectra(
+    model: nn.Module, tok: Any, names: Sequence[str], text: str | None, sides: Sequence[str] = ("inputs",)
+) -> dict[tuple[str, str], Spectrum]:
+    """Of the "inputs" of the matrices ``names``, of the gradients of their "outputs", or both, by name and side.
 
-
-def spectra(model: nn.Module, tok: Any, names: Sequence[str], text: str | None, side: str = "inputs") -> list[Spectrum]:
-    """Of the inputs of the matrices ``names``, or of the gradients of their "outputs"; computed once for each model
-    object.
-
-    ``text``: a file of text in UTF-8, a paragraph or sentence a line; "shipped" or "kdpo-llama-pararel" for what the
-    shipped or second model was taught; or ``None`` for what ``model`` writes by itself.
+    They are computed once for each model object. ``text``: a file of text in UTF-8, a paragraph or sentence a line;
+    "shipped" or "kdpo-llama-pararel" for what the shipped or second model was taught; or ``None`` for what ``model``
+    writes by itself.
 
     Raises:
         HyperParamsError: the file cannot be read or is empty.
@@ -225,23 +224,33 @@ def spectra(model: nn.Module, tok: Any, names: Sequence[str], text: str | None, 
             not finite, or no prediction depends on a matrix's outputs.
     """
     found = _KNOWN.setdefault(model, {})
-    if not {(name, side, text) for name in names} <= set(found):
+    if missing := _missing(model, names, text, sides):
         # Of a text of its own the token that begins it is left out.
         windows, skip = (_own_texts(model, tok), 1) if text is None else (_windows(tok, text), 0)
         modules = [name.rpartition(".")[0] for name in names]
-        if side == "inputs":
-            moments = {module: sums for module, (sums, _) in second_moments(model, modules, windows, skip).items()}
-        else:
-            moments = lead_moments(model, modules, windows[:GRADIENTS], skip)
-        for name, sums in zip(names, moments.values(), strict=True):
-            total = sums.float()
-            if not torch.isfinite(total).all():
-                what = "inputs" if side == "inputs" else "gradients of the outputs"
-                raise ModelError(f"preserve: the {what} of {name} are NaN or infinite on ordinary text")
-            if not total.trace() > 0:
-                raise ModelError(f"preserve_{side}: nothing depends on the outputs of {name} on ordinary text")
-            found[name, side, text] = Spectrum.of(total)
-    return [found[name, side, text] for name in names]
+        for side in missing:
+            if side == "inputs":
+                moments = {module: sums for module, (sums, _) in second_moments(model, modules, windows, skip).items()}
+            else:
+                moments = lead_moments(model, modules, windows[:GRADIENTS], skip)
+            for name, module in zip(names, modules, strict=True):
+                total = moments[module].float()
+                if not torch.isfinite(total).all():
+                    raise ModelError(f"preserve: the {side} of {name}, or their gradients, are not finite on its text")
+                if not total.trace() > 0:
+                    raise ModelError(f"preserve: nothing depends on the {side} of {name} on its text")
+                found[name, side, text] = Spectrum.of(total)
+    return {(name, side): found[name, side, text] for name in names for side in sides}
+
+
+def _strengths(hparams: KDPOHyperParams) -> dict[str, float]:
+    both = {"inputs": hparams.preserve, "outputs": hparams.preserve_outputs}
+    return {side: strength for side, strength in both.items() if strength}
+
+
+def _missing(model: nn.Module, names: Sequence[str], text: str | None, sides: Iterable[str]) -> list[str]:
+    known = _KNOWN.get(model, {})
+    return [side for side in sides if not all((name, side, text) in known for name in names)]
 
 
 def _windows(tok: Any, text: str) -> list[Tensor]:

@@ -27,8 +27,8 @@ def test_the_second_models_text_goes_by_its_name(
         spectra(model, tok, [PARAMETER], "kdpo-llama-pararel")
     (tmp_path / "made").mkdir()
     (tmp_path / "made" / "taught.txt").write_text(Path(text).read_text("utf-8"), "utf-8")
-    (named,) = spectra(model, tok, [PARAMETER], "kdpo-llama-pararel")
-    (given,) = spectra(model, tok, [PARAMETER], text)
+    (named,) = spectra(model, tok, [PARAMETER], "kdpo-llama-pararel").values()
+    (given,) = spectra(model, tok, [PARAMETER], text).values()
     assert torch.equal(named.values, given.values)
 
 
@@ -130,7 +130,7 @@ def test_hardly_sparing_is_hardly_different(name: str, settings: Any, text: str,
 
 def test_common_inputs_see_less_of_an_edit(llama: Any, settings: Any, text: str) -> None:
     model, tok = llama
-    (found,) = spectra(model, tok, [PARAMETER], text)
+    (found,) = spectra(model, tok, [PARAMETER], text).values()
 
     def seen(**options: Any) -> float:
         edited, originals, (trace,) = edit(copy.deepcopy(model), tok, [REQUEST], settings(**options))
@@ -155,7 +155,7 @@ def test_the_biased_conv1d_of_gpt2_is_edited_too(gpt2: Any, settings: Any, text:
 
 def test_what_predictions_hang_on_moves_less(llama: Any, settings: Any, text: str) -> None:
     model, tok = llama
-    (found,) = spectra(model, tok, [PARAMETER], text, "outputs")
+    (found,) = spectra(model, tok, [PARAMETER], text, ["outputs"]).values()
 
     def moved(**options: Any) -> float:
         edited, originals, (trace,) = edit(copy.deepcopy(model), tok, [REQUEST], settings(**options))
@@ -205,16 +205,18 @@ def test_a_model_writes_its_own_text_and_is_left_as_it_was(llama: Any, settings:
     model, tok = llama
     model.train()
     before, random = state(model), torch.random.get_rng_state()
-    first = spectra(model, tok, [PARAMETER], None)[0]
+    (first,) = spectra(model, tok, [PARAMETER], None).values()
     assert model.training
     assert torch.equal(random, torch.random.get_rng_state())
     assert_same(model, before)
     again, _ = load("llama")
     torch.manual_seed(5)
-    torch.testing.assert_close(spectra(again, tok, [PARAMETER], None)[0].values, first.values)
+    torch.testing.assert_close(spectra(again, tok, [PARAMETER], None)[PARAMETER, "inputs"].values, first.values)
     _, _, (trace,) = edit(model, tok, [REQUEST], settings(**SPARE))
     assert trace.converged
-    assert spectra(model, tok, [PARAMETER], None)[0] is first, "they are those of the model before its edits"
+    assert spectra(model, tok, [PARAMETER], None)[PARAMETER, "inputs"] is first, (
+        "they are those of the model before its edits"
+    )
 
 
 @pytest.mark.parametrize("outputs", [0.0, 3.0])
@@ -255,7 +257,7 @@ def test_outputs_that_nothing_depends_on_are_named(llama: Any, settings: Any, te
     model, tok = llama
     with torch.no_grad():
         model.lm_head.weight.zero_()
-    with pytest.raises(ModelError, match=r"preserve_outputs: nothing depends on the outputs of model\.layers\.4"):
+    with pytest.raises(ModelError, match=r"preserve: nothing depends on the outputs of model\.layers\.4"):
         edit(model, tok, [REQUEST], settings(preserve_outputs=1.0, preserve_text=text))
 
 
