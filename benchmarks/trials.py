@@ -19,8 +19,10 @@ import yaml
 from kdpo_editor.compare.cell import RATES
 from kdpo_editor.compare.tune import figures
 
-SETTINGS = ("layers", "subject_layers", "subject_rate", "objective", "optimizer", "margin", "preserve")
-SETTINGS += ("preserve_outputs",)
+SETTINGS = (
+    *("layers", "subject_layers", "subject_rate", "objective", "optimizer", "margin"),
+    *("preserve", "preserve_outputs"),
+)
 FIGURES = ("rewrite", "rephrase", "locality", "unrelated", "generated", "mean")
 
 

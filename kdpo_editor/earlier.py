@@ -167,13 +167,13 @@ class EarlierEdits:
         allows.
         """
         members = range(len(edits)) if members is None else members
+        place = torch.device("cpu") if hparams.captured_on_host else suffix.place
         batches = []
         with torch.no_grad():
             for places in group(suffix, [edits[member].tokens for member in members], hparams.memory_budget, most):
                 here = [members[place] for place in places]
                 chosen = [edits[member] for member in here]
                 _, answers, mask, positions = padded([one.tokens for one in chosen])
-                place = torch.device("cpu") if hparams.captured_on_host else suffix.place
                 captured = adapted(self._stack(suffix, chosen, positions.to(suffix.device), place))
                 hidden = suffix.replay(captured)
                 batches.append(make_batch(suffix, here, captured, hidden, answers, mask, hparams.margin))

@@ -249,8 +249,8 @@ def _strengths(hparams: KDPOHyperParams) -> dict[str, float]:
 
 
 def _missing(model: nn.Module, names: Sequence[str], text: str | None, sides: Iterable[str]) -> list[str]:
-    known = _KNOWN.get(model, {})
-    return [side for side in sides if not all((name, side, text) in known for name in names)]
+    there = _KNOWN.get(model, {})
+    return [side for side in sides if not all((name, side, text) in there for name in names)]
 
 
 def _windows(tok: Any, text: str) -> list[Tensor]:
@@ -321,8 +321,7 @@ def second_moments(
 
     def hook(name: str) -> Any:
         def add(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-            keys = arguments[0].reshape(counted.numel(), -1)[counted.flatten().to(arguments[0].device)].float()
-            sums[name] = sums.get(name, 0) + (keys.T @ keys).double()
+            sums[name] = sums.get(name, 0) + _squares(arguments[0], counted)
 
         return model.get_submodule(name).register_forward_pre_hook(add)
 
@@ -369,12 +368,17 @@ def lead_moments(
                 sure = logits.detach().softmax(-1).amax(-1)
                 total = ((sign * counted).to(first.device) * sure * (first - second)).sum()
                 for name, g in zip(names, torch.autograd.grad(total, [outputs[name] for name in names]), strict=True):
-                    rows = g.reshape(counted.numel(), -1)[counted.flatten().to(g.device)].float()
-                    sums[name] = sums.get(name, 0) + (rows.T @ rows).double()
+                    sums[name] = sums.get(name, 0) + _squares(g, counted)
     finally:
         for handle in handles:
             handle.remove()
     return {name: sums[name] for name in names if sums}
+
+
+def _squares(values: Tensor, counted: Tensor) -> Tensor:
+    """The sum of ``v v^T``, ``[N, N]`` fp64, over the tokens of ``values``, ``[B, L, N]`` or flattened, that count."""
+    rows = values.reshape(counted.numel(), -1)[counted.flatten().to(values.device)].float()
+    return (rows.T @ rows).double()
 
 
 def _padded(

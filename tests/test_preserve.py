@@ -82,8 +82,7 @@ def test_equal_moments_change_nothing() -> None:
 
 
 def test_moments_of_leads_are_those_of_single_gradients(llama: Any) -> None:
-    """One text at a time, one token at a time, by autograd through the weight: of its rows' gradients for one token
-    the bias' gradient, ``g``, is the sum."""
+    """Those of something added to each token's output, one text at a time."""
     model, tok = llama
     model.requires_grad_(False)
     module = model.get_submodule(PARAMETER.removesuffix(".weight"))
@@ -141,14 +140,17 @@ def test_common_inputs_see_less_of_an_edit(llama: Any, settings: Any, text: str)
     assert seen(**SPARE, preserve_text=text) < 0.7 * seen(margin=1.0)
 
 
+@pytest.mark.parametrize("outputs", [0.0, 3.0])
 @pytest.mark.parametrize("layers", [[4], [3, 4]])
-def test_the_biased_conv1d_of_gpt2_is_edited_too(gpt2: Any, settings: Any, text: str, layers: list[int]) -> None:
+def test_the_biased_conv1d_of_gpt2_is_edited_too(
+    gpt2: Any, settings: Any, text: str, layers: list[int], outputs: float
+) -> None:
     model, tok = gpt2
     own = {"layers": layers, "rewrite_module_tmp": "transformer.h.{}.mlp.c_proj", "preserve_text": text}
     with torch.no_grad():
         for block in model.transformer.h:
             block.mlp.c_proj.bias.normal_(std=0.02, generator=torch.Generator().manual_seed(0))
-    _, _, (trace,) = edit(model, tok, [REQUEST], settings(**{**SPARE, **own}, preserve_outputs=3.0))
+    _, _, (trace,) = edit(model, tok, [REQUEST], settings(**{**SPARE, **own}, preserve_outputs=outputs))
     assert trace.converged
     assert says_target(model, tok, [REQUEST]) == [True]
 
@@ -166,18 +168,19 @@ def test_what_predictions_hang_on_moves_less(llama: Any, settings: Any, text: st
     assert moved(preserve_outputs=10.0, lr=3e-3, margin=1.0, preserve_text=text) < 0.7 * moved(margin=1.0)
 
 
-@pytest.mark.parametrize("outputs", [0.0, 3.0])
+@pytest.mark.parametrize(
+    "options", [{"margin": 2.0}, {"margin": 4.0, "preserve_outputs": 3.0, "cycles": 40}], ids=["inputs", "both"]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_was_trained_is_what_stands(
-    llama: Any, settings: Any, text: str, dtype: torch.dtype, outputs: float
+    llama: Any, settings: Any, text: str, dtype: torch.dtype, options: dict[str, float]
 ) -> None:
     """Two layers, whose inputs are constant or not, and a batch: the full forward agrees with the trace."""
     model, tok = llama
     model.to(dtype)
     requests = [REQUEST, SECOND]
-    options = {"layers": [3, 4], "schedule": "breadth_first", "objective": "margin", "margin": 4.0, "lr": 1e-3}
-    options |= {"preserve_outputs": outputs, "cycles": 40}
-    _, originals, traces = edit(model, tok, requests, settings(**{**SPARE, **options}, preserve_text=text))
+    common = {"layers": [3, 4], "schedule": "breadth_first", "objective": "margin", "lr": 1e-3, "preserve_text": text}
+    _, originals, traces = edit(model, tok, requests, settings(**{**SPARE, **common, **options}))
     assert all(trace.converged for trace in traces)
     assert says_target(model, tok, requests) == [True, True]
     for name, before in originals.items():
@@ -190,13 +193,14 @@ def test_a_failure_leaves_the_model_as_it_was(
 ) -> None:
     model, tok = llama
     before = state(model)
+    spare = {"lr": 3e-3, "margin": 1.0, side: 10.0}
 
     def fail(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr("kdpo_editor.kdpo._record", fail)
     with pytest.raises(KeyboardInterrupt):
-        edit(model, tok, [REQUEST], settings(**{side: 10.0}, preserve_text=text, layers=[3, 4]))
+        edit(model, tok, [REQUEST], settings(**spare, preserve_text=text, layers=[3, 4]))
     assert_same(model, before)
     assert all("forward" not in module.__dict__ for module in model.modules())
 
