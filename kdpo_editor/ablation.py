@@ -27,7 +27,6 @@ class OwnAnswerRound:
     ) -> None:
         self.suffix, self.batch, self.members = suffix, batch, batch.members
         self.history: list[Tensor] = []
-        self.done = False
         prompt = prompt.to(suffix.device)
         self.rejected = greedy(suffix.model, prompt, batch.chosen.shape[1]).unsqueeze(0)
         sequence = torch.cat([prompt, self.rejected[0, :-1]])

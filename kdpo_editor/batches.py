@@ -1,4 +1,4 @@
-"""Edits side by side: padded mini-batches, and what is left to do in each."""
+"""Edits side by side: mini-batches, of padded batches alike in length, and what is left to do in each."""
 
 from __future__ import annotations
 
@@ -14,6 +14,10 @@ from .hparams import KDPOHyperParams
 from .objectives import ce_loss, competitors, ipo_loss, kdpo_loss, kdpo_token_loss, lead, margin_loss
 from .requests import EditTokens
 from .suffix import Captured, HeadRows, Suffix
+
+# A mini-batch is replayed in so many batches, but not in smaller ones than these: a matrix product of few rows is slow.
+PARTS = 4
+LEAST = 8
 
 
 @dataclass
@@ -69,7 +73,7 @@ class Round:
     """One cycle's work on the unfinished edits of a batch.
 
     ``hidden`` and ``reference`` ``[B, T, D]``: as in :class:`Batch`. ``pair`` ``[B, T, 2]``: chosen and rejected
-    tokens. ``history``: the losses ``[B]`` of each step so far. ``done``: no further step is worth taking.
+    tokens. ``history``: the losses ``[B]`` of each step so far.
     """
 
     suffix: Suffix
@@ -80,7 +84,6 @@ class Round:
     pair: Tensor
     mask: Tensor
     history: list[Tensor] = field(default_factory=list)
-    done: bool = False
 
     @cached_property
     def head_rows(self) -> HeadRows | None:
@@ -122,21 +125,22 @@ class Round:
         return logits.gather(-1, self.pair) if self.head_rows is None else logits
 
 
-def make_batches(suffix: Suffix, edits: Sequence[EditTokens], hparams: KDPOHyperParams) -> list[Batch]:
-    """Capture ``edits`` in the mini-batches of :func:`group`.
+def make_batches(suffix: Suffix, edits: Sequence[EditTokens], hparams: KDPOHyperParams) -> list[list[Batch]]:
+    """Capture ``edits`` in the mini-batches of :func:`group`, each a list of batches that share their steps.
 
-    With a single batch the hidden states carry the graph of the first step.
+    With a single mini-batch the hidden states carry the graph of the first step.
     """
     groups = group(suffix, edits, hparams.memory_budget)
-    batches = []
+
+    def capture(members: list[int]) -> Batch:
+        ids, chosen, mask, positions = padded([edits[i] for i in members])
+        captured, hidden = suffix.capture(ids, positions, subjects([edits[i] for i in members], suffix))
+        if hparams.captured_on_host:
+            captured = captured.to("cpu")
+        return make_batch(suffix, members, captured, hidden, chosen, mask, hparams.margin)
+
     with torch.set_grad_enabled(len(groups) == 1):
-        for members in groups:
-            ids, chosen, mask, positions = padded([edits[i] for i in members])
-            captured, hidden = suffix.capture(ids, positions, subjects([edits[i] for i in members], suffix))
-            if hparams.captured_on_host:
-                captured = captured.to("cpu")
-            batches.append(make_batch(suffix, members, captured, hidden, chosen, mask, hparams.margin))
-    return batches
+        return [[capture(members) for members in parts] for parts in groups]
 
 
 def make_batch(
@@ -161,11 +165,12 @@ def _standing(suffix: Suffix, hidden: Tensor, chosen: Tensor, mask: Tensor, marg
     return competitors(logits, chosen, margin), weakest
 
 
-def group(suffix: Suffix, edits: Sequence[EditTokens], budget: float, most: int | None = None) -> list[list[int]]:
-    """The positions of ``edits`` in mini-batches of at most ``budget`` bytes and ``most`` edits, alike in length.
+def group(suffix: Suffix, edits: Sequence[EditTokens], budget: float) -> list[list[list[int]]]:
+    """The positions of ``edits`` in mini-batches of at most ``budget`` bytes, alike in length; each in its batches.
 
-    A batch needs room for captured inputs, in the model's dtype, and, while it is looked at, for two tables of logits,
-    in fp32. One edit is always taken, whatever it needs.
+    A mini-batch of many is divided, so that short edits are not padded to the length of long ones. It needs room for
+    captured inputs, in the model's dtype, and, while it is looked at, for two tables of logits, in fp32. One edit is
+    always taken, whatever it needs.
     """
     weight = suffix.module.weight
     assert isinstance(weight, Tensor)
@@ -176,11 +181,17 @@ def group(suffix: Suffix, edits: Sequence[EditTokens], budget: float, most: int 
         tokens = max(len(edits[k].sequence) for k in members)
         answer = max(len(edits[k].chosen) for k in members)
         bytes_ = len(members) * (tokens * sum(weight.shape) * weight.element_size() + answer * vocabulary * 8)
-        if groups[-1] and (bytes_ > budget or len(groups[-1]) == most):
+        if groups[-1] and bytes_ > budget:
             groups.append([i])
         else:
             groups[-1] = members
-    return groups
+    return [_divided(members) for members in groups]
+
+
+def _divided(members: list[int]) -> list[list[int]]:
+    """``members`` in at most ``PARTS`` parts alike in size, none of them small."""
+    size = -(-len(members) // max(1, min(PARTS, len(members) // LEAST)))
+    return [members[start : start + size] for start in range(0, len(members), size)]
 
 
 def padded(edits: Sequence[EditTokens]) -> tuple[Tensor, Tensor, Tensor, Tensor]:

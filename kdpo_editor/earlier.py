@@ -12,6 +12,7 @@ import logging
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from math import inf
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -140,7 +141,7 @@ class EarlierEdits:
     def capture(self, suffix: Suffix, edits: Sequence[EditTokens], hparams: KDPOHyperParams) -> list[Kept]:
         """Run the whole model over ``edits`` and keep what is needed of it; they are not among :attr:`kept` yet."""
         new: dict[int, Kept] = {}
-        for members in group(suffix, edits, hparams.memory_budget):
+        for members in chain.from_iterable(group(suffix, edits, hparams.memory_budget)):
             chosen = [edits[i] for i in members]
             ids, _, _, positions = padded(chosen)
             with torch.no_grad():
@@ -158,26 +159,25 @@ class EarlierEdits:
         hparams: KDPOHyperParams,
         members: Sequence[int] | None = None,
         adapted: Callable[[Captured], Captured] = lambda captured: captured,
-        most: int | None = None,
-    ) -> list[Batch]:
-        """``edits``, captured some time, as mini-batches with hidden states and logits of now.
+    ) -> list[list[Batch]]:
+        """``edits``, captured some time, as :func:`~kdpo_editor.batches.make_batches` gives them, as they stand now.
 
         ``members``: which of them, by their positions; ``None`` is all. ``adapted``: see
-        :func:`~kdpo_editor.preserve.sparing`. ``most``: edits in a mini-batch, by default as many as ``memory_budget``
-        allows.
+        :func:`~kdpo_editor.preserve.sparing`.
         """
         members = range(len(edits)) if members is None else members
         place = torch.device("cpu") if hparams.captured_on_host else suffix.place
-        batches = []
+
+        def batch(here: list[int]) -> Batch:
+            chosen = [edits[member] for member in here]
+            _, answers, mask, positions = padded([one.tokens for one in chosen])
+            captured = adapted(self._stack(suffix, chosen, positions.to(suffix.device), place))
+            hidden = suffix.replay(captured)
+            return make_batch(suffix, here, captured, hidden, answers, mask, hparams.margin)
+
+        groups = group(suffix, [edits[member].tokens for member in members], hparams.memory_budget)
         with torch.no_grad():
-            for places in group(suffix, [edits[member].tokens for member in members], hparams.memory_budget, most):
-                here = [members[place] for place in places]
-                chosen = [edits[member] for member in here]
-                _, answers, mask, positions = padded([one.tokens for one in chosen])
-                captured = adapted(self._stack(suffix, chosen, positions.to(suffix.device), place))
-                hidden = suffix.replay(captured)
-                batches.append(make_batch(suffix, here, captured, hidden, answers, mask, hparams.margin))
-        return batches
+            return [[batch([members[i] for i in part]) for part in parts] for parts in groups]
 
     def _stack(self, suffix: Suffix, edits: Sequence[Kept], positions: Tensor, place: torch.device) -> Captured:
         """One capture of them all, in ``place``; what else blocks are told is the same for any tokens."""

@@ -33,10 +33,6 @@ from .suffix import Suffix
 from .weights import find_blocks, find_matrices, only_training
 
 LOG = logging.getLogger(__name__)
-# Earlier edits are looked at in so many batches, so that short ones are not padded to the length of long ones, but not
-# in smaller ones than these.
-PARTS = 4
-LEAST = 8
 # A matrix that changes by more than so many times its own norm is not edited but destroyed. Sixty edits of the shipped
 # model by KDPO-L make its matrices' norms grow by 7 to 26%.
 LARGEST = 10.0
@@ -164,25 +160,25 @@ def optimise(
     # Whether the pass that reads off the negatives is the first step's forward too.
     alone = earlier is None and len(batches) == 1 and not spared
     traces = [EditTrace() for _ in kept or edits]
-    looked_back: list[Batch] = []
+    looked_back: list[list[Batch]] = []
 
-    with sparing(suffix, weights, spared, inside=batches[0].captured.inner is not None) as adapted:
+    with sparing(suffix, weights, spared, inside=batches[0][0].captured.inner is not None) as adapted:
         keep = hparams.objective == "dpo" or hparams.update_scale != 1.0
         start = {name: w.detach().clone() for name, w in weights.items()} if keep else {}
         optimizer = make_optimizer(list(weights.values()), hparams)
-        active = [replace(b, captured=adapted(b.captured)) for b in batches] if spared else list(batches)
+        active = list(batches)
+        if spared:
+            active = [[replace(b, captured=adapted(b.captured)) for b in some] for some in batches]
         for number in range(hparams.cycles):
             if number > 0:
                 _look(active, graph=alone)
-            rounds: list[Round | OwnAnswerRound] = _unfinished(active)
+            rounds: list[list[Round | OwnAnswerRound]] = _unfinished(active)
             if not rounds and earlier is not None and len(kept) > len(edits):
                 if looked_back:
                     _look(looked_back, graph=False)
                 else:
-                    checked = range(len(edits), len(kept))
-                    most = max(LEAST, -(-len(checked) // PARTS))
-                    looked_back = earlier.batches(suffix, kept, hparams, checked, adapted, most)
-                trained = {member for batch in active for member in batch.members}
+                    looked_back = earlier.batches(suffix, kept, hparams, range(len(edits), len(kept)), adapted)
+                trained = {member for batch in chain(*active) for member in batch.members}
                 if harmed := [member for member in _lost(looked_back) if member not in trained]:
                     again = earlier.batches(suffix, kept, hparams, harmed, adapted)
                     active += again
@@ -190,12 +186,11 @@ def optimise(
             if not rounds:
                 break
             if hparams.objective == "dpo":
-                rounds = [OwnAnswerRound(suffix, active[0], edits[0].prompt, weights, start)]
+                rounds = [[OwnAnswerRound(suffix, active[0][0], edits[0].prompt, weights, start)]]
+            going = rounds
             for step in range(hparams.num_steps):
-                for current in rounds:
-                    if not current.done:
-                        _step(current, optimizer, hparams, use_first=alone and step == 0)
-            for current in rounds:
+                going = [some for some in going if _step(some, optimizer, hparams, use_first=alone and step == 0)]
+            for current in chain(*rounds):
                 _record(current, traces, hparams)
         if hparams.update_scale != 1.0:
             with torch.no_grad():
@@ -212,7 +207,7 @@ def optimise(
     for i, trace in enumerate(traces):
         trace.converged = i not in lost
     if earlier is not None:
-        for batch in chain(batches, looked_back):
+        for batch in chain(*batches, *looked_back):
             for member, value in zip(batch.members, batch.lead.tolist(), strict=True):
                 kept[member].lead = value
         earlier.kept += kept[: len(edits)]
@@ -220,37 +215,50 @@ def optimise(
     return traces[: len(edits)]
 
 
-def _look(batches: list[Batch], graph: bool) -> None:
+def _look(batches: list[list[Batch]], graph: bool) -> None:
     """Bring every batch up to date with the weights."""
     with torch.set_grad_enabled(graph):
-        for batch in batches:
+        for batch in chain(*batches):
             batch.look()
 
 
-def _unfinished(batches: list[Batch]) -> list[Round | OwnAnswerRound]:
-    """What remains to be done in each batch."""
-    return [remaining for batch in batches if (remaining := batch.remaining()) is not None]
+def _unfinished(batches: list[list[Batch]]) -> list[list[Round | OwnAnswerRound]]:
+    """What remains to be done in each mini-batch, without those of which nothing does."""
+    found: list[list[Round | OwnAnswerRound]] = []
+    for some in batches:
+        if rounds := [remaining for batch in some if (remaining := batch.remaining()) is not None]:
+            found.append([*rounds])
+    return found
 
 
-def _lost(batches: list[Batch]) -> list[int]:
+def _lost(batches: list[list[Batch]]) -> list[int]:
     """The edits that are not won, by their numbers."""
-    return [m for batch in batches for m, loses in zip(batch.members, batch.losing.tolist(), strict=True) if loses]
+    each = chain(*batches)
+    return [m for batch in each for m, loses in zip(batch.members, batch.losing.tolist(), strict=True) if loses]
 
 
-def _step(current: Round | OwnAnswerRound, optimizer: Optimizer, hparams: KDPOHyperParams, use_first: bool) -> None:
-    """One optimiser step on the edits of a round whose loss is not below ``stop_loss`` yet."""
-    losses = current.losses(hparams, use_first)
-    current.history.append(losses.detach())
+def _step(
+    rounds: list[Round | OwnAnswerRound], optimizer: Optimizer, hparams: KDPOHyperParams, use_first: bool
+) -> bool:
+    """One optimiser step on the edits of a mini-batch whose loss is not below ``stop_loss`` yet.
+
+    Returns whether there were any, as far as the host knows.
+    """
+    found = [current.losses(hparams, use_first) for current in rounds]
+    for current, some in zip(rounds, found, strict=True):
+        current.history.append(some.detach())
+    losses = torch.cat(found)
     live = losses.detach() >= hparams.stop_loss
     # The sum over edits: no optimiser here minds its scale, and one edit stays exactly the paper's.
     loss = (losses * live).sum()
     if not _host_waits(losses.device, hparams.optimizer):
         optimizer.step(loss, skip=~live.any())
-        return
+        return True
     _check_finite(losses)
-    current.done = not live.any()
-    if not current.done:
-        optimizer.step(loss)
+    if not live.any():
+        return False
+    optimizer.step(loss)
+    return True
 
 
 def _host_waits(device: torch.device, optimizer: str) -> bool:

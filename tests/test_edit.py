@@ -413,6 +413,33 @@ def test_first_losses_of_a_batch_equal_those_of_single_edits(llama: Any, setting
             assert [t.cycles[0].losses[0] for t in traces] == pytest.approx([np.log(2)] * 3)
 
 
+@pytest.mark.parametrize("replay", [False, True], ids=["alone", "replay"])
+def test_a_mini_batch_divided_by_length_takes_the_same_steps(
+    llama: Any, settings: Any, replay: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tok = llama
+    requests = [SECOND, REQUEST, THIRD]
+    hparams = settings(schedule="breadth_first", cycles=2, replay=replay)
+    steps: list[int] = []
+    step = torch.optim.Adam.step
+
+    def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        steps.append(1)
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", counted)
+    whole, _, first = edit(copy.deepcopy(model), tok, requests, hparams)
+    taken = len(steps)
+    monkeypatch.setattr("kdpo_editor.batches.LEAST", 1)
+    divided, _, second = edit(copy.deepcopy(model), tok, requests, hparams)
+    assert len(steps) == 2 * taken, "a step for each part"
+    for one, other in zip(first, second, strict=True):
+        assert [cycle.negative for cycle in one.cycles] == [cycle.negative for cycle in other.cycles]
+        for cycle, again in zip(one.cycles, other.cycles, strict=True):
+            assert again.losses == pytest.approx(cycle.losses, abs=1e-4)
+    torch.testing.assert_close(divided.get_parameter(PARAMETER), whole.get_parameter(PARAMETER), atol=1e-4, rtol=0)
+
+
 def test_a_won_edit_is_left_out_and_looked_at_again(llama: Any, settings: Any) -> None:
     model, tok = llama
     known = {**REQUEST, "target_new": answer(model, tok, {**REQUEST, "target_new": "human"})}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -62,7 +63,7 @@ class Prefixes:
         with as_found(self.suffix.model):
             for members in (order[start : start + ROWS] for start in range(0, len(order), ROWS)):
                 captured = self._captured([edits[i] for i in members])
-                for batch in self._rows.batches(self.suffix, captured, self.hparams):
+                for batch in chain(*self._rows.batches(self.suffix, captured, self.hparams)):
                     for member, best, real in zip(batch.members, batch.negative, batch.mask, strict=True):
                         found[members[member]] = best[real].tolist()
         return found
