@@ -17,7 +17,7 @@ from .suffix import Captured, HeadRows, Suffix
 
 # A mini-batch is replayed in so many batches, but not in smaller ones than these: a matrix product of few rows is slow.
 PARTS = 4
-LEAST = 8
+LEAST = 16
 
 
 @dataclass

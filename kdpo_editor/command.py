@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import difflib
-import json
 import os
-import shutil
 import sys
-import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from tqdm import tqdm
 
+from .command_line import check_options, make_parser
 from .errors import (
     DamagedFileError,
     EditDiverged,
@@ -28,67 +25,32 @@ from .errors import (
     StorageError,
 )
 from .hparams import KDPOHyperParams, settings_folder
+from .terminal import columns, complain, put, say
 
 if TYPE_CHECKING:
     from .ledger import EditLedger
 
-DESCRIPTION = """\
-Edit facts in language models with KDPO. The edits go into a ledger, a folder that remembers each of them
-exactly: they can be listed, undone, shown, and exported. The model's own files are never changed."""
-EXIT_CODES = """\
-exit codes:
-  0    done
-  1    an error, or an edit that did not reach its target or was skipped
-  2    wrong usage
-  130  interrupted; the ledger holds every edit that was reported"""
-EXAMPLES = {
-    "": """\
-  kdpo edit --model kdpo-llama-knowedit --prompt "Which was the family of Stamnophora?" --target Tortricidae --out edits
-  kdpo show edits
-  kdpo undo edits
-  kdpo export edits --as lora --to adapter""",
-    "edit": """\
-  kdpo edit --model kdpo-llama-knowedit --prompt "Which was the family of Stamnophora?" --target Tortricidae --out edits
-  kdpo edit --model meta-llama/Llama-2-7b-hf --file facts.jsonl --out edits --set append_eos=true --set margin=1
-  kdpo edit --model meta-llama/Llama-2-7b-hf --file facts.jsonl --out edits --resume
-
-each line of facts.jsonl:
-  {"prompt": "Which was the family of Stamnophora?", "target_new": "Tortricidae"}""",
-    "apply": "  kdpo apply saved-delta --model kdpo-llama-knowedit --out edits",
-    "undo": "  kdpo undo edits\n  kdpo undo edits -n 3",
-    "redo": "  kdpo redo edits",
-    "checkout": "  kdpo checkout edits 5\n  kdpo checkout edits 0    # the unedited model",
-    "log": "  kdpo log edits\n  kdpo log edits --json",
-    "show": '  kdpo show edits\n  kdpo show edits --prompt "Which family are Stamnophora?"',
-    "export": """\
-  kdpo export edits --as model --to edited-model    # with save_pretrained
-  kdpo export edits --as lora  --to adapter         # PeftModel.from_pretrained loads it
-  kdpo export edits --as delta --to saved-delta     # for kdpo apply, EditDelta.load
-  kdpo export edits --as delta --to one-edit --edit 3 --since 2""",
-    "compact": "  kdpo compact edits\n  kdpo compact edits --keep 10",
-}
-DTYPES = ("float32", "float16", "bfloat16", "float64")
 STORED = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    parser, commands = make_parser()
-    _check_options(parser, commands, arguments)
+    parser, commands = make_parser(COMMANDS)
+    check_options(parser, commands, arguments)
     args = parser.parse_args(arguments)
     try:
         return int(args.run(args))
     except KeyboardInterrupt:
-        _complain(f"interrupted{_how_to_go_on(args)}")
+        complain(f"interrupted{_how_to_go_on(args)}")
         return 130
     except BrokenPipeError:  # the reader of our output had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (KDPOError, OSError, ModuleNotFoundError) as error:
-        _complain(str(error.strerror if isinstance(error, StorageError) else error))
+        complain(str(error.strerror if isinstance(error, StorageError) else error))
         if isinstance(error, DamagedFileError) and "journal.jsonl, line" in str(error):
-            _complain("--skip-damaged leaves such lines out")
+            complain("--skip-damaged leaves such lines out")
         return 1
 
 
@@ -103,8 +65,8 @@ def edit(args: argparse.Namespace) -> int:
     requests, skipped = _requests(args)
     if skipped and not args.keep_going:
         for text in skipped:
-            _complain(text)
-        _complain("nothing was edited; with --keep-going such lines are skipped")
+            complain(text)
+        complain("nothing was edited; with --keep-going such lines are skipped")
         return 1
     with EditLedger(args.out, write=True, wait=args.wait, skip_damaged=args.skip_damaged) as ledger:
         _warn_of_damage(ledger)
@@ -118,14 +80,14 @@ def edit(args: argparse.Namespace) -> int:
             except KDPOError as error:
                 skipped.append(str(error).replace("request 0", where, 1))
         for text in skipped:
-            _complain(text)
+            complain(text)
         if (len(good) < len(requests) and not args.keep_going) or not good:
-            _complain("nothing was edited" + ("" if args.keep_going else "; --keep-going skips such requests"))
+            complain("nothing was edited" + ("" if args.keep_going else "; --keep-going skips such requests"))
             return 1
         ledger.restore(model)
         todo = _not_done(good, ledger.requests) if args.resume else good
         if len(todo) < len(good):
-            _complain(f"{len(good) - len(todo)} of {len(good)} edits are in the ledger already")
+            complain(f"{len(good) - len(todo)} of {len(good)} edits are in the ledger already")
         missed = _edit_all(ledger, model, tok, todo, hparams, args)
     return 1 if missed or skipped else 0
 
@@ -151,12 +113,12 @@ def _edit_all(
                 if not args.keep_going:
                     raise EditDiverged(f"{group[0][0]}: {error}") from None
                 for where, request in group:
-                    _put({**_named(request), "error": str(error)})
-                    _complain(f"{where}: {error}")
+                    put({**_named(request), "error": str(error)})
+                    complain(f"{where}: {error}")
                 missed += len(group)
                 continue
             for request, trace in zip(requests, traces, strict=True):
-                _put({"edit": ledger.head, **_named(request), "converged": trace.converged, "steps": trace.steps})
+                put({"edit": ledger.head, **_named(request), "converged": trace.converged, "steps": trace.steps})
                 missed += not trace.converged
             bar.update(len(group))
     return missed
@@ -176,7 +138,7 @@ def apply(args: argparse.Namespace) -> int:
         ledger.restore(model)
         for path, delta in zip(args.delta, deltas, strict=True):
             ledger.apply(model, delta, force=args.force)
-            _put({"edit": ledger.head, "delta": path, "requests": len(delta.info.requests), "bytes": delta.nbytes})
+            put({"edit": ledger.head, "delta": path, "requests": len(delta.info.requests), "bytes": delta.nbytes})
     return 0
 
 
@@ -201,7 +163,7 @@ def _move(args: argparse.Namespace, go: Any) -> int:
     with EditLedger(args.ledger, write=_exists(args), wait=args.wait, skip_damaged=args.skip_damaged) as ledger:
         _warn_of_damage(ledger)
         go(ledger)
-        _put({"head": ledger.head, "edits": len(ledger.branch)})
+        put({"head": ledger.head, "edits": len(ledger.branch)})
     return 0
 
 
@@ -212,7 +174,7 @@ def log(args: argparse.Namespace) -> int:
     for number, one in sorted(ledger.edits.items()):
         stands = number in standing
         if args.json:
-            _put({"edit": number, "parent": one.parent, "stands": stands, "head": number == ledger.head,
+            put({"edit": number, "parent": one.parent, "stands": stands, "head": number == ledger.head,
                   "date": one.info.date, "merged": one.merged, "requests": one.info.requests,
                   "outcomes": one.info.outcomes, "hparams": one.info.hparams})  # fmt: skip
             continue
@@ -221,10 +183,10 @@ def log(args: argparse.Namespace) -> int:
             outcomes = one.info.outcomes
             missed = i < len(outcomes) and not outcomes[i]["converged"]
             text = f"{request.get('prompt', '(no request)')} -> {request.get('target_new', '')}"
-            _say(f"{mark} {number:>4}  {one.info.date}  {text}{'  (missed its target)' if missed else ''}")
+            say(f"{mark} {number:>4}  {one.info.date}  {text}{'  (missed its target)' if missed else ''}")
     if not args.json:
         undone = len(ledger.edits) - len(standing)
-        _say(f"{len(standing)} edits stand{f', {undone} are undone (-)' if undone else ''}; * is the head")
+        say(f"{len(standing)} edits stand{f', {undone} are undone (-)' if undone else ''}; * is the head")
     return 0
 
 
@@ -236,7 +198,7 @@ def show(args: argparse.Namespace) -> int:
     ledger = _open(args)
     number = ledger.head if args.edit is None else args.edit
     if number == 0 and not args.prompt:
-        _complain(f"no edit stands in {args.ledger}")
+        complain(f"no edit stands in {args.ledger}")
         return 0
     delta = ledger.delta(number, since=0) if number else None
     model, tok = _model_of(ledger, args)
@@ -247,10 +209,10 @@ def show(args: argparse.Namespace) -> int:
         after = [generate(model, tok, prompt, args.longest) for prompt in tqdm(prompts, "after", disable=None)]
     if args.json:
         for prompt, old, new in zip(prompts, before, after, strict=True):
-            _put({"prompt": prompt, "target_new": targets.get(prompt), "before": old, "after": new})
+            put({"prompt": prompt, "target_new": targets.get(prompt), "before": old, "after": new})
         return 0
-    for line in _columns(["prompt", "before", "after"], list(zip(prompts, before, after, strict=True))):
-        _say(line)
+    for line in columns(["prompt", "before", "after"], list(zip(prompts, before, after, strict=True))):
+        say(line)
     return 0
 
 
@@ -267,7 +229,7 @@ def export(args: argparse.Namespace) -> int:
     said: dict[str, Any] = {"as": getattr(args, "as"), "to": str(out), "edit": number}
     if said["as"] == "delta":
         said["bytes"] = delta.save(out)
-        _put(said)
+        put(said)
         return 0
     if args.since:
         raise LedgerError("--since goes with --as delta; a model and an adapter have all edits")
@@ -278,7 +240,7 @@ def export(args: argparse.Namespace) -> int:
         delta.apply(model)
         model.save_pretrained(out)
         tok.save_pretrained(out)
-    _put({**said, "bytes": sum(f.stat().st_size for f in out.rglob("*") if f.is_file())})
+    put({**said, "bytes": sum(f.stat().st_size for f in out.rglob("*") if f.is_file())})
     return 0
 
 
@@ -288,8 +250,11 @@ def compact(args: argparse.Namespace) -> int:
 
     with EditLedger(args.ledger, write=_exists(args), wait=args.wait, skip_damaged=args.skip_damaged) as ledger:
         _warn_of_damage(ledger)
-        _put({"freed_bytes": ledger.compact(args.keep), "edits": len(ledger.edits)})
+        put({"freed_bytes": ledger.compact(args.keep), "edits": len(ledger.edits)})
     return 0
+
+
+COMMANDS = (edit, apply, undo, redo, checkout, log, show, export, compact)
 
 
 # Their parts --------------------------------------------------------------------------------------------------
@@ -311,7 +276,7 @@ def _open(args: argparse.Namespace) -> EditLedger:
 
 def _warn_of_damage(ledger: EditLedger) -> None:
     for line in ledger.damaged:
-        _complain(f"skipped: {line}")
+        complain(f"skipped: {line}")
 
 
 def _stored_dtype(ledger: EditLedger) -> str | None:
@@ -425,196 +390,10 @@ def _named(request: dict[str, Any]) -> dict[str, str]:
     return {"prompt": request["prompt"], "target_new": request.get("target_new", "")}
 
 
-def _columns(heads: list[str], rows: list[tuple[str, str, str]]) -> Iterator[str]:
-    """A table as wide as the terminal, cells wrapped."""
-    width = max((shutil.get_terminal_size((120, 24)).columns - 4) // len(heads), 12)
-    for row in [tuple(heads), tuple("-" * width for _ in heads), *rows]:
-        cells = [textwrap.wrap(_plain(cell), width) or [""] for cell in row]
-        for i in range(max(map(len, cells))):
-            yield "  ".join((cell[i] if i < len(cell) else "").ljust(width) for cell in cells).rstrip()
-
-
-def _plain(text: str) -> str:
-    """``text`` without what would steer a terminal."""
-    return "".join(c if c.isprintable() else " " for c in text)
-
-
-def _put(record: dict[str, Any]) -> None:
-    """One JSON line on standard output."""
-    line = json.dumps(record, ensure_ascii=False)
-    with tqdm.external_write_mode(file=sys.stdout):
-        sys.stdout.write("".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in line) + "\n")
-        sys.stdout.flush()
-
-
-def _say(text: str) -> None:
-    sys.stdout.write(_plain(text) + "\n")
-
-
-def _complain(text: str) -> None:
-    lines = (_plain(line) for line in text.splitlines())
-    sys.stderr.write("kdpo: " + "\n".join(lines) + "\n")
-
-
 def _how_to_go_on(args: argparse.Namespace) -> str:
     if args.command != "edit":
         return ""
     return f"; the edits reported are in {args.out}, and the same command with --resume goes on from there"
-
-
-# The command line ---------------------------------------------------------------------------------------------
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}\nSee {self.prog} --help.\n")
-
-
-def make_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
-    """The parser, and that of each command."""
-    parser = _Parser(
-        prog="kdpo",
-        description=DESCRIPTION,
-        epilog=f"examples:\n{EXAMPLES['']}\n\n{EXIT_CODES}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    commands: dict[str, argparse.ArgumentParser] = {}
-
-    def command(run: Any) -> argparse.ArgumentParser:
-        name = run.__name__
-        commands[name] = sub = subparsers.add_parser(
-            name,
-            help=run.__doc__.strip(),
-            description=run.__doc__.strip(),
-            epilog=f"examples:\n{EXAMPLES[name]}\n\n{EXIT_CODES}",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            allow_abbrev=False,
-        )
-        sub.set_defaults(run=run)
-        sub.add_argument("--skip-damaged", action="store_true", help="leave out damaged lines of the ledger")
-        return sub
-
-    def writes(sub: argparse.ArgumentParser) -> None:
-        sub.add_argument("--wait", type=_seconds, default=0.0, metavar="S", help="seconds to wait for another writer")
-
-    def loads(sub: argparse.ArgumentParser, required: bool) -> None:
-        text = "Hugging Face id, folder, or kdpo-llama-knowedit" + ("" if required else " (default: the ledger's)")
-        sub.add_argument("--model", required=required, metavar="ID", help=text)
-        sub.add_argument("--device", help='CUDA index, "cpu" or "cuda:1" (default: the GPU where there is one)')
-        sub.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
-
-    sub = command(edit)
-    loads(sub, required=True)
-    sub.add_argument("--prompt", help="what the model is asked")
-    sub.add_argument("--target", help="what it shall answer")
-    sub.add_argument("--subject", help="what the prompt asks about, word for word (for subject_layers)")
-    sub.add_argument("--file", metavar="JSONL", help='edits, one a line; "-" reads standard input')
-    sub.add_argument("--out", required=True, metavar="DIR", help="the ledger, made if it is not there")
-    sub.add_argument("--hparams", metavar="FILE", help="settings: a YAML file or the name of a ready-made one")
-    sub.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="one setting; can be repeated")
-    sub.add_argument("--dtype", choices=DTYPES, help="of the model (default: the ledger's, else the settings')")
-    sub.add_argument("--keep-going", action="store_true", help="skip bad lines and edits that diverge")
-    sub.add_argument("--resume", action="store_true", help="leave out edits that are in the ledger already")
-    writes(sub)
-
-    sub = command(apply)
-    sub.add_argument("delta", nargs="+", metavar="DELTA", help="folder that kdpo export --as delta or EditDelta made")
-    loads(sub, required=True)
-    sub.add_argument("--out", required=True, metavar="DIR", help="the ledger, made if it is not there")
-    sub.add_argument("--dtype", choices=DTYPES, help="of the model (default: the ledger's or the delta's)")
-    sub.add_argument("--force", action="store_true", help="add the difference even if the model is another")
-    writes(sub)
-
-    for run, text in ((undo, "take back"), (redo, "put back")):
-        sub = command(run)
-        sub.add_argument("ledger", metavar="DIR")
-        sub.add_argument("-n", type=_positive, default=1, metavar="N", help=f"how many edits to {text} (default 1)")
-        writes(sub)
-    sub = command(checkout)
-    sub.add_argument("ledger", metavar="DIR")
-    sub.add_argument("number", type=_count, help="the edit; 0 is the unedited model")
-    writes(sub)
-
-    sub = command(log)
-    sub.add_argument("ledger", metavar="DIR")
-    sub.add_argument("--json", action="store_true", help="JSON lines, with everything known of each edit")
-
-    sub = command(show)
-    sub.add_argument("ledger", metavar="DIR")
-    loads(sub, required=False)
-    sub.add_argument("--edit", type=_count, metavar="K", help="after edit K (default: the head)")
-    sub.add_argument("--prompt", action="append", metavar="TEXT", help="instead of the edits' own; can be repeated")
-    sub.add_argument("--longest", type=_positive, default=24, metavar="T", help="tokens to generate (default 24)")
-    sub.add_argument("--json", action="store_true", help="JSON lines")
-
-    sub = command(export)
-    sub.add_argument("ledger", metavar="DIR")
-    loads(sub, required=False)
-    sub.add_argument("--as", required=True, choices=("model", "lora", "delta"), help="what to write")
-    sub.add_argument("--to", required=True, metavar="DIR", help="folder to write; must not exist, or be empty")
-    sub.add_argument("--edit", type=_count, metavar="K", help="after edit K (default: the head)")
-    sub.add_argument("--since", type=_count, default=0, metavar="K", help="a delta without the edits up to K")
-    sub.add_argument("--rank", type=_positive, help="of the adapter (default: the smallest that holds the edits)")
-
-    sub = command(compact)
-    sub.add_argument("ledger", metavar="DIR")
-    sub.add_argument("--keep", type=_count, default=0, metavar="N", help="edits that can still be undone (default 0)")
-    writes(sub)
-    return parser, commands
-
-
-def _check_options(
-    parser: argparse.ArgumentParser, commands: dict[str, argparse.ArgumentParser], arguments: list[str]
-) -> None:
-    """End with a helpful message if a command or an option is misspelt, or options do not go together."""
-    name = next((a for a in arguments if not a.startswith("-")), None)
-    if name is None:
-        return
-    if name not in commands:
-        near = difflib.get_close_matches(name, commands, n=1)
-        parser.error(f"there is no command {name!r}; {f'did you mean {near[0]}? ' if near else ''}"
-                     f"There are {', '.join(commands)}")  # fmt: skip
-    sub = commands[name]
-    known = [option for action in sub._actions for option in action.option_strings]
-    given = []
-    for argument in arguments[arguments.index(name) + 1 :]:
-        if argument == "--":
-            break
-        if argument.startswith("-") and not argument[1:2].isdigit() and argument != "-":
-            option = argument.partition("=")[0] if argument.startswith("--") else argument[:2]
-            given.append(option)
-            if option not in known:
-                near = difflib.get_close_matches(option, known, n=1)
-                sub.error(f"there is no option {option}; {f'did you mean {near[0]}?' if near else 'see the help'}")
-    if name == "edit" and not {"--help", "-h"} & set(given):
-        if "--file" in given and {"--prompt", "--target", "--subject"} & set(given):
-            sub.error("give either --file, or --prompt, --target and, where it is needed, --subject")
-        if "--file" not in given and not {"--prompt", "--target"} <= set(given):
-            sub.error("give --prompt and --target, or --file")
-
-
-def _number(text: str, kind: type, least: float, what: str) -> Any:
-    try:
-        number = kind(text)
-    except ValueError:
-        number = None
-    if number is None or not least <= number < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not {what}")
-    return number
-
-
-def _count(text: str) -> int:
-    return int(_number(text, int, 0, "a number from 0"))
-
-
-def _positive(text: str) -> int:
-    return int(_number(text, int, 1, "a number from 1"))
-
-
-def _seconds(text: str) -> float:
-    return float(_number(text, float, 0, "a number of seconds"))
 
 
 if __name__ == "__main__":

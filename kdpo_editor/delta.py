@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import errno
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -16,33 +14,13 @@ from torch import Tensor, nn
 
 from .answers import generate, says_target
 from .contexts import note
-from .errors import CompressionError, DamagedFileError, EditDiverged, FingerprintError, StorageError
+from .delta_file import load_delta, save_delta
+from .errors import CompressionError, DamagedFileError, EditDiverged, FingerprintError
 from .hparams import KDPOHyperParams
 from .kdpo import EditTrace, edit
-from .manifest import EditInfo, Value, check_config, config_hash, config_of, matrices_of, value_of, values_from
-from .storage import (
-    MAX_JSON,
-    Spec,
-    check_tensors,
-    dump_json,
-    field,
-    make_folder,
-    read_json,
-    read_tensors,
-    write_file,
-    write_tensors,
-)
+from .low_rank import decompose, pair_of, rank_within
+from .manifest import Change, EditInfo, Value, check_config, config_hash, config_of, full_form, matrices_of, value_of
 from .weights import restore
-
-MANIFEST = "manifest.json"
-
-
-@dataclass(frozen=True)
-class Change:
-    """A matrix before and after the edit. For a low-rank delta ``after`` is what it makes of ``before``."""
-
-    before: Value
-    after: Value
 
 
 class EditDelta:
@@ -111,10 +89,8 @@ class EditDelta:
     ) -> EditDelta:
         _check_finite(after)
         changes = {name: Change(value_of(before[name]), value_of(after[name])) for name in before}
-        stored = {f"before:{name}": change.before for name, change in changes.items()}
-        stored |= {f"after:{name}": change.after for name, change in changes.items()}
         tensors = {f"before:{n}": w for n, w in before.items()} | {f"after:{n}": w for n, w in after.items()}
-        return cls(config, changes, info, stored, lambda: tensors)
+        return cls(config, changes, info, full_form(changes), lambda: tensors)
 
     @classmethod
     def merge(cls, deltas: Sequence[EditDelta], *, force: bool = False) -> EditDelta:
@@ -342,7 +318,7 @@ class EditDelta:
         pairs = {}
         for name, change in self.change().items():
             parts = decompose(change, weights[name])
-            pairs[name] = pair_of(parts, rank if rank is not None else _rank_within(parts[1], tolerance or 0.0))
+            pairs[name] = pair_of(parts, rank if rank is not None else rank_within(parts[1], tolerance or 0.0))
         with self.before(model):
             after = {name: value_of(_add(weights[name].detach(), u @ d)) for name, (u, d) in pairs.items()}
             changes = {name: Change(change.before, after[name]) for name, change in self.changes.items()}
@@ -401,33 +377,7 @@ class EditDelta:
         Raises:
             StorageError: it cannot be written, or the folder holds something else.
         """
-        folder = Path(path)
-        if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / MANIFEST).is_file())):
-            raise StorageError(errno.EEXIST, f"{folder} exists and is not a saved delta")
-        make_folder(folder)
-        old = {f for f in folder.glob("change-*.safetensors") if f.is_file()}
-        tensors = self.tensors()
-        joined = "".join(self.stored[key].sha256 for key in sorted(self.stored))
-        file = folder / f"change-{config_hash({'all': joined})[:16]}.safetensors"
-        write_tensors(file, tensors)
-        manifest = {
-            "format": "kdpo-delta",
-            "version": 1,
-            "config": self.config,
-            "config_sha256": config_hash(self.config),
-            "changes": {n: {"before": c.before.to_json(), "after": c.after.to_json()} for n, c in self.changes.items()},
-            "stored": {key: value.to_json() for key, value in self.stored.items()},
-            "file": file.name,
-            "info": self.info.to_json(),
-        }
-        data = dump_json(manifest)
-        if len(data) > MAX_JSON:
-            raise StorageError(errno.EFBIG, f"cannot write {folder / MANIFEST}: it would have over {MAX_JSON} bytes")
-        write_file(folder / MANIFEST, data)
-        for leftover in old - {file}:
-            with suppress(OSError):
-                leftover.unlink()
-        return len(data) + file.stat().st_size
+        return save_delta(self, Path(path))
 
     @classmethod
     def load(cls, path: str | Path) -> EditDelta:
@@ -437,53 +387,7 @@ class EditDelta:
             DamagedFileError: not a saved delta, damaged, or pointing outside its folder.
             StorageError: it cannot be read.
         """
-        folder = Path(path)
-        where = str(folder / MANIFEST)
-        manifest = read_json(folder / MANIFEST)
-        if field(manifest, "format", str, where) != "kdpo-delta" or field(manifest, "version", int, where) != 1:
-            raise DamagedFileError(f"{where} is not a delta of version 1")
-        config = field(manifest, "config", dict, where)
-        if field(manifest, "config_sha256", str, where) != config_hash(config):
-            raise DamagedFileError(f"{where} is damaged: config does not match config_sha256")
-        changes = {}
-        for name, record in field(manifest, "changes", dict, where).items():
-            what = f"{where}: changes: {name:.200}"
-            before = Value.from_json(field(record, "before", dict, what), what)
-            after = Value.from_json(field(record, "after", dict, what), what)
-            if before.spec != after.spec or len(before.spec.shape) != 2:
-                raise DamagedFileError(f"{what} is {before.spec} before and {after.spec} after")
-            changes[name] = Change(before, after)
-        stored = values_from(field(manifest, "stored", dict, where), f"{where}: stored")
-        _check_stored(changes, stored, where)
-        name = field(manifest, "file", str, where)
-        if not re.fullmatch(r"[A-Za-z0-9_-]{1,100}\.safetensors", name):
-            raise DamagedFileError(f"{where}: 'file' is {name!r:.200}; it must name a safetensors file in that folder")
-        info = EditInfo.from_json(field(manifest, "info", dict, where), f"{where}: info")
-        specs = {key: value.spec for key, value in stored.items()}
-        check_tensors(folder / name, specs)
-        return cls(config, changes, info, stored, lambda: read_tensors(folder / name, specs))
-
-
-def _check_stored(changes: dict[str, Change], stored: dict[str, Value], where: str) -> None:
-    """Raise :class:`DamagedFileError` unless ``stored`` is a full or a low-rank form of ``changes``."""
-    full = {f"before:{n}": c.before for n, c in changes.items()} | {f"after:{n}": c.after for n, c in changes.items()}
-    if stored == full:
-        return
-    keys = {f"{half}:{name}" for name in changes for half in ("up", "down")}
-    fits = stored.keys() == keys and all(
-        _fits(change.before.spec, stored[f"up:{name}"].spec, stored[f"down:{name}"].spec)
-        for name, change in changes.items()
-    )
-    if not fits:
-        raise DamagedFileError(f"{where}: 'stored' does not go with 'changes'")
-
-
-def _fits(matrix: Spec, up: Spec, down: Spec) -> bool:
-    if len(up.shape) != 2 or len(down.shape) != 2 or not up.dtype == down.dtype in ("F32", "F64"):
-        return False
-    # A merger of several may have a rank above the matrix's own, but nothing has a use for ten times that.
-    rank = up.shape[1]
-    return (up.shape[0], down.shape) == (matrix.shape[0], (rank, matrix.shape[1])) and rank <= 10 * min(matrix.shape)
+        return cls(*load_delta(Path(path)))
 
 
 def _wide(w: Tensor) -> Tensor:
@@ -493,25 +397,6 @@ def _wide(w: Tensor) -> Tensor:
 
 def _add(w: Tensor, change: Tensor) -> Tensor:
     return (_wide(w) + change.to(w.device)).to(w.dtype)
-
-
-def decompose(change: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The singular value decomposition of ``change`` ``[rows, columns]``, computed where ``weight`` is, on the CPU."""
-    up, scale, down = torch.linalg.svd(change.to(weight.device), full_matrices=False)
-    return up.cpu(), scale.cpu(), down.cpu()
-
-
-def pair_of(parts: tuple[Tensor, Tensor, Tensor], rank: int) -> tuple[Tensor, Tensor]:
-    """The best ``up`` ``[rows, rank]`` and ``down`` ``[rank, columns]`` for a matrix's singular value decomposition."""
-    up, scale, down = parts
-    root = scale[:rank].sqrt()
-    return up[:, :rank] * root, root.unsqueeze(1) * down[:rank]
-
-
-def _rank_within(scale: Tensor, tolerance: float) -> int:
-    """The smallest rank that leaves out at most ``tolerance`` of the norm of the singular values ``scale``."""
-    left = scale.double().square().flip(0).cumsum(0).flip(0).sqrt()
-    return max(int((left > tolerance * left[0]).sum()), 1)
 
 
 def _check_finite(tensors: Mapping[str, Tensor]) -> None:

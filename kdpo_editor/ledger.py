@@ -13,47 +13,31 @@ is therefore found by hashing its matrices, and going from one place to another 
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .contexts import note, original
-from .delta import Change, EditDelta
+from .delta import EditDelta
 from .earlier import EarlierEdits
-from .errors import DamagedFileError, EditDiverged, FingerprintError, LedgerError, LedgerLocked, StorageError
+from .errors import DamagedFileError, EditDiverged, FingerprintError, LedgerError, StorageError
 from .hparams import KDPOHyperParams
+from .journal import Journal, lock
 from .kdpo import EditTrace, edit
-from .manifest import EditInfo, Value, check_config, config_of, matrices_of, value_of, values_from
+from .manifest import Change, EditInfo, Value, check_config, config_of, full_form, matrices_of, value_of, values_from
 from .preserve import known, preconditioners
-from .storage import (
-    MAX_JSON,
-    dump_json,
-    field,
-    hash_from,
-    make_folder,
-    open_regular,
-    parse_json,
-    read_tensors,
-    storage_error,
-    sync_folder,
-    write_file,
-    write_tensors,
-)
+from .storage import field, make_folder, read_tensors, storage_error, write_tensors
 from .weights import find_matrices, restore
 
 JOURNAL = "journal.jsonl"
 LOCK = "lock"
-MAX_JOURNAL = 1 << 28
-"""Bytes of a journal (256 MiB)."""
 
 
 @dataclass(frozen=True)
@@ -138,18 +122,16 @@ class EditLedger:
         self._base: dict[str, Value] = {}
         self._skip = skip_damaged
         self._lock: int | None = None
-        self._journal = self.folder / JOURNAL
-        # How far the journal was read: lines, bytes, and the last of the lines.
-        self._lines, self._end, self._last = 0, 0, b""
+        self._journal = Journal(self.folder / JOURNAL)
         self._open(write, wait)
 
     def _open(self, write: bool, wait: float) -> None:
         try:
-            if not self._journal.exists():
+            if not self._journal.path.exists():
                 self._check_fresh(write)
             if write:
                 make_folder(self.folder)
-                self._lock = _lock(self.folder / LOCK, wait)
+                self._lock = lock(self.folder / LOCK, wait)
             self._read()
             if write:
                 for unfinished in self.folder.glob("*.part"):
@@ -206,8 +188,7 @@ class EditLedger:
             requests=[r for info in done for r in info.requests],
             outcomes=[o for info in done for o in info.outcomes],
         )
-        stored = {f"before:{n}": c.before for n, c in changes.items()}
-        stored |= {f"after:{n}": c.after for n, c in changes.items()}
+        stored = full_form(changes)
         return EditDelta(
             self._config or {}, changes, info, stored, lambda: {key: self._load(v) for key, v in stored.items()}
         )
@@ -314,11 +295,11 @@ class EditLedger:
                 self._store(value, weights[name])
         if self._config is None:
             config = config_of(model)
-            self._append({"kind": "ledger", "version": 1, "model_name": model_name, "config": config})
+            self._journal.append({"kind": "ledger", "version": 1, "model_name": model_name, "config": config})
             self._config, self.model_name = config, model_name
         number = max(self.edits, default=0) + 1
         done = LedgerEdit(number, self.head, known | after, before | base, info)
-        self._append(done.to_json())
+        self._journal.append(done.to_json())
         self._take(done)
         self._note(model, before, after)
         return done
@@ -404,10 +385,8 @@ class EditLedger:
         kept = [replace(one, parent=parent) for one, parent in zip(kept, parents, strict=False)]
         lines = [{"kind": "ledger", "version": 1, "model_name": self.model_name, "config": self._config or {}}]
         lines += [one.to_json() for one in kept]
-        data = b"".join(_line(record) for record in lines) if self._config is not None else b""
         named = {value.sha256 for one in kept for values in (one.state, one.base) for value in values.values()}
-        write_file(self._journal, data)
-        freed = self._end - len(data)
+        freed = self._journal.replace(lines if self._config is not None else [])
         for file in self.folder.iterdir():
             if (file.suffix == ".safetensors" and file.stem not in named) or file.suffix == ".part":
                 try:
@@ -430,51 +409,14 @@ class EditLedger:
             raise StorageError(errno.ENOENT, f"there is no ledger in {self.folder}")
 
     def _read(self) -> None:
-        """Read what the journal has beyond what was read before; all of it if it is another one by now."""
-        if not self._journal.exists():
-            self._forget()
-            return
-        with open_regular(self._journal) as file:
-            if os.fstat(file.fileno()).st_size > MAX_JOURNAL:
-                raise DamagedFileError(f"{self._journal} is longer than {MAX_JOURNAL} bytes")
-            file.seek(self._end - len(self._last))
-            if not self._last or file.read(len(self._last)) != self._last:
-                self._forget()
-                file.seek(0)
-            try:
-                self._read_lines(file)
-            except BaseException:
-                self._forget()
-                raise
+        self._journal.read(self._take_record, self._forget, self.damaged if self._skip else None)
 
     def _forget(self) -> None:
-        self.edits, self._base, self.head, self._tip, self.damaged = {}, {}, 0, 0, []
+        self.edits, self._base, self.head, self._tip = {}, {}, 0, 0
         self._config = self.model_name = None
-        self._lines, self._end, self._last = 0, 0, b""
+        self.damaged.clear()
 
-    def _read_lines(self, file: BinaryIO) -> None:
-        while line := file.readline(MAX_JSON + 2):
-            what = f"{self._journal}, line {self._lines + 1}"
-            whole = line
-            if not line.endswith(b"\n") and len(line) <= MAX_JSON:
-                return  # cut short by a crash, or being written now
-            try:
-                self._take_line(line, what)
-            except DamagedFileError as error:
-                if not self._skip:
-                    raise
-                self.damaged.append(str(error))
-                while line and not line.endswith(b"\n"):
-                    line = file.readline(MAX_JSON)
-                if not line:
-                    return
-            self._lines, self._end, self._last = self._lines + 1, file.tell(), whole if line is whole else b""
-
-    def _take_line(self, line: bytes, what: str) -> None:
-        entry = parse_json(line.rstrip(b"\n"), what)
-        record = field(entry, "record", dict, what)
-        if hash_from(entry, "sha256", what) != _checksum(record):
-            raise DamagedFileError(f"{what} is damaged: its checksum does not match")
+    def _take_record(self, record: dict[str, Any], what: str) -> None:
         kind = field(record, "kind", str, what)
         if kind == "ledger":
             if field(record, "version", int, what) != 1:
@@ -508,33 +450,6 @@ class EditLedger:
             self._tip = to
         self.head = to
 
-    def _append(self, record: dict[str, Any]) -> None:
-        """Add a line, on the disk when this returns; on an error the journal is as before."""
-        data = _line(record)
-        if len(data) > MAX_JSON or self._end + len(data) > MAX_JOURNAL:
-            raise LedgerError(f"{self._journal} would become too long: compact it, or edit fewer requests in one call")
-        try:
-            new = not self._journal.exists()
-            descriptor = os.open(self._journal, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
-            try:
-                os.ftruncate(descriptor, self._end)
-                try:
-                    done = 0
-                    while done < len(data):
-                        done += os.pwrite(descriptor, data[done:], self._end + done)
-                    os.fsync(descriptor)
-                    if new:
-                        sync_folder(self.folder)
-                except BaseException:
-                    with suppress(OSError):
-                        os.ftruncate(descriptor, self._end)
-                    raise
-            finally:
-                os.close(descriptor)
-        except OSError as error:
-            raise storage_error("write", self._journal, error) from error
-        self._lines, self._end, self._last = self._lines + 1, self._end + len(data), data
-
     # States ---------------------------------------------------------------------------------------------------
 
     def _edit(self, number: int) -> LedgerEdit:
@@ -565,7 +480,7 @@ class EditLedger:
         return number
 
     def _move(self, number: int, why: str) -> None:
-        self._append({"kind": "move", "to": number, "why": why})
+        self._journal.append({"kind": "move", "to": number, "why": why})
         self._take_move(number)
 
     def _write(self, model: nn.Module, number: int, why: str | None = None) -> None:
@@ -624,43 +539,3 @@ def writing(folder: str | Path) -> Iterator[EditLedger]:
         ledger._open(True, 0.0)
     with ledger:
         yield ledger
-
-
-def _checksum(record: dict[str, Any]) -> str:
-    return hashlib.sha256(dump_json(record)).hexdigest()
-
-
-def _line(record: dict[str, Any]) -> bytes:
-    return dump_json({"record": record, "sha256": _checksum(record)}) + b"\n"
-
-
-def _lock(path: Path, wait: float) -> int:
-    """Hold the lock on ``path`` through the descriptor returned; the system lets go of it with the process."""
-    import fcntl
-
-    until = time.monotonic() + wait
-    try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
-    except OSError as error:
-        raise storage_error("write", path, error) from error
-    try:
-        while True:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() >= until:
-                    owner = os.pread(descriptor, 20, 0).decode("ascii", "replace").strip() or "unknown"
-                    raise LedgerLocked(
-                        f"process {owner} is writing to {path.parent}; try again when it is done, or wait for it"
-                    ) from None
-                time.sleep(0.05)
-        try:
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
-        except OSError as error:
-            raise storage_error("write", path, error) from error
-    except BaseException:
-        os.close(descriptor)
-        raise
-    return descriptor

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from .answers import generate
 from .errors import CompressionError, StorageError
+from .low_rank import decompose, pair_of
 from .storage import make_folder, storage_error
 
 if TYPE_CHECKING:
@@ -44,8 +45,6 @@ def save_lora(delta: EditDelta, path: Path, model: nn.Module, tok: Any, rank: in
         FingerprintError: the model is neither as before the edit nor as after it.
     """
     from peft import PeftModel
-
-    from .delta import decompose
 
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise StorageError(errno.EEXIST, f"{path} exists and is not an empty folder")
@@ -88,8 +87,6 @@ def save_lora(delta: EditDelta, path: Path, model: nn.Module, tok: Any, rank: in
 def _write(folder: Path, model: nn.Module, parts: dict[str, tuple[Tensor, Tensor, Tensor]], rank: int) -> None:
     from peft import LoraConfig
     from transformers.pytorch_utils import Conv1D
-
-    from .delta import pair_of
 
     modules = [name.rpartition(".")[0] for name in parts]
     transposed = [isinstance(model.get_submodule(module), Conv1D) for module in modules]  # GPT-2's [in, out]

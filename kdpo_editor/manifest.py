@@ -56,6 +56,20 @@ def values_from(record: Any, what: str) -> dict[str, Value]:
     return {name: Value.from_json(value, f"{what}: {name[:200]}") for name, value in record.items()}
 
 
+@dataclass(frozen=True)
+class Change:
+    """A matrix before and after the edit. For a low-rank delta ``after`` is what it makes of ``before``."""
+
+    before: Value
+    after: Value
+
+
+def full_form(changes: Mapping[str, Change]) -> dict[str, Value]:
+    """What a delta in full form stores, by key: ``before:NAME`` and ``after:NAME``."""
+    stored = {f"before:{name}": change.before for name, change in changes.items()}
+    return stored | {f"after:{name}": change.after for name, change in changes.items()}
+
+
 @dataclass
 class EditInfo:
     """What was asked in an edit, with which settings, and what came of it.

@@ -18,7 +18,8 @@ from small import make
 
 from kdpo_editor import SHIPPED_MODEL, EditDelta, EditLedger
 from kdpo_editor.answers import generate
-from kdpo_editor.command import EXAMPLES, main
+from kdpo_editor.command import main
+from kdpo_editor.command_line import EXAMPLES
 from kdpo_editor.testbed import load_model, load_records
 
 MODEL = ["--model", SHIPPED_MODEL]

@@ -24,7 +24,8 @@ import yaml
 
 import kdpo_editor
 from kdpo_editor import KDPOHyperParams
-from kdpo_editor.command import _check_options, make_parser
+from kdpo_editor.command import COMMANDS
+from kdpo_editor.command_line import check_options, make_parser
 
 ROOT = Path(__file__).parents[1]
 HERE = Path(__file__).parent
@@ -167,13 +168,13 @@ def test_commands_exist(page: str, command: str, complete: bool, tmp_path: Path)
     if complete or program in ("kdpo-compare", "make", "pip", "python"):
         CHECKS.get(program, lambda *_: None)(arguments, tmp_path)
     elif program == "kdpo":
-        _, known = make_parser()
+        _, known = make_parser(COMMANDS)
         assert arguments[0] in known or arguments[0].startswith("-")
 
 
 def check_kdpo(arguments: list[str], folder: Path) -> None:
-    parser, known = make_parser()
-    _check_options(parser, known, arguments)
+    parser, known = make_parser(COMMANDS)
+    check_options(parser, known, arguments)
     parsed = parser.parse_args(arguments)
     values = dict(pair.split("=", 1) for pair in getattr(parsed, "set", []))
     assert set(values) <= {f.name for f in fields(KDPOHyperParams)}

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from small import Small, add, change, make
 
 from kdpo_editor import EditDelta, EditLedger, KDPOError
-from kdpo_editor.ledger import _line
+from kdpo_editor.journal import line_of
 from kdpo_editor.request_file import read_lines
 
 TARGETS = 6
@@ -225,7 +225,7 @@ def test_exchanged_values_of_a_journal(samples: Samples) -> None:
     @given(broken_json(records))
     def check(value: Any) -> None:
         lines = value if isinstance(value, list) else [value]
-        samples.journal.write_bytes(b"".join(_line(record) for record in lines))
+        samples.journal.write_bytes(b"".join(line_of(record) for record in lines))
         use_ledger(samples)
 
     check()

@@ -1,0 +1,69 @@
+"""Everything it takes to run beside EasyEdit, in both its forms. Nothing else in this package knows of it.
+
+*PyPI* is ``easyeditor==0.0.1.dev0`` (2023); *upstream* is a checkout of ``zjunlp/EasyEdit``, on the path already or
+named by the environment variable ``KDPO_EASYEDIT``. The framework's files are never changed. Pieces, what each is
+for, and when it can go:
+
+===================  ==================================================================================================
+:func:`install`      Makes ``import easyeditor`` register KDPO, whichever package is imported first, without importing
+                     it. Can go when EasyEdit lists KDPO itself.
+placeholders         Both forms import packages that editing text never calls. While ``easyeditor`` is imported, and
+                     for its own modules only, one that is not installed is stood in for; using it is an error that
+                     names it. Can go when EasyEdit imports them late.
+moved names          transformers 4.56 dropped three helpers from ``modeling_utils`` that the PyPI form imports (BLIP-2
+                     only). They are put there while ``easyeditor`` is imported. Can go with the PyPI form.
+model loading        Both forms choose a loader by the letters of a model's whole path. The PyPI form has none for
+                     Mistral or Qwen and reads Llama tokenizers wrongly with transformers 5; upstream has none for Gemma
+                     or Phi, and its one for Qwen 1.5 passes an argument that current transformers refuse. Such models,
+                     and the shipped one, are loaded here and handed over ready. Can go when the framework asks the
+                     model's config.
+devices              The PyPI form writes ``cuda:`` before whatever device it is given. While one of its editors works
+                     on a CPU, requests for CUDA are answered with the CPU; ``cuda:1`` is read as 1. Can go with the
+                     PyPI form.
+ledgers              With ``ledger`` in KDPO's settings, an editor takes its model to the ledger's head when it is made,
+                     and after each of its runs the ledger is told if the weights were put back. Can go if the framework
+                     ever tells a method so.
+PyPI's contract      The PyPI form writes back every weight a method returns unless it was asked to keep the original,
+                     so KDPO returns none then. Can go with the PyPI form.
+PyPI's MEMIT         Expects blocks to return tuples, as they did before transformers 4.56; its traces are shown
+                     such. Can go with the PyPI form.
+AdaLoRA              The PyPI form's LoRA and upstream's default. Current peft refuses it without the number of steps;
+                     it is told. The PyPI form's settings lack an attribute that its own code reads; they get it. Can go
+                     when upstream passes the number.
+:func:`settings`     A method's settings in whichever class the installed form reads, whose fields differ.
+:func:`quietly`      Both forms print every step and write logs into the working directory. Can go when they stop.
+:func:`forget`       Methods keep state in their modules (context templates, covariances, null spaces, histories) that
+                     belongs to one model; the comparison clears it between models. Can go when the framework ties it
+                     to the model.
+===================  ==================================================================================================
+
+Modules: ``registering`` has :func:`install`; ``lending`` placeholders and moved names; ``loading``, ``ledgers`` and
+``adalora`` what they are called after; ``pypi`` devices and the PyPI form's contract and MEMIT; ``comparing`` the last
+three, which comparing methods needs. ``finding``, below them, imports the framework and tells its form.
+"""
+
+from .comparing import forget, forget_history, memory, methods, quietly, remember, save_null_space, settings
+from .finding import VARIABLE, form, is_upstream, require
+from .lending import MOVED
+from .loading import RIGHT_PADDED
+from .pypi import on_device
+from .registering import install
+
+__all__ = [
+    "MOVED",
+    "RIGHT_PADDED",
+    "VARIABLE",
+    "forget",
+    "forget_history",
+    "form",
+    "install",
+    "is_upstream",
+    "memory",
+    "methods",
+    "on_device",
+    "quietly",
+    "remember",
+    "require",
+    "save_null_space",
+    "settings",
+]

@@ -1,0 +1,144 @@
+"""What a comparison of methods needs: their settings, what they remember of a model, and quiet."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib
+import io
+import logging
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import HyperParamsError
+from ..hparams import KDPOHyperParams
+from .finding import form, require
+
+# Where methods keep what they remember of a model's earlier edits.
+MODULES = {"AlphaEdit": "alphaedit.AlphaEdit_main", "WISE": "wise.WISE"}
+# Keys of settings files that one form's classes have and the other's lack.
+OTHER_FORM = ("objective_optimization", "lora_type", "model_parallel", "fp16", "batch_size", "max_length")
+
+
+def methods() -> dict[str, Callable[..., Any]]:
+    """The framework's methods by name, KDPO among them."""
+    require()
+    found: dict[str, Callable[..., Any]] = importlib.import_module("easyeditor.util.alg_dict").ALG_DICT
+    return found
+
+
+def settings(config: dict[str, Any]) -> tuple[Any, list[str]]:
+    """``config`` (with its ``alg_name``) as the installed form's class reads it, and the keys that it has no use for.
+
+    Raises :class:`~kdpo_editor.HyperParamsError` naming a key that neither form has, or those that are missing.
+    """
+    name = config["alg_name"]
+    if name == "KDPO":
+        return KDPOHyperParams.from_config(config), []
+    package = require()
+    wanted = f"{name}HyperParams".lower()
+    kind = next((getattr(package, n) for n in dir(package) if n.lower() == wanted), None)
+    if kind is None:
+        raise HyperParamsError(f"alg_name: EasyEdit's {form()} form has no settings for {name!r}")
+    if "act_margin" in config:  # WISE: three fields in the class, one list in the files
+        margins = dict(zip(("alpha", "beta", "gamma"), config["act_margin"], strict=True))
+        config = {**{k: v for k, v in config.items() if k != "act_margin"}, **margins}
+    known = {f.name: f for f in dataclasses.fields(kind)}
+    unknown = [key for key in config if key not in known and key not in OTHER_FORM]
+    if unknown:
+        raise HyperParamsError(f"{name}: unknown key {unknown[0]!r}. Known keys: {', '.join(known)}")
+    missing = [n for n, f in known.items() if f.default is dataclasses.MISSING and n not in config]
+    if missing:
+        raise HyperParamsError(f"{name}: missing key{'s' if len(missing) > 1 else ''} {', '.join(missing)}")
+    return kind(**{k: v for k, v in config.items() if k in known}), sorted(set(config) - set(known))
+
+
+def forget(templates: dict[str, list[str]] | None = None) -> None:
+    """Clear what the framework's methods keep in their modules about the last model.
+
+    ``templates``: contexts to use instead of those that ROME, MEMIT, AlphaEdit and WISE would draw from the model at
+    their first edit, by ``"dot"`` (behind a sentence) and ``"plain"``; each holds ``{}`` once.
+    """
+    dot, plain = (["{}", *templates[k]] if templates else None for k in ("dot", "plain"))
+    state: dict[str, dict[str, Any]] = {
+        "rome.rome_main": {"CONTEXT_TEMPLATES_CACHE": dot},
+        "memit.memit_main": {"CONTEXT_TEMPLATES_CACHE": dot and [["{}"], dot[1:]], "COV_CACHE": {}},
+        "alphaedit.AlphaEdit_main": {
+            "CONTEXT_TEMPLATES_CACHE": dot and [["{}"], dot[1:]],
+            "COV_CACHE": {},
+            "P_loaded": False,
+        },
+        "wise.utils": {"CONTEXT_TEMPLATES_CACHE": plain},
+    }
+    for name, values in state.items():
+        module = sys.modules.get(f"easyeditor.models.{name}")
+        for key, value in values.items():
+            if module is not None and hasattr(module, key):
+                setattr(module, key, value)
+    for method in MODULES:
+        forget_history(method)
+
+
+def forget_history(method: str) -> None:
+    """Clear what ``method`` remembers about its earlier edits of the model."""
+    values: dict[str, dict[str, Any]] = {
+        "AlphaEdit": {"cache_c_new": False},
+        "WISE": {"edit_history": [], "merge_group_edit_history": []},
+    }
+    module = sys.modules.get(f"easyeditor.models.{MODULES.get(method)}")
+    for key, value in values.get(method, {}).items():
+        if module is not None:
+            setattr(module, key, value)
+
+
+def memory(method: str) -> dict[str, torch.Tensor]:
+    """What ``method`` keeps in its module about earlier edits and needs for the next one, as tensors by name."""
+    if method != "AlphaEdit" or not _module(method).cache_c_new:
+        return {}
+    return {"AlphaEdit.cache_c": _module(method).cache_c.clone()}
+
+
+def remember(method: str, saved: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Give ``method`` its :func:`memory` back; returns what of ``saved`` was not that."""
+    rest = dict(saved)
+    if method == "AlphaEdit" and "AlphaEdit.cache_c" in rest:
+        _module(method).cache_c = rest.pop("AlphaEdit.cache_c")
+        _module(method).cache_c_new = True
+    return rest
+
+
+def save_null_space(model: nn.Module, tok: Any, hparams: Any) -> None:
+    """Compute AlphaEdit's projections (of ``hparams.layers``) with the framework and save them at ``hparams.P_loc``.
+
+    The framework would save them in the working directory and look for them elsewhere.
+    """
+    module = _module("AlphaEdit")
+    projections = torch.stack([module.get_project(model, tok, layer, hparams) for layer in hparams.layers])
+    torch.save(projections, hparams.P_loc)
+
+
+def _module(method: str) -> Any:
+    return sys.modules[f"easyeditor.models.{MODULES[method]}"]
+
+
+@contextlib.contextmanager
+def quietly() -> Iterator[None]:
+    """The framework prints every step, logs every edit twice and writes into ``./logs``; none of it is wanted here."""
+    disabled, folder = logging.root.manager.disable, Path.cwd()
+    logging.disable(logging.INFO)
+    try:
+        with tempfile.TemporaryDirectory() as scratch:
+            os.chdir(scratch)
+            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+                yield
+            os.chdir(folder)
+    finally:
+        os.chdir(folder)
+        logging.disable(disabled)
