@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import chain
 from math import inf
 
 import torch
@@ -141,6 +142,25 @@ def make_batches(suffix: Suffix, edits: Sequence[EditTokens], hparams: KDPOHyper
 
     with torch.set_grad_enabled(len(groups) == 1):
         return [[capture(members) for members in parts] for parts in groups]
+
+
+def look(batches: Sequence[Sequence[Batch]], graph: bool) -> None:
+    """Bring every batch of some mini-batches up to date with the weights; ``graph``: for the next step to use."""
+    with torch.set_grad_enabled(graph):
+        for batch in chain(*batches):
+            batch.look()
+
+
+def unfinished(batches: Sequence[Sequence[Batch]]) -> list[list[Round]]:
+    """What remains to be done in each mini-batch, without those of which nothing does."""
+    remaining = [[left for batch in some if (left := batch.remaining()) is not None] for some in batches]
+    return [rounds for rounds in remaining if rounds]
+
+
+def lost(batches: Sequence[Sequence[Batch]]) -> list[int]:
+    """The edits that are not won, by their numbers."""
+    each = chain(*batches)
+    return [m for batch in each for m, loses in zip(batch.members, batch.losing.tolist(), strict=True) if loses]
 
 
 def make_batch(

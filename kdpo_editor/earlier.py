@@ -20,7 +20,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from .batches import Batch, group, make_batch, padded, subjects
+from .batches import Batch, group, look, lost, make_batch, padded, subjects
 from .hparams import KDPOHyperParams
 from .requests import EditTokens, tokenize
 from .suffix import Arguments, Captured, Suffix, rows_of
@@ -199,6 +199,50 @@ class EarlierEdits:
         where = subjects([one.tokens for one in edits], suffix, length)
         arguments = rows_of(self._arguments[shape], shape[0], torch.arange(len(edits)))
         return Captured(hidden, stack(inner) if inner else None, arguments, positions, where)
+
+
+class Review:
+    """Some edits and the earlier ones that are looked at on their account.
+
+    ``kept``: the edits, captured, and after them the others.
+    """
+
+    def __init__(
+        self, earlier: EarlierEdits, suffix: Suffix, edits: Sequence[EditTokens], hparams: KDPOHyperParams
+    ) -> None:
+        self.earlier, self.suffix, self.hparams = earlier, suffix, hparams
+        self.own = range(len(edits))
+        self.kept = [*earlier.capture(suffix, edits, hparams), *earlier.to_check(edits, hparams.replay_checks)]
+        self._looked: list[list[Batch]] = []
+
+    def batches(self) -> list[list[Batch]]:
+        """Mini-batches of the edits themselves."""
+        return self.earlier.batches(self.suffix, self.kept, self.hparams, self.own)
+
+    def harmed(self, active: Sequence[Sequence[Batch]], adapted: Callable[[Captured], Captured]) -> list[list[Batch]]:
+        """Mini-batches of the earlier edits that are lost now and are not among the ``active`` ones already.
+
+        ``adapted``: see :func:`~kdpo_editor.preserve.sparing`.
+        """
+        if self._looked:
+            self.look()
+        elif others := range(len(self.own), len(self.kept)):
+            self._looked = self.earlier.batches(self.suffix, self.kept, self.hparams, others, adapted)
+        trained = {member for batch in chain(*active) for member in batch.members}
+        again = [member for member in lost(self._looked) if member not in trained]
+        self.earlier.repaired += len(again)
+        return self.earlier.batches(self.suffix, self.kept, self.hparams, again, adapted) if again else []
+
+    def look(self) -> None:
+        """Bring what is known of the earlier edits up to date with the weights."""
+        look(self._looked, graph=False)
+
+    def end(self, batches: Sequence[Sequence[Batch]]) -> None:
+        """Add the edits, whose ``batches`` are up to date, to the earlier ones, and note how all of them lead."""
+        for batch in chain(*batches, *self._looked):
+            for member, value in zip(batch.members, batch.lead.tolist(), strict=True):
+                self.kept[member].lead = value
+        self.earlier.kept += self.kept[: len(self.own)]
 
 
 def _same(weight: Tensor, value: Tensor) -> bool:

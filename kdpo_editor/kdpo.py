@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from .ablation import OwnAnswerRound
-from .batches import Batch, Round, make_batches
-from .earlier import EarlierEdits, Kept
+from .batches import Round, look, lost, make_batches, unfinished
+from .earlier import EarlierEdits, Review
 from .errors import EditDiverged, ModelError, RequestError
 from .hparams import KDPOHyperParams
 from .optimizers import Optimizer, make_optimizer
@@ -151,16 +151,11 @@ def optimise(
     looked at, and those that were harmed join them. ``edits`` are then added to the earlier ones. ``spared``: a
     preconditioner for each matrix, or none at all.
     """
-    kept: list[Kept] = []
-    if earlier is None:
-        batches = make_batches(suffix, edits, hparams)
-    else:
-        kept = [*earlier.capture(suffix, edits, hparams), *earlier.to_check(edits, hparams.replay_checks)]
-        batches = earlier.batches(suffix, kept, hparams, range(len(edits)))
+    review = None if earlier is None else Review(earlier, suffix, edits, hparams)
+    batches = make_batches(suffix, edits, hparams) if review is None else review.batches()
     # Whether the pass that reads off the negatives is the first step's forward too.
-    alone = earlier is None and len(batches) == 1 and not spared
-    traces = [EditTrace() for _ in kept or edits]
-    looked_back: list[list[Batch]] = []
+    alone = review is None and len(batches) == 1 and not spared
+    traces = [EditTrace() for _ in (edits if review is None else review.kept)]
 
     with sparing(suffix, weights, spared, inside=batches[0][0].captured.inner is not None) as adapted:
         keep = hparams.objective == "dpo" or hparams.update_scale != 1.0
@@ -171,23 +166,17 @@ def optimise(
             active = [[replace(b, captured=adapted(b.captured)) for b in some] for some in batches]
         for number in range(hparams.cycles):
             if number > 0:
-                _look(active, graph=alone)
-            rounds: list[list[Round | OwnAnswerRound]] = _unfinished(active)
-            if not rounds and earlier is not None and len(kept) > len(edits):
-                if looked_back:
-                    _look(looked_back, graph=False)
-                else:
-                    looked_back = earlier.batches(suffix, kept, hparams, range(len(edits), len(kept)), adapted)
-                trained = {member for batch in chain(*active) for member in batch.members}
-                if harmed := [member for member in _lost(looked_back) if member not in trained]:
-                    again = earlier.batches(suffix, kept, hparams, harmed, adapted)
-                    active += again
-                    rounds = _unfinished(again)
+                look(active, graph=alone)
+            rounds: Sequence[Sequence[Round | OwnAnswerRound]] = unfinished(active)
+            if not rounds and review is not None:
+                harmed = review.harmed(active, adapted)
+                active += harmed
+                rounds = unfinished(harmed)
             if not rounds:
                 break
             if hparams.objective == "dpo":
                 rounds = [[OwnAnswerRound(suffix, active[0][0], edits[0].prompt, weights, start)]]
-            going = rounds
+            going = list(rounds)
             for step in range(hparams.num_steps):
                 going = [some for some in going if _step(some, optimizer, hparams, use_first=alone and step == 0)]
             for current in chain(*rounds):
@@ -196,49 +185,23 @@ def optimise(
             with torch.no_grad():
                 for name, w in weights.items():
                     w.copy_(start[name] + hparams.update_scale * (w - start[name]))
-        if rounds or hparams.update_scale != 1.0:
-            _look(looked_back, graph=False)
+        if review is not None and (rounds or hparams.update_scale != 1.0):
+            review.look()
 
     if not all(torch.isfinite(w).all() for w in weights.values()):
         raise EditDiverged("the edited weights became NaN or infinite")
     if rounds or hparams.update_scale != 1.0 or spared:
-        _look(batches, graph=False)
-    lost = set(_lost(batches))
+        look(batches, graph=False)
+    missed = set(lost(batches))
     for i, trace in enumerate(traces):
-        trace.converged = i not in lost
-    if earlier is not None:
-        for batch in chain(*batches, *looked_back):
-            for member, value in zip(batch.members, batch.lead.tolist(), strict=True):
-                kept[member].lead = value
-        earlier.kept += kept[: len(edits)]
-        earlier.repaired += sum(bool(trace.cycles) for trace in traces[len(edits) :])
+        trace.converged = i not in missed
+    if review is not None:
+        review.end(batches)
     return traces[: len(edits)]
 
 
-def _look(batches: list[list[Batch]], graph: bool) -> None:
-    """Bring every batch up to date with the weights."""
-    with torch.set_grad_enabled(graph):
-        for batch in chain(*batches):
-            batch.look()
-
-
-def _unfinished(batches: list[list[Batch]]) -> list[list[Round | OwnAnswerRound]]:
-    """What remains to be done in each mini-batch, without those of which nothing does."""
-    found: list[list[Round | OwnAnswerRound]] = []
-    for some in batches:
-        if rounds := [remaining for batch in some if (remaining := batch.remaining()) is not None]:
-            found.append([*rounds])
-    return found
-
-
-def _lost(batches: list[list[Batch]]) -> list[int]:
-    """The edits that are not won, by their numbers."""
-    each = chain(*batches)
-    return [m for batch in each for m, loses in zip(batch.members, batch.losing.tolist(), strict=True) if loses]
-
-
 def _step(
-    rounds: list[Round | OwnAnswerRound], optimizer: Optimizer, hparams: KDPOHyperParams, use_first: bool
+    rounds: Sequence[Round | OwnAnswerRound], optimizer: Optimizer, hparams: KDPOHyperParams, use_first: bool
 ) -> bool:
     """One optimiser step on the edits of a mini-batch whose loss is not below ``stop_loss`` yet.
 
