@@ -136,8 +136,6 @@ def make_batches(suffix: Suffix, edits: Sequence[EditTokens], hparams: KDPOHyper
     def capture(members: list[int]) -> Batch:
         ids, chosen, mask, positions = padded([edits[i] for i in members])
         captured, hidden = suffix.capture(ids, positions, subjects([edits[i] for i in members], suffix))
-        if hparams.captured_on_host:
-            captured = captured.to("cpu")
         return make_batch(suffix, members, captured, hidden, chosen, mask, hparams.margin)
 
     with torch.set_grad_enabled(len(groups) == 1):

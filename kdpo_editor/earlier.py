@@ -120,7 +120,8 @@ class EarlierEdits:
         if dropped:
             self.dropped += dropped
             LOG.info("%d earlier edits were dropped to stay within replay_budget, %d in all", dropped, self.dropped)
-        self.left = {name: _copied(w, hparams) for name, w in weights.items()}
+        place = "cpu" if hparams.captured_on_host else None
+        self.left = {name: w.detach().to(place, copy=True) for name, w in weights.items()}
         _STORED[model] = self
 
     def to_check(self, edits: Sequence[EditTokens], checks: int) -> list[Kept]:
@@ -148,8 +149,8 @@ class EarlierEdits:
                 captured, _ = suffix.capture(ids, positions)
             for row, (i, tokens) in enumerate(zip(members, chosen, strict=True)):
                 here = slice(0, len(tokens.sequence))
-                inner = None if captured.inner is None else _copied(captured.inner[row, here], hparams)
-                new[i] = Kept(tokens, _copied(captured.hidden[row, here], hparams), inner)
+                inner = None if captured.inner is None else captured.inner[row, here].clone()
+                new[i] = Kept(tokens, captured.hidden[row, here].clone(), inner)
         return [new[i] for i in range(len(edits))]
 
     def batches(
@@ -166,12 +167,11 @@ class EarlierEdits:
         :func:`~kdpo_editor.preserve.sparing`.
         """
         members = range(len(edits)) if members is None else members
-        place = torch.device("cpu") if hparams.captured_on_host else suffix.place
 
         def batch(here: list[int]) -> Batch:
             chosen = [edits[member] for member in here]
             _, answers, mask, positions = padded([one.tokens for one in chosen])
-            captured = adapted(self._stack(suffix, chosen, positions.to(suffix.device), place))
+            captured = adapted(self._stack(suffix, chosen, positions.to(suffix.device)))
             hidden = suffix.replay(captured)
             return make_batch(suffix, here, captured, hidden, answers, mask, hparams.margin)
 
@@ -179,8 +179,8 @@ class EarlierEdits:
         with torch.no_grad():
             return [[batch([members[i] for i in part]) for part in parts] for parts in groups]
 
-    def _stack(self, suffix: Suffix, edits: Sequence[Kept], positions: Tensor, place: torch.device) -> Captured:
-        """One capture of them all, in ``place``; what else blocks are told is the same for any tokens."""
+    def _stack(self, suffix: Suffix, edits: Sequence[Kept], positions: Tensor) -> Captured:
+        """One capture of them all; what else blocks are told is the same for any tokens."""
         most = getattr(suffix.model.config, "max_position_embeddings", None) or inf
         length = int(min(-(-max(len(one.hidden) for one in edits) // ROUND) * ROUND, most))
         # Taken from as many rows as a power of two.
@@ -192,7 +192,7 @@ class EarlierEdits:
             self._arguments[shape] = suffix.capture(anything, anything[:, :1])[0].arguments
 
         def stack(rows: list[Tensor]) -> Tensor:
-            return torch.stack([nn.functional.pad(r.to(place), (0, 0, 0, length - len(r))) for r in rows])
+            return torch.stack([nn.functional.pad(r.to(suffix.store), (0, 0, 0, length - len(r))) for r in rows])
 
         inner = [one.inner for one in edits if one.inner is not None]
         hidden = stack([one.hidden for one in edits])
@@ -247,10 +247,6 @@ class Review:
 
 def _same(weight: Tensor, value: Tensor) -> bool:
     return weight.dtype == value.dtype and torch.equal(weight.detach().to(value.device), value)
-
-
-def _copied(tensor: Tensor, hparams: KDPOHyperParams) -> Tensor:
-    return tensor.detach().to("cpu" if hparams.captured_on_host else tensor.device, copy=True)
 
 
 # The edits hold no reference to their model, so they go when it does.

@@ -108,12 +108,19 @@ class Suffix:
         first: index of the first block that may change.
         module_name: dotted name of the module whose weight is edited in that block.
         at_subject: dotted names of edited modules whose gradient comes from the subject's tokens alone.
+        on_host: keep what is captured in the host's memory.
     """
 
     def __init__(
-        self, model: nn.Module, blocks_name: str, first: int, module_name: str, at_subject: Sequence[str] = ()
+        self,
+        model: nn.Module,
+        blocks_name: str,
+        first: int,
+        module_name: str,
+        at_subject: Sequence[str] = (),
+        on_host: bool = False,
     ) -> None:
-        self.model = model
+        self.model, self.on_host = model, on_host
         blocks = model.get_submodule(blocks_name)
         assert isinstance(blocks, nn.ModuleList)
         self.holder = model.get_submodule(blocks_name.rpartition(".")[0])
@@ -130,12 +137,17 @@ class Suffix:
         modules = {layer: name.rpartition(".")[0] for layer, name in zip(hparams.layers, weights, strict=True)}
         first = min(modules)
         at_subject = [modules[layer] for layer in hparams.subject_layers or ()]
-        return cls(model, blocks_name(hparams), first, modules[first], at_subject)
+        return cls(model, blocks_name(hparams), first, modules[first], at_subject, hparams.captured_on_host)
 
     @property
     def place(self) -> torch.device:
         """Where the edited matrix is, and replay begins."""
         return next(self.module.parameters()).device
+
+    @property
+    def store(self) -> torch.device:
+        """Where what is captured is kept."""
+        return torch.device("cpu") if self.on_host else self.place
 
     @property
     def device(self) -> torch.device:
@@ -174,7 +186,7 @@ class Suffix:
         subject = None if subject is None else subject.to(self.device)
         with self._trained_at(subject):
             captured, hidden = self._run(ids, positions, inside)
-        return replace(captured, subject=subject), hidden
+        return replace(captured, subject=subject).to(self.store), hidden
 
     def replay(self, captured: Captured) -> Tensor:
         """The final hidden states, ``[B, T, D]``, that the whole model would give with its weights as they are now."""
