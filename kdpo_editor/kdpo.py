@@ -3,7 +3,7 @@
 One edit, as in the paper's section 3:
 
     tokens    x, y_w                      the prompt and the new answer
-    reference the policy before the first step, kept as logits
+    reference the policy before the first step, kept as its final hidden states
     cycle     y_l = argmax of the policy at each answer position; done if y_l == y_w
       step    loss = -log sigmoid(beta * [(log pi(y_w) - log ref(y_w)) - (log pi(y_l) - log ref(y_l))])
               one Adam step on one matrix
