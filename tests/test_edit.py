@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from kdpo_editor import EditDiverged, apply_kdpo_to_model, edit
 from kdpo_editor.compare.memory import peak_bytes
 from kdpo_editor.objectives import competitors, dpo_loss, kdpo_loss
+from kdpo_editor.suffix import Captured, Suffix
 
 SECOND = {"prompt": "Which family does Epaspidoceras belong to?", "target_new": "Noctuidae"}
 
@@ -421,17 +422,26 @@ def test_a_mini_batch_divided_by_length_takes_the_same_steps(
     requests = [SECOND, REQUEST, THIRD]
     hparams = settings(schedule="breadth_first", cycles=2, replay=replay)
     steps: list[int] = []
-    step = torch.optim.Adam.step
+    rows: list[int] = []
+    step, replayed = torch.optim.Adam.step, Suffix.replay
 
     def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
         steps.append(1)
         return step(self, *args, **kwargs)
 
+    def measured(self: Suffix, captured: Captured) -> torch.Tensor:
+        rows.append(len(captured.hidden))
+        return replayed(self, captured)
+
     monkeypatch.setattr(torch.optim.Adam, "step", counted)
+    monkeypatch.setattr(Suffix, "replay", measured)
     whole, _, first = edit(copy.deepcopy(model), tok, requests, hparams)
     taken = len(steps)
+    assert max(rows) == 3
+    rows.clear()
     monkeypatch.setattr("kdpo_editor.batches.LEAST", 1)
     divided, _, second = edit(copy.deepcopy(model), tok, requests, hparams)
+    assert max(rows) == 1
     assert len(steps) == 2 * taken, "a step for each part"
     for one, other in zip(first, second, strict=True):
         assert [cycle.negative for cycle in one.cycles] == [cycle.negative for cycle in other.cycles]
