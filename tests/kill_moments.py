@@ -92,7 +92,7 @@ def main() -> None:
         before = done
         found["at"][done] += was_killed
         journal = folder / "journal.jsonl"
-        found["cut_lines"] += journal.exists() and journal.stat().st_size > reader._end
+        found["cut_lines"] += journal.exists() and journal.stat().st_size > reader._journal.end
         found["unfinished_files"] += len(list(folder.glob("*.part")))
         if done == EDITS:
             found["runs"] += 1
