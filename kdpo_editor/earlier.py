@@ -142,7 +142,7 @@ class EarlierEdits:
     def capture(self, suffix: Suffix, edits: Sequence[EditTokens], hparams: KDPOHyperParams) -> list[Kept]:
         """Run the whole model over ``edits`` and keep what is needed of it; they are not among :attr:`kept` yet."""
         new: dict[int, Kept] = {}
-        for members in chain.from_iterable(group(suffix, edits, hparams.memory_budget)):
+        for members in chain(*group(suffix, edits, hparams.memory_budget)):
             chosen = [edits[i] for i in members]
             ids, _, _, positions = padded(chosen)
             with torch.no_grad():

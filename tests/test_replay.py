@@ -189,11 +189,13 @@ def test_gradient_from_some_tokens_only(name: str) -> None:
             torch.testing.assert_close(gradient, exact, rtol=1e-3, atol=1e-4 * exact.abs().max().item())
 
 
-@pytest.mark.parametrize(("least", "groups"), [(8, [[1, 2, 0]]), (1, [[1], [2], [0]])], ids=["all", "parts"])
+@pytest.mark.parametrize(
+    ("parts", "groups"), [(1, [[1, 2, 0]]), (2, [[1, 2], [0]]), (3, [[1], [2], [0]])], ids=["all", "two", "three"]
+)
 @pytest.mark.parametrize("name", ARCHITECTURES)
 @torch.no_grad()
 def test_edits_captured_one_by_one_are_replayed_together(
-    name: str, least: int, groups: list[list[int]], monkeypatch: pytest.MonkeyPatch
+    name: str, parts: int, groups: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of different lengths, after the edited matrix changed, with what the blocks are told made from other tokens."""
     model, suffix, weight = suffix_of(name, 2)
@@ -202,7 +204,8 @@ def test_edits_captured_one_by_one_are_replayed_together(
     earlier = EarlierEdits()
     kept = [one for tokens in edits for one in earlier.capture(suffix, [tokens], hparams)]
     change(weight)
-    monkeypatch.setattr("kdpo_editor.batches.LEAST", least)
+    monkeypatch.setattr("kdpo_editor.batches.PARTS", parts)
+    monkeypatch.setattr("kdpo_editor.batches.LEAST", 1)
     (batches,) = earlier.batches(suffix, kept, hparams)
     assert [batch.members for batch in batches] == groups
     for member, hidden in ((m, row) for b in batches for m, row in zip(b.members, b.hidden, strict=True)):
