@@ -16,7 +16,7 @@ import errno
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -28,65 +28,20 @@ from .contexts import note, original
 from .delta import EditDelta
 from .earlier import EarlierEdits
 from .errors import DamagedFileError, EditDiverged, FingerprintError, LedgerError, StorageError
+from .history import History, LedgerEdit
 from .hparams import KDPOHyperParams
 from .journal import Journal, lock
 from .kdpo import EditTrace, edit
-from .manifest import Change, EditInfo, Value, check_config, config_of, full_form, matrices_of, value_of, values_from
+from .manifest import Change, EditInfo, Value, check_config, config_of, full_form, matrices_of, value_of
 from .preserve import known, preconditioners
-from .storage import field, make_folder, read_tensors, storage_error, write_tensors
+from .storage import make_folder, read_tensors, storage_error, write_tensors
 from .weights import find_matrices, restore
 
 JOURNAL = "journal.jsonl"
 LOCK = "lock"
 
 
-@dataclass(frozen=True)
-class LedgerEdit:
-    """One edit of a ledger.
-
-    ``number``: counted from 1. ``parent``: the edit it was made after, 0 for none. ``state``: every matrix that the
-    ledger knows, after this edit. ``base``: these matrices before any edit. ``merged``: how many edits
-    :meth:`EditLedger.compact` made this one of.
-    """
-
-    number: int
-    parent: int
-    state: dict[str, Value]
-    base: dict[str, Value]
-    info: EditInfo
-    merged: int = 1
-
-    def to_json(self) -> dict[str, Any]:
-        """As a line of the journal, without its checksum."""
-        return {
-            "kind": "edit",
-            "number": self.number,
-            "parent": self.parent,
-            "state": {name: value.to_json() for name, value in self.state.items()},
-            "base": {name: value.to_json() for name, value in self.base.items()},
-            "info": self.info.to_json(),
-            "merged": self.merged,
-        }
-
-    @classmethod
-    def from_json(cls, record: Any, what: str) -> LedgerEdit:
-        """Of its JSON form; raises :class:`~kdpo_editor.DamagedFileError`, beginning with ``what``."""
-        found = cls(
-            number=field(record, "number", int, what),
-            parent=field(record, "parent", int, what),
-            state=values_from(field(record, "state", dict, what), f"{what}: state"),
-            base=values_from(field(record, "base", dict, what), f"{what}: base"),
-            info=EditInfo.from_json(field(record, "info", dict, what), f"{what}: info"),
-            merged=field(record, "merged", int, what),
-        )
-        if not 0 <= found.parent < found.number:
-            raise DamagedFileError(f"{what}: edit {found.number} cannot follow edit {found.parent}")
-        if {n: v.spec for n, v in found.state.items()} != {n: v.spec for n, v in found.base.items()}:
-            raise DamagedFileError(f"{what}: 'state' and 'base' are not of the same matrices")
-        return found
-
-
-class EditLedger:
+class EditLedger(History):
     """An append-only journal of edits.
 
     Any number of readers may have it open, and one writer. A writer on a folder that is missing or empty makes a ledger
@@ -113,14 +68,7 @@ class EditLedger:
     def __init__(
         self, folder: str | Path, *, write: bool = False, wait: float = 0.0, skip_damaged: bool = False
     ) -> None:
-        self.folder = Path(folder)
-        self.edits: dict[int, LedgerEdit] = {}
-        self.head = self._tip = 0
-        self.damaged: list[str] = []
-        self.model_name: str | None = None
-        self._config: dict[str, Any] | None = None
-        self._base: dict[str, Value] = {}
-        self._skip = skip_damaged
+        super().__init__(Path(folder), skip_damaged)
         self._lock: int | None = None
         self._journal = Journal(self.folder / JOURNAL)
         self._open(write, wait)
@@ -158,20 +106,6 @@ class EditLedger:
             self._lock = None
 
     # Looking at -----------------------------------------------------------------------------------------------
-
-    @property
-    def branch(self) -> list[LedgerEdit]:
-        """The edits that stand, in order, up to the head."""
-        return [self.edits[number] for number in self._path(self.head) if number]
-
-    @property
-    def requests(self) -> list[dict[str, Any]]:
-        """The requests of the edits that stand, in order."""
-        return [request for one in self.branch for request in one.info.requests]
-
-    def state(self, number: int) -> dict[str, Value]:
-        """Every matrix that the ledger knows, as it was after edit ``number`` (0: before any)."""
-        return dict(self._base) if number == 0 else self._base | self._edit(number).state
 
     def delta(self, number: int, since: int | None = None) -> EditDelta:
         """The change from edit ``since`` (by default the one before it; 0: the unedited model) to edit ``number``."""
@@ -411,65 +345,7 @@ class EditLedger:
     def _read(self) -> None:
         self._journal.read(self._take_record, self._forget, self.damaged if self._skip else None)
 
-    def _forget(self) -> None:
-        self.edits, self._base, self.head, self._tip = {}, {}, 0, 0
-        self._config = self.model_name = None
-        self.damaged.clear()
-
-    def _take_record(self, record: dict[str, Any], what: str) -> None:
-        kind = field(record, "kind", str, what)
-        if kind == "ledger":
-            if field(record, "version", int, what) != 1:
-                raise DamagedFileError(f"{what}: version {record['version']} is not 1")
-            name, config = field(record, "model_name", (str, type(None)), what), field(record, "config", dict, what)
-            self.model_name, self._config = name, config
-        elif kind == "edit":
-            one = LedgerEdit.from_json(record, what)
-            if one.number in self.edits:
-                raise DamagedFileError(f"{what}: there are two edits {one.number}")
-            if any(self._base.get(name, value) != value for name, value in one.base.items()):
-                raise DamagedFileError(f"{what}: edit {one.number} began from other weights than those before it")
-            if one.parent and one.parent not in self.edits and not self._skip:
-                raise DamagedFileError(f"{what}: edit {one.number} follows edit {one.parent}, which is not there")
-            self._take(one)
-        elif kind == "move":
-            to = field(record, "to", int, what)
-            if to and to not in self.edits:
-                raise DamagedFileError(f"{what}: edit {to} is not there")
-            self._take_move(to)
-        else:
-            raise DamagedFileError(f"{what}: {kind!r:.60} is not a kind of record")
-
-    def _take(self, one: LedgerEdit) -> None:
-        self.edits[one.number] = one
-        self._base |= one.base
-        self.head = self._tip = one.number
-
-    def _take_move(self, to: int) -> None:
-        if to not in self._path(self._tip):
-            self._tip = to
-        self.head = to
-
     # States ---------------------------------------------------------------------------------------------------
-
-    def _edit(self, number: int) -> LedgerEdit:
-        if number not in self.edits:
-            there = f"1 to {max(self.edits)}" if self.edits else "none"
-            raise LedgerError(f"there is no edit {number} in {self.folder}; there is {there}")
-        return self.edits[number]
-
-    def _parent(self, one: LedgerEdit) -> int:
-        """The number of the edit before; where its line was left out, of the last one before that is there."""
-        if one.parent == 0 or one.parent in self.edits:
-            return one.parent
-        return max((number for number in self.edits if number < one.parent), default=0)
-
-    def _path(self, number: int) -> list[int]:
-        """The numbers from 0 to ``number``, each the parent of the next."""
-        path = [number]
-        while path[-1]:
-            path.append(self._parent(self.edits[path[-1]]))
-        return path[::-1]
 
     def _go(self, number: int, why: str, model: nn.Module | None) -> int:
         self._check_writable()
