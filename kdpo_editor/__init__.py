@@ -1,9 +1,8 @@
 """KDPO as an editor for EasyEdit: change a fact in a language model by preference optimisation."""
 
-from .contexts import edited, original
-from .delta import EditDelta
-from .earlier import EarlierEdits
-from .easyedit import install as _install
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from .errors import (
     CompressionError,
     DamagedFileError,
@@ -18,9 +17,15 @@ from .errors import (
     StorageError,
 )
 from .hparams import KDPOHyperParams
-from .kdpo import EditTrace, apply_kdpo_to_model, edit
-from .ledger import EditLedger
+from .import_hook import install as _install
 from .testbed import SHIPPED_MODEL
+
+if TYPE_CHECKING:
+    from .contexts import edited, original
+    from .delta import EditDelta
+    from .earlier import EarlierEdits
+    from .kdpo import EditTrace, apply_kdpo_to_model, edit
+    from .ledger import EditLedger
 
 __version__ = "0.1.0"
 __all__ = [
@@ -46,5 +51,30 @@ __all__ = [
     "edited",
     "original",
 ]
+
+# Names whose modules need torch and transformers, which take seconds to import: loaded when they are used.
+_LATER = {
+    "EarlierEdits": "earlier",
+    "EditDelta": "delta",
+    "EditLedger": "ledger",
+    "EditTrace": "kdpo",
+    "apply_kdpo_to_model": "kdpo",
+    "edit": "kdpo",
+    "edited": "contexts",
+    "original": "contexts",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_LATER[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
 
 _install()

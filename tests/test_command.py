@@ -47,6 +47,22 @@ def edits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "edits"
 
 
+@pytest.mark.parametrize(
+    ("program", "arguments", "code"),
+    [("command", ["--help"], 0), ("command", ["edit", "--modell", "x"], 2), ("compare.report", ["--help"], 0)],
+)
+def test_help_and_typos_are_answered_before_torch_is_loaded(program: str, arguments: list[str], code: int) -> None:
+    script = (
+        f"import sys, kdpo_editor, kdpo_editor.{program} as program\n"
+        f"try: program.main({arguments})\n"
+        f"except SystemExit as stop: assert stop.code == {code}, stop.code\n"
+        "loaded = {'torch', 'transformers', 'numpy', 'easyeditor'} & set(sys.modules)\n"
+        "assert not loaded, loaded\n"
+    )
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+
+
 def test_one_edit(tmp_path: Path, capsys: Any) -> None:
     first = FACTS[1]
     code, lines, err = kdpo(

@@ -20,9 +20,9 @@ import yaml
 
 from kdpo_editor import SHIPPED_MODEL
 from kdpo_editor.compare.reading import read_cells
-from kdpo_editor.easyedit import VARIABLE
 from kdpo_editor.errors import CellBusy, DataError, HyperParamsError, ResultsError
 from kdpo_editor.hparams import settings_folder
+from kdpo_editor.import_hook import VARIABLE
 from kdpo_editor.testbed import SECOND_MODEL
 
 CHECKOUT = os.environ.get(VARIABLE)

@@ -105,7 +105,7 @@ def test_python_blocks_compile(block: Block) -> None:
 
 def test_python_blocks_of_readme_and_docs_run_on_the_shipped_model(tmp_path: Path) -> None:
     runnable: dict[str, list[str]] = {}
-    framework = importlib.util.find_spec("easyeditor") is not None or kdpo_editor.easyedit.VARIABLE in os.environ
+    framework = importlib.util.find_spec("easyeditor") is not None or kdpo_editor.import_hook.VARIABLE in os.environ
     for block in ALL:
         needs = "easyeditor" in block.code and not framework
         if block.language == "python" and not (block.skipped or needs or block.page == "CONTRIBUTING.md"):

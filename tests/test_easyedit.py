@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from kdpo_editor.easyedit import VARIABLE
+from kdpo_editor.import_hook import VARIABLE
 
 SCENARIOS = Path(__file__).parent / "framework_scenarios.py"
 MATRIX = "model.layers.{}.mlp.down_proj.weight"

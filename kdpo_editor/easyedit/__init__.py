@@ -1,12 +1,13 @@
-"""Everything it takes to run beside EasyEdit, in both its forms. Nothing else in this package knows of it.
+"""Everything it takes to run beside EasyEdit, in both its forms. Nothing else in this package knows of it, but for
+the import hook that calls this.
 
 *PyPI* is ``easyeditor==0.0.1.dev0`` (2023); *upstream* is a checkout of ``zjunlp/EasyEdit``, on the path already or
 named by the environment variable ``KDPO_EASYEDIT``. The framework's files are never changed. Pieces, what each is
 for, and when it can go:
 
 ===================  ==================================================================================================
-:func:`install`      Makes ``import easyeditor`` register KDPO, whichever package is imported first, without importing
-                     it. Can go when EasyEdit lists KDPO itself.
+registering          KDPO is added to the framework's methods when ``easyeditor`` is imported, or at once if it was
+                     before. Can go when EasyEdit lists KDPO itself.
 placeholders         Both forms import packages that editing text never calls. While ``easyeditor`` is imported, and
                      for its own modules only, one that is not installed is stood in for; using it is an error that
                      names it. Can go when EasyEdit imports them late.
@@ -37,26 +38,24 @@ AdaLoRA              The PyPI form's LoRA and upstream's default. Current peft r
                      to the model.
 ===================  ==================================================================================================
 
-Modules: ``registering`` has :func:`install`; ``lending`` placeholders and moved names; ``loading``, ``ledgers`` and
-``adalora`` what they are called after; ``pypi`` devices and the PyPI form's contract and MEMIT; ``comparing`` the last
-three, which comparing methods needs. ``finding``, below them, imports the framework and tells its form.
+Modules: ``registering`` puts KDPO into the framework; ``lending`` has placeholders and moved names; ``loading``,
+``ledgers`` and ``adalora`` what they are called after; ``pypi`` devices and the PyPI form's contract and MEMIT;
+``comparing`` the last three, which comparing methods needs. ``finding``, below them, imports the framework and tells
+its form.
 """
 
 from .comparing import forget, forget_history, memory, methods, quietly, remember, save_null_space, settings
-from .finding import VARIABLE, form, is_upstream, require
+from .finding import form, is_upstream, require
 from .lending import MOVED
 from .loading import RIGHT_PADDED
 from .pypi import on_device
-from .registering import install
 
 __all__ = [
     "MOVED",
     "RIGHT_PADDED",
-    "VARIABLE",
     "forget",
     "forget_history",
     "form",
-    "install",
     "is_upstream",
     "memory",
     "methods",

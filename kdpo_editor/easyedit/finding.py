@@ -7,7 +7,8 @@ import inspect
 from types import ModuleType
 from typing import Any
 
-VARIABLE = "KDPO_EASYEDIT"
+from ..import_hook import VARIABLE
+
 HOW_TO_GET_IT = (
     "EasyEdit was not found. Either install its PyPI release with its needs,\n"
     "    pip install 'kdpo-editor[easyedit]' && pip install --no-deps easyeditor==0.0.1.dev0\n"
