@@ -32,11 +32,25 @@ from .weights import blocks_name
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 """What a block is called with besides its hidden states."""
 
-# For models that were examined: by edited module, whether replay may begin at the matrix, and the names of the modules
-# in the last block that are needed only where logits are read.
-_EXAMINED: WeakKeyDictionary[nn.Module, dict[str, tuple[bool, list[str]]]] = WeakKeyDictionary()
-# Positions that must be saved in the last block for it to pay.
-WORTH = 64
+# Multiplications that a module of the last block must be spared for it to pay.
+WORTH = 2_000_000
+
+
+@dataclass(frozen=True)
+class Examined:
+    """What was found out about a model and one edited module.
+
+    ``inside``: replay may begin at the matrix, not only at its block. ``head_alone``: logits are what the head gives,
+    and nothing else follows. ``narrow``: names of the modules in the last block that are needed only where logits are
+    read.
+    """
+
+    inside: bool
+    head_alone: bool
+    narrow: tuple[str, ...] = ()
+
+
+_EXAMINED: WeakKeyDictionary[nn.Module, dict[str, Examined]] = WeakKeyDictionary()
 
 
 @dataclass
@@ -130,6 +144,7 @@ class Suffix:
         self.at_subject = [model.get_submodule(name) for name in at_subject]
         self._after: list[nn.Module] = []
         self._narrow: list[nn.Module] = []
+        self._head_alone = False
 
     @classmethod
     def above(cls, model: nn.Module, weights: Iterable[str], hparams: KDPOHyperParams) -> Suffix:
@@ -177,15 +192,16 @@ class Suffix:
         ids, positions = ids.to(self.device), positions.to(self.device)
         known = _EXAMINED.setdefault(self.model, {})
         if self.module_name not in known:
-            inside = self._examine(ids[:1])
-            if inside is None:
+            found = self._examine(ids[:1])
+            if found is None:
                 return self._run(ids, positions, inside=False)
-            known[self.module_name] = inside, self._find_narrow(ids[:1], inside)
-        inside, narrow = known[self.module_name]
-        self._narrow = [self.blocks[-1].get_submodule(name) for name in narrow]
+            known[self.module_name] = replace(found, narrow=tuple(self._find_narrow(ids[:1], found.inside)))
+        examined = known[self.module_name]
+        self._narrow = [self.blocks[-1].get_submodule(name) for name in examined.narrow]
+        self._head_alone = examined.head_alone
         subject = None if subject is None else subject.to(self.device)
         with self._trained_at(subject):
-            captured, hidden = self._run(ids, positions, inside)
+            captured, hidden = self._run(ids, positions, examined.inside)
         return replace(captured, subject=subject).to(self.store), hidden
 
     def replay(self, captured: Captured) -> Tensor:
@@ -198,11 +214,12 @@ class Suffix:
                 hidden = hidden + self.module(captured.inner).view(hidden.shape)
                 blocks = blocks[1:]
             for block, (args, kwargs) in zip(blocks, captured.arguments, strict=True):
-                saved = len(hidden) * (hidden.shape[1] - captured.positions.shape[1])
                 with ExitStack() as patches:
-                    if block is self.blocks[-1] and saved >= WORTH:
+                    if block is self.blocks[-1]:
+                        spared = len(hidden) * (hidden.shape[1] - captured.positions.shape[1])
                         for module in self._narrow:
-                            patches.enter_context(_narrowed(module, captured.positions))
+                            if spared * sum(p.numel() for p in module.parameters()) >= WORTH:
+                                patches.enter_context(_narrowed(module, captured.positions))
                     hidden = _hidden(block(hidden, *args, **kwargs))
         hidden = at_positions(hidden, captured.positions)
         for module in self._after:
@@ -214,11 +231,14 @@ class Suffix:
 
         ``[B, T, V]``, or ``[B, T, K]`` where :meth:`head_rows` chose ``K`` tokens of each position.
         """
+        head = self.model.get_output_embeddings()  # type: ignore[operator]
+        if self._head_alone:
+            alone: Tensor = (head if head_rows is None else head_rows)(hidden)
+            return alone.float()
         output = BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden)
         with ExitStack() as patches:
             patches.enter_context(forward_is(self.holder, lambda *args, **kwargs: output))
             if head_rows is not None:
-                head = self.model.get_output_embeddings()  # type: ignore[operator]
                 patches.enter_context(forward_is(head, head_rows))
             logits: Tensor = self.model(inputs_embeds=hidden, use_cache=False, return_dict=True).logits
         return logits.float()
@@ -289,12 +309,13 @@ class Suffix:
         return captured, at_positions(output, positions)
 
     @torch.no_grad()
-    def _examine(self, ids: Tensor) -> bool | None:
-        """Whether replay may begin at the edited matrix; :class:`ModelError` if it is not exact from its block either.
+    def _examine(self, ids: Tensor) -> Examined | None:
+        """Where replay may begin and what follows it; :class:`ModelError` if it is exact from neither place.
 
         ``None`` where logits are NaN or infinite and nothing can be told; the loss will be, too.
         The matrix's output is disturbed after the capture, so that everything it feeds must answer for itself.
         """
+        self._head_alone = False
         positions = torch.arange(ids.shape[1], device=ids.device).unsqueeze(0)
         disturbance: list[Tensor] = []
 
@@ -318,6 +339,7 @@ class Suffix:
                 full = self.model(input_ids=ids, use_cache=False, return_dict=True).logits.float()
                 hidden = self.replay(captured)
                 replayed = self.logits(hidden).to(full.device)
+                head = self.model.get_output_embeddings()(hidden).float()  # type: ignore[operator]
                 pair = torch.stack([positions % full.shape[-1], full.argmax(-1).to(positions.device)], -1)
                 rows = self.head_rows(pair)
                 part = None if rows is None else self.logits(hidden, rows).to(full.device)
@@ -333,7 +355,7 @@ class Suffix:
             if part is not None:
                 error = torch.maximum(error, (full.gather(-1, pair.to(full.device)) - part).norm())
             if error <= allowed:
-                return inside
+                return Examined(inside, torch.equal(replayed, head.to(full.device)))
             worst = min(worst, (error / change).item())
         raise ModelError(
             f"{type(self.model).__name__}: replaying what lies above {self.module_name} differs from the full forward "
@@ -379,7 +401,10 @@ def _hidden(output: Any) -> Tensor:
 
 def at_positions(hidden: Tensor, positions: Tensor) -> Tensor:
     """``[B, L, D]`` at ``[B, T]`` to ``[B, T, D]``."""
-    return hidden.gather(1, positions.to(hidden.device).unsqueeze(-1).expand(-1, -1, hidden.shape[-1]))
+    size, length, width = hidden.shape
+    starts = length * torch.arange(size, device=hidden.device)
+    rows = positions.to(hidden.device) + starts.unsqueeze(-1)
+    return hidden.reshape(-1, width).index_select(0, rows.flatten()).view(size, -1, width)
 
 
 @contextmanager
@@ -405,8 +430,12 @@ def _narrowed(module: nn.Module, positions: Tensor, elsewhere: float = 0.0) -> I
         if hidden.ndim != 3 or hidden.shape[0] != len(positions):
             raise ValueError(f"an input of shape {tuple(hidden.shape)} has no positions to choose from")
         output: Tensor = whole(at_positions(hidden, positions))
-        rows = positions.to(output.device).unsqueeze(-1).expand(-1, -1, output.shape[-1])
-        return output.new_full((*hidden.shape[:2], output.shape[-1]), elsewhere).scatter(1, rows, output)
+        size, count, width = output.shape
+        # Each position takes one of the answers, or the row put behind them: where padding names a position again,
+        # its gradient must not be counted again.
+        places = torch.arange(count, device=positions.device).expand(size, -1)
+        taken = positions.new_full(hidden.shape[:2], count).scatter(1, positions, places)
+        return at_positions(torch.cat([output, output.new_full((size, 1, width), elsewhere)], 1), taken)
 
     with forward_is(module, forward):
         yield

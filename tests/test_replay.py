@@ -244,6 +244,23 @@ def test_gradient_equals_full_backward(name: str) -> None:
         torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item())
 
 
+@pytest.mark.usefixtures("worth")
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_a_position_that_padding_names_again_counts_once(name: str) -> None:
+    """A short answer is padded with position 0, which is its own where its prompt is one token."""
+    model, suffix, weight = suffix_of(name, 1)
+    for p in model.parameters():
+        p.requires_grad_(p is weight)
+    ids, positions = IDS[:2, :6], torch.tensor([[3, 4, 5], [0, 0, 0]])
+    read = torch.tensor([[1, 1, 1], [1, 0, 0]]).unsqueeze(-1)
+    whole = model(input_ids=ids).logits.gather(1, positions.unsqueeze(-1).expand(-1, -1, 97))
+    (expected,) = torch.autograd.grad((whole * read).square().mean(), weight)
+    captured, first = suffix.capture(ids, positions)
+    for hidden in (first, suffix.replay(captured)):
+        (gradient,) = torch.autograd.grad((suffix.logits(hidden) * read).square().mean(), weight)
+        torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item())
+
+
 @pytest.mark.parametrize("name", ["gpt2", "llama", "gemma2", "mistral"])
 @torch.no_grad()
 def test_greedy_equals_decoding_without_a_cache(name: str) -> None:
