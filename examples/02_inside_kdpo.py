@@ -20,8 +20,8 @@ import torch
 from IPython.display import display
 
 from kdpo_editor import KDPOHyperParams, edit
-from kdpo_editor.compare.models import load
 from kdpo_editor.hparams import settings_folder
+from kdpo_editor.models import load
 from kdpo_editor.objectives import answer_logps, ce_loss, competitors, kdpo_loss
 from kdpo_editor.requests import tokenize
 from kdpo_editor.suffix import Suffix

@@ -25,8 +25,8 @@ from IPython.display import display
 from kdpo_editor import KDPOHyperParams, edit
 from kdpo_editor.compare.datasets import load as load_facts
 from kdpo_editor.compare.evaluate import Evaluator, accuracy
-from kdpo_editor.compare.models import load
 from kdpo_editor.hparams import settings_folder
+from kdpo_editor.models import load
 from kdpo_editor.weights import find_matrices, restore
 
 pd.options.display.max_colwidth = None

@@ -20,7 +20,6 @@ from .errors import (
     HyperParamsError,
     KDPOError,
     LedgerError,
-    ModelError,
     RequestError,
     StorageError,
 )
@@ -294,29 +293,15 @@ def _model_of(ledger: EditLedger, args: argparse.Namespace) -> tuple[Any, Any]:
 
 
 def _load(name: str, dtype: str, args: argparse.Namespace, device: str | int | None = None) -> tuple[Any, Any]:
-    """Model, in evaluation mode, and tokenizer; only safetensors are read."""
-    import torch
-    import transformers
+    """Model and tokenizer; only safetensors are read."""
+    from transformers.utils import logging
 
-    from .testbed import resolve
+    from .models import load
 
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    source, trusted = resolve(name), args.trust_remote_code
-    try:
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            source, dtype=getattr(torch, dtype), use_safetensors=True, trust_remote_code=trusted
-        )
-        tok = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=trusted)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"cannot load the model {name}: {error}") from error
-    wanted = args.device if args.device is not None else device
-    if wanted is None:
-        wanted = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        return model.to(int(wanted) if str(wanted).isdigit() else wanted).eval(), tok
-    except (RuntimeError, AssertionError) as error:  # torch says either, by how it was built
-        raise ModelError(f"--device {wanted}: {str(error).splitlines()[0]}") from None
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    wanted = device if args.device is None else args.device
+    return load(name, dtype=dtype, device=wanted, trust_remote_code=args.trust_remote_code, safetensors_only=True)
 
 
 def settings(args: argparse.Namespace) -> KDPOHyperParams:

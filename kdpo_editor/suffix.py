@@ -8,9 +8,10 @@ keys and values, so all else is computed at the answer positions alone. Where a 
 than add it (Gemma-2 normalises it first), replay begins at that block instead.
 
 Nothing here knows the name of an architecture. What follows the last block inside the module that holds the
-blocks is seen by watching one pass; head, bias, logit scaling and soft-capping are the model's own, because its
-own ``forward`` is called with that module's result put in. All this is tried once per model, by disturbing the edited
-matrix's output and comparing with the full forward; a model for which it does not hold is refused.
+blocks is seen by watching one pass; logit scaling and soft-capping are the model's own, because where logits are more
+than what the head gives, its own ``forward`` is called with that module's result put in. All this is tried once per
+model, by disturbing the edited matrix's output and comparing with the full forward; a model for which it does not hold
+is refused.
 """
 
 from __future__ import annotations

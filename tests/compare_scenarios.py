@@ -18,15 +18,16 @@ from kdpo_editor.compare import statistics
 from kdpo_editor.compare.datasets import Record, in_validation, load
 from kdpo_editor.compare.editing import Editing, available
 from kdpo_editor.compare.evaluate import Evaluator, accuracy, fingerprint
-from kdpo_editor.compare.models import load as load_model
 from kdpo_editor.compare.scores import observe, rows
 from kdpo_editor.errors import HyperParamsError
 from kdpo_editor.hparams import settings_folder
+from kdpo_editor.models import load as load_model
 
 
 def main(cache: Path, methods: list[str]) -> dict[str, Any]:
     torch.set_num_threads(1)
     model, tok = load_model(SHIPPED_MODEL, device="cpu")
+    model.requires_grad_(False)
     records = load("shipped", shuffle=False, n_edits=16)
     found: dict[str, Any] = {"framework": framework_figures(model, tok, records)}
     for name in methods:

@@ -17,10 +17,10 @@ from kdpo_editor import SHIPPED_MODEL, KDPOHyperParams, apply_kdpo_to_model
 from kdpo_editor.compare import statistics
 from kdpo_editor.compare.evaluate import Evaluator, Generation, accuracy, fingerprint, ngram_entropy, normalised
 from kdpo_editor.compare.memory import peak_bytes
-from kdpo_editor.compare.models import load
 from kdpo_editor.compare.prefixes import Prefixes
 from kdpo_editor.errors import DataError, ModelError
 from kdpo_editor.hparams import settings_folder
+from kdpo_editor.models import load
 from kdpo_editor.preserve import second_moments
 from kdpo_editor.testbed import load_records
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from kdpo_editor import SHIPPED_MODEL, testbed
-from kdpo_editor.compare import datasets, models, statistics
+from kdpo_editor import SHIPPED_MODEL, models, testbed
+from kdpo_editor.compare import datasets, statistics
 from kdpo_editor.errors import ModelError
 from kdpo_editor.testbed import facts, pararel, train
 

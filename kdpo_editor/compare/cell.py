@@ -19,7 +19,7 @@ import yaml
 from omegaconf import OmegaConf
 from tqdm import tqdm
 
-from .. import easyedit
+from .. import easyedit, models
 from ..errors import DataError, HyperParamsError, KDPOError
 from ..hparams import settings_folder
 from ..requests import tokenize
@@ -31,7 +31,6 @@ from .datasets import Record, content_hash, in_validation, load
 from .editing import Editing, available
 from .evaluate import fingerprint
 from .memory import peak_bytes
-from .models import load as load_model
 from .results import Cell, Log, slug, versions
 from .scores import Outputs, observe, rows, texts
 
@@ -89,7 +88,8 @@ def _compute(config: Compare, cell: Cell, edited: Sequence[Record], unrelated: S
         cell.note(status="skipped", notes=notes)
         LOG.warning("%s: %s", config.method.label, notes[0])
         return
-    model, tok = load_model(config.model.name, dtype=config.model.dtype, device=config.model.device)
+    model, tok = models.load(config.model.name, dtype=config.model.dtype, device=config.model.device)
+    model.requires_grad_(False)
     before = fingerprint(model)
     stats = Path(config.stats_dir or Path(config.cache) / "stats" / before[:16]).absolute()
     if settings is not None:

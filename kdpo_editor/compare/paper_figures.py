@@ -242,10 +242,10 @@ def _cycle(args: argparse.Namespace) -> Iterator[Picture]:
     import matplotlib as mpl
 
     from ..command import settings
+    from ..models import load
     from . import edit_figures
     from .datasets import load as load_records
     from .figures import SETTINGS, picture
-    from .models import load
     from .watch import watch
 
     request, of = {"prompt": args.prompt, "target_new": args.target}, args.prompt

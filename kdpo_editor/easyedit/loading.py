@@ -6,7 +6,6 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import nn
 
 # The framework's own names for the methods that want padding on the right.
@@ -43,16 +42,11 @@ def with_model_loaded(init: Callable[..., None], upstream: bool) -> Callable[...
 
 def _load(name: str, hparams: Any) -> tuple[nn.Module, Any]:
     """Model and tokenizer, set up as the framework sets up those it loads itself."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from ..models import load
 
-    from ..testbed import resolve
-
-    model = AutoModelForCausalLM.from_pretrained(
-        resolve(name),
-        dtype=torch.float16 if getattr(hparams, "fp16", False) else torch.float32,
-        device_map="auto" if getattr(hparams, "model_parallel", False) else None,
-    )
-    tok = AutoTokenizer.from_pretrained(resolve(name))
+    dtype = "float16" if getattr(hparams, "fp16", False) else "float32"
+    # The framework itself moves a model that is not spread over all devices.
+    model, tok = load(name, dtype=dtype, device="auto" if getattr(hparams, "model_parallel", False) else "cpu")
     tok.pad_token_id = tok.eos_token_id
     tok.padding_side = "right" if hparams.alg_name in RIGHT_PADDED else "left"
     return model, tok

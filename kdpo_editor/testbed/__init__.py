@@ -45,12 +45,9 @@ def resolve(name: str) -> str:
 
 def load_model(device: Any = "cpu") -> tuple[Any, Any]:
     """The shipped model (fp32, evaluation mode) and its tokenizer. Needs no network."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from ..models import load
 
-    folder = resolve(SHIPPED_MODEL)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    return model.to(device).eval(), AutoTokenizer.from_pretrained(folder)
+    return load(SHIPPED_MODEL, device=device)
 
 
 def load_records() -> list[dict[str, Any]]:

@@ -1,0 +1,68 @@
+"""Models and their tokenizers, loaded alike wherever one is needed."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch import nn
+
+from .errors import ModelError
+from .testbed import resolve
+
+DTYPES = ("float32", "bfloat16", "float16", "float64", "auto")
+
+
+def load(
+    name: str,
+    *,
+    dtype: str = "float32",
+    device: str | int | None = None,
+    trust_remote_code: bool = False,
+    safetensors_only: bool = False,
+) -> tuple[nn.Module, Any]:
+    """A causal language model in evaluation mode, and its tokenizer, which has a padding token.
+
+    Args:
+        name: Hugging Face id, folder, :data:`kdpo_editor.SHIPPED_MODEL` or the second model's name.
+        dtype: one of :data:`DTYPES`; "auto" is as saved.
+        device: "cpu", "cuda", "cuda:1", a GPU's number, "auto" (spread over all GPUs); ``None`` is the GPU where
+            there is one.
+        trust_remote_code: run code that comes with the model.
+        safetensors_only: refuse weights in any other format.
+
+    Raises:
+        ModelError: ``dtype`` is unknown, ``name`` cannot be loaded, or ``device`` is not there.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    if dtype not in DTYPES:
+        raise ModelError(f"dtype: {dtype!r} is not one of {', '.join(DTYPES)}")
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    folder = resolve(name)
+    try:
+        tok = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+            device_map="auto" if device == "auto" else None,
+            trust_remote_code=trust_remote_code,
+            use_safetensors=safetensors_only or None,
+        )
+    except (OSError, ValueError) as error:
+        raise ModelError(f"cannot load the model {name}: {error}") from error
+    if device != "auto":
+        try:
+            model.to(int(device) if str(device).isdigit() else device)
+        except (RuntimeError, AssertionError) as error:  # torch says either, by how it was built
+            raise ModelError(f"device {device}: {str(error).splitlines()[0]}") from None
+    # The framework goes by this name, and so do the files that it keeps; a folder's path would be part of them.
+    model.config._name_or_path = name
+    if tok.pad_token_id is None:
+        tok.pad_token_id = tok.eos_token_id
+    return model.eval(), tok
