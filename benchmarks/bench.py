@@ -195,14 +195,14 @@ def growth(m: Model, quick: bool) -> dict[str, dict[str, float]]:
     layers = m.model.config.num_hidden_layers
     out: dict[str, dict[str, float]] = {}
 
-    def once(hparams: KDPOHyperParams, requests: list[dict[str, Any]], times: int = 2) -> float:
+    def once(hparams: KDPOHyperParams, request: dict[str, Any]) -> float:
         weight = m.model.get_parameter(hparams.rewrite_module_tmp.format(hparams.layers[0]) + ".weight")
         kept = weight.detach().clone()
         taken = []
-        for _ in range(times + 1):
-            taken.append(timed(lambda: edit(m.model, m.tok, requests, hparams))[0])
+        for _ in range(4):
+            taken.append(timed(lambda: edit(m.model, m.tok, [request], hparams))[0])
             weight.data.copy_(kept)
-        return statistics.median(taken[1:]) / len(requests)
+        return statistics.median(taken[1:])
 
     fixed = m.settings(cycles=2, stop_loss=0.0, lr=1e-6)  # sixteen steps, whatever the answer
     words = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
@@ -210,14 +210,23 @@ def growth(m: Model, quick: bool) -> dict[str, dict[str, float]]:
     for count in (1, 2, 4, 8, 12):
         target = " ".join(words[:count])
         length = len(m.tok(f"a {target}")["input_ids"]) - 1
-        out["answer tokens"][str(length)] = once(fixed, [{**record, "target_new": target}])
+        out["answer tokens"][str(length)] = once(fixed, {**record, "target_new": target})
     out["layer"] = {}
     for layer in sorted({0, layers // 4, layers // 2, 3 * layers // 4, layers - 1}):
-        out["layer"][str(layer)] = once(m.settings(**{**fixed.to_dict(), "layers": [layer]}), [record])
-    out["batch size"] = {}
-    for size in (1, 4, 16, 64):
-        broad = m.settings(schedule="breadth_first")
-        out["batch size"][str(size)] = once(broad, load_records()[:size], times=1)
+        out["layer"][str(layer)] = once(m.settings(**{**fixed.to_dict(), "layers": [layer]}), record)
+    # The same facts at every size, from the unedited model.
+    facts = load_records()[: 16 if quick else 64]
+    broad = m.settings(schedule="breadth_first")
+    rounds: dict[str, list[float]] = {str(size): [] for size in (1, 4, 16, 64) if size <= len(facts)}
+    for _ in range(3 if m.name == "shipped" else 1):
+        for size, seconds in rounds.items():
+            taken = 0.0
+            for start in range(0, len(facts), int(size)):
+                some = facts[start : start + int(size)]
+                taken += timed(lambda some=some: edit(m.model, m.tok, some, broad))[0]
+                m.undo()
+            seconds.append(taken / len(facts))
+    out["batch size"] = {size: statistics.median(seconds) for size, seconds in rounds.items()}
     if m.name == "shipped":
         # Real edits in a row, none undone; every record is edited to its target and later back again.
         records = load_records()
