@@ -11,7 +11,16 @@ from conftest import REQUEST, assert_same, state
 from omegaconf import OmegaConf
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from kdpo_editor import HyperParamsError, KDPOError, KDPOHyperParams, ModelError, RequestError, apply_kdpo_to_model
+from kdpo_editor import (
+    SHIPPED_MODEL,
+    HyperParamsError,
+    KDPOError,
+    KDPOHyperParams,
+    ModelError,
+    RequestError,
+    apply_kdpo_to_model,
+)
+from kdpo_editor.models import load
 
 GOOD = """\
 alg_name: KDPO
@@ -204,3 +213,16 @@ def test_a_model_on_the_meta_device_is_refused(llama: Any, settings: Any) -> Non
         model = AutoModelForCausalLM.from_config(LlamaConfig(num_hidden_layers=5, hidden_size=32, vocab_size=1024))
     with pytest.raises(ModelError, match="is on the meta device"):
         apply_kdpo_to_model(model, tok, [REQUEST], settings())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dtype": "fp8"}, r"dtype: 'fp8' is not one of float32, bfloat16, float16, float64, auto"),
+        ({"device": "gpu"}, r"device gpu: "),
+        ({"device": "cuda:99"}, r"device cuda:99: "),
+    ],
+)
+def test_a_model_that_cannot_be_loaded_so_is_refused(options: dict[str, str], message: str) -> None:
+    with pytest.raises(ModelError, match=message):
+        load(SHIPPED_MODEL, **options)
