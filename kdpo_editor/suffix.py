@@ -233,15 +233,15 @@ class Suffix:
         ``[B, T, V]``, or ``[B, T, K]`` where :meth:`head_rows` chose ``K`` tokens of each position.
         """
         head = self.model.get_output_embeddings()  # type: ignore[operator]
-        if self._head_alone:
-            alone: Tensor = (head if head_rows is None else head_rows)(hidden)
-            return alone.float()
-        output = BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden)
         with ExitStack() as patches:
-            patches.enter_context(forward_is(self.holder, lambda *args, **kwargs: output))
             if head_rows is not None:
                 patches.enter_context(forward_is(head, head_rows))
-            logits: Tensor = self.model(inputs_embeds=hidden, use_cache=False, return_dict=True).logits
+            if self._head_alone:
+                logits: Tensor = head(hidden)
+            else:
+                output = BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden)
+                patches.enter_context(forward_is(self.holder, lambda *args, **kwargs: output))
+                logits = self.model(inputs_embeds=hidden, use_cache=False, return_dict=True).logits
         return logits.float()
 
     def head_rows(self, tokens: Tensor) -> HeadRows | None:
