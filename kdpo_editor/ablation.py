@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from .batches import Batch
 from .hparams import KDPOHyperParams
 from .objectives import answer_logps, dpo_loss
-from .suffix import Captured, Suffix, greedy
+from .suffix import Captured, Suffix
 from .weights import restore
 
 
@@ -52,3 +52,21 @@ class OwnAnswerRound:
 
     def _logps(self, context: Captured, answer: Tensor) -> Tensor:
         return answer_logps(self.suffix.logits(self.suffix.replay(context)).to(answer.device), answer)
+
+
+@torch.no_grad()
+def greedy(model: nn.Module, prompt: Tensor, length: int) -> Tensor:
+    """The ``length`` most likely next tokens, one after another, without sampling or stopping.
+
+    Args:
+        prompt: ``[P]`` int64, on the model's device.
+
+    Returns:
+        ``[length]`` int64, on the same device.
+    """
+    step, cache, answer = prompt.unsqueeze(0), None, []
+    for _ in range(length):
+        output = model(input_ids=step, past_key_values=cache, use_cache=True, return_dict=True)
+        step, cache = output.logits[:, -1:].argmax(-1), output.past_key_values
+        answer.append(step[0])
+    return torch.cat(answer)

@@ -33,7 +33,8 @@ from transformers.pytorch_utils import Conv1D
 
 from .errors import HyperParamsError, ModelError
 from .hparams import KDPOHyperParams
-from .suffix import Captured, Suffix, forward_is
+from .patches import forward_is
+from .suffix import Captured, Suffix
 from .weights import as_found, only_training
 
 # Lines of a text that are read, and tokens of each.

@@ -16,7 +16,7 @@ is refused.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -28,6 +28,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 
 from .errors import ModelError
 from .hparams import KDPOHyperParams
+from .patches import at_positions, forward_is, narrowed, trained_only_at
 from .weights import blocks_name
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -144,7 +145,7 @@ class Suffix:
         self.module = model.get_submodule(module_name)
         self.at_subject = [model.get_submodule(name) for name in at_subject]
         self._after: list[nn.Module] = []
-        self._narrow: list[nn.Module] = []
+        self._narrow: list[tuple[nn.Module, int]] = []  # with their number of parameters
         self._head_alone = False
 
     @classmethod
@@ -198,7 +199,8 @@ class Suffix:
                 return self._run(ids, positions, inside=False)
             known[self.module_name] = replace(found, narrow=tuple(self._find_narrow(ids[:1], found.inside)))
         examined = known[self.module_name]
-        self._narrow = [self.blocks[-1].get_submodule(name) for name in examined.narrow]
+        narrow = [self.blocks[-1].get_submodule(name) for name in examined.narrow]
+        self._narrow = [(module, sum(p.numel() for p in module.parameters())) for module in narrow]
         self._head_alone = examined.head_alone
         subject = None if subject is None else subject.to(self.device)
         with self._trained_at(subject):
@@ -218,9 +220,9 @@ class Suffix:
                 with ExitStack() as patches:
                     if block is self.blocks[-1]:
                         spared = len(hidden) * (hidden.shape[1] - captured.positions.shape[1])
-                        for module in self._narrow:
-                            if spared * sum(p.numel() for p in module.parameters()) >= WORTH:
-                                patches.enter_context(_narrowed(module, captured.positions))
+                        for module, parameters in self._narrow:
+                            if spared * parameters >= WORTH:
+                                patches.enter_context(narrowed(module, captured.positions))
                     hidden = _hidden(block(hidden, *args, **kwargs))
         hidden = at_positions(hidden, captured.positions)
         for module in self._after:
@@ -258,7 +260,7 @@ class Suffix:
         with ExitStack() as patches:
             if subject is not None:
                 for module in self.at_subject:
-                    patches.enter_context(forward_is(module, _trained_only_at(module.forward, subject)))
+                    patches.enter_context(forward_is(module, trained_only_at(module.forward, subject)))
             yield
 
     def _run(self, ids: Tensor, positions: Tensor, inside: bool) -> tuple[Captured, Tensor]:
@@ -316,7 +318,6 @@ class Suffix:
         ``None`` where logits are NaN or infinite and nothing can be told; the loss will be, too.
         The matrix's output is disturbed after the capture, so that everything it feeds must answer for itself.
         """
-        self._head_alone = False
         positions = torch.arange(ids.shape[1], device=ids.device).unsqueeze(0)
         disturbance: list[Tensor] = []
 
@@ -384,7 +385,7 @@ class Suffix:
             if not any(p.ndim > 1 for p in module.parameters()):
                 continue
             try:
-                with _narrowed(module, captured.positions, torch.nan):
+                with narrowed(module, captured.positions, torch.nan):
                     same = torch.allclose(self.replay(captured), expected, rtol=0.05, atol=0.05)
             except (RuntimeError, TypeError, ValueError):  # it is called in another way
                 same = False
@@ -398,76 +399,3 @@ class Suffix:
 def _hidden(output: Any) -> Tensor:
     hidden: Tensor = output[0] if isinstance(output, tuple) else output
     return hidden
-
-
-def at_positions(hidden: Tensor, positions: Tensor) -> Tensor:
-    """``[B, L, D]`` at ``[B, T]`` to ``[B, T, D]``."""
-    size, length, width = hidden.shape
-    starts = length * torch.arange(size, device=hidden.device)
-    rows = positions.to(hidden.device) + starts.unsqueeze(-1)
-    return hidden.reshape(-1, width).index_select(0, rows.flatten()).view(size, -1, width)
-
-
-@contextmanager
-def forward_is(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """While inside, ``module`` does ``forward`` instead of its own."""
-    own = module.__dict__.get("forward")
-    module.__dict__["forward"] = forward
-    try:
-        yield
-    finally:
-        if own is None:
-            del module.__dict__["forward"]
-        else:
-            module.__dict__["forward"] = own
-
-
-@contextmanager
-def _narrowed(module: nn.Module, positions: Tensor, elsewhere: float = 0.0) -> Iterator[None]:
-    """While inside, ``module`` is run at ``positions`` ``[B, T]`` of its input ``[B, L, D]`` only."""
-    whole = module.forward
-
-    def forward(hidden: Tensor) -> Tensor:
-        if hidden.ndim != 3 or hidden.shape[0] != len(positions):
-            raise ValueError(f"an input of shape {tuple(hidden.shape)} has no positions to choose from")
-        output: Tensor = whole(at_positions(hidden, positions))
-        size, count, width = output.shape
-        # Each position takes one of the answers, or the row put behind them: where padding names a position again,
-        # its gradient must not be counted again.
-        places = torch.arange(count, device=positions.device).expand(size, -1)
-        taken = positions.new_full(hidden.shape[:2], count).scatter(1, positions, places)
-        return at_positions(torch.cat([output, output.new_full((size, 1, width), elsewhere)], 1), taken)
-
-    with forward_is(module, forward):
-        yield
-
-
-def _trained_only_at(forward: Callable[..., Tensor], where: Tensor) -> Callable[..., Tensor]:
-    """``forward`` of a module, with no gradient through its output for tokens outside ``where``, ``[B, L]``.
-
-    Neither its weight nor what comes before it gets any from there.
-    """
-
-    def trained(inputs: Tensor) -> Tensor:
-        output = forward(inputs)
-        return torch.where(where.to(output.device).view(*output.shape[:-1], 1), output, output.detach())
-
-    return trained
-
-
-@torch.no_grad()
-def greedy(model: nn.Module, prompt: Tensor, length: int) -> Tensor:
-    """The ``length`` most likely next tokens, one after another, without sampling or stopping.
-
-    Args:
-        prompt: ``[P]`` int64, on the model's device.
-
-    Returns:
-        ``[length]`` int64, on the same device.
-    """
-    step, cache, answer = prompt.unsqueeze(0), None, []
-    for _ in range(length):
-        output = model(input_ids=step, past_key_values=cache, use_cache=True, return_dict=True)
-        step, cache = output.logits[:, -1:].argmax(-1), output.past_key_values
-        answer.append(step[0])
-    return torch.cat(answer)

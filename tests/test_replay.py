@@ -11,8 +11,9 @@ from plain import plain_kdpo
 from torch import nn
 
 from kdpo_editor import EarlierEdits, KDPOHyperParams, ModelError, edit
+from kdpo_editor.ablation import greedy
 from kdpo_editor.requests import EditTokens
-from kdpo_editor.suffix import Suffix, greedy
+from kdpo_editor.suffix import Suffix
 
 LLAMA_LIKE = {
     "vocab_size": 97,

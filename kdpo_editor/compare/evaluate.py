@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from ..batches import padded
+from ..patches import at_positions, forward_is
 from ..requests import tokenize
-from ..suffix import at_positions, forward_is
 from ..weights import as_found
 from .prefixes import Prefixes
 
