@@ -111,7 +111,7 @@ class HeadRows:
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """Logits ``[B, T, K]`` of hidden states ``[B, T, D]``."""
-        logits = (self.weight @ hidden.unsqueeze(-1)).squeeze(-1)
+        logits = (self.weight @ hidden.to(self.weight.device).unsqueeze(-1)).squeeze(-1)
         return logits if self.bias is None else logits + self.bias
 
 
@@ -249,7 +249,8 @@ class Suffix:
     def head_rows(self, tokens: Tensor) -> HeadRows | None:
         """The part of the head that scores ``tokens`` ``[B, T, K]``, or ``None`` if this head cannot be divided."""
         head = self.model.get_output_embeddings()  # type: ignore[operator]
-        if type(head) is not nn.Linear or "forward" in head.__dict__:
+        # A forward of its own is unknown, unless it is accelerate's, which moves inputs to the head's device.
+        if type(head) is not nn.Linear or ("forward" in head.__dict__ and not hasattr(head, "_hf_hook")):
             return None
         tokens = tokens.to(head.weight.device)
         return HeadRows(head.weight[tokens], None if head.bias is None else head.bias[tokens])

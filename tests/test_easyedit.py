@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from kdpo_editor.easyedit.lending import GONE, lent
 from kdpo_editor.import_hook import VARIABLE
 
 SCENARIOS = Path(__file__).parent / "framework_scenarios.py"
@@ -178,6 +179,17 @@ def test_registers_too_when_easyeditor_is_imported_first(form: str, tmp_path: Pa
     )
     run = python(code, form, tmp_path)
     assert run.returncode == 0, run.stderr[-3000:]
+
+
+def test_a_module_that_transformers_dropped_is_stood_in_for_and_using_it_is_an_error() -> None:
+    framework: dict[str, Any] = {"__name__": "easyeditor.models.unke.unke_main"}
+    with lent():
+        exec(f"from {GONE} import _prepare_4d_causal_attention_mask as mask", framework)
+    if importlib.util.find_spec(GONE) is None:
+        with pytest.raises(ModuleNotFoundError, match="installed transformers no longer has it"):
+            framework["mask"](None, (1, 2), None, 0)
+    with pytest.raises(ModuleNotFoundError), lent():
+        exec("import transformers.never_there", framework)
 
 
 def test_a_checkout_without_easyeditor_is_named(tmp_path: Path) -> None:

@@ -12,7 +12,9 @@ placeholders         Both forms import packages that editing text never calls. W
                      for its own modules only, one that is not installed is stood in for; using it is an error that
                      names it. Can go when EasyEdit imports them late.
 moved names          transformers 4.56 dropped three helpers from ``modeling_utils`` that the PyPI form imports (BLIP-2
-                     only). They are put there while ``easyeditor`` is imported. Can go with the PyPI form.
+                     only). They are put there while ``easyeditor`` is imported. Can go with the PyPI form. transformers
+                     5.24 dropped a module that upstream's UnKE imports; a placeholder lets the rest be imported. Can go
+                     when UnKE makes its masks otherwise.
 model loading        Both forms choose a loader by the letters of a model's whole path. The PyPI form has none for
                      Mistral or Qwen and reads Llama tokenizers wrongly with transformers 5; upstream has none for Gemma
                      or Phi, and its one for Qwen 1.5 passes an argument that current transformers refuse. Such models,

@@ -19,6 +19,8 @@ UNUSED = (
     "sentence_transformers", "sniffio", "timm", "torchvision", "umap", "webdataset", "zhipuai",
 )  # fmt: skip
 MOVED = ("apply_chunking_to_forward", "find_pruneable_heads_and_indices", "prune_linear_layer")
+# A module that transformers 5.24 no longer has; upstream's UnKE alone calls it.
+GONE = "transformers.modeling_attn_mask_utils"
 
 
 @contextlib.contextmanager
@@ -50,9 +52,10 @@ def lent() -> Iterator[None]:
         level: int = 0,
     ) -> Any:
         root = name.partition(".")[0]
-        ours = level == 0 and root in UNUSED and str((globals_ or {}).get("__name__")).startswith("easyeditor")
-        if ours and root not in sys.modules and importlib.util.find_spec(root) is None:
-            return _placeholder(name if fromlist else root)
+        if level == 0 and str((globals_ or {}).get("__name__")).startswith("easyeditor"):
+            wanted = name if name == GONE else root if root in UNUSED else None
+            if wanted and wanted not in sys.modules and importlib.util.find_spec(wanted) is None:
+                return _placeholder(name if fromlist else root)
         return real_import(name, globals_, locals_, fromlist, level)
 
     builtins.__import__ = import_  # type: ignore[assignment]
@@ -76,7 +79,12 @@ class _Missing(type):
         if "__init__" in cls.__dict__:  # a class of the framework's own, derived from a placeholder
             return super().__call__(*args, **kwargs)
         package = cls.__qualname__.partition(".")[0]
-        raise ModuleNotFoundError(f"EasyEdit called {cls.__qualname__}: {package} is not installed", name=package)
+        why = (
+            "the installed transformers no longer has it"
+            if package == "transformers"
+            else f"{package} is not installed"
+        )
+        raise ModuleNotFoundError(f"EasyEdit called {cls.__qualname__}: {why}", name=package)
 
 
 def _placeholder(name: str) -> Any:
