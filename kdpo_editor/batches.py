@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .hparams import KDPOHyperParams
-from .objectives import ce_loss, competitors, ipo_loss, kdpo_loss, kdpo_token_loss, lead, margin_loss
+from .objectives import ce_loss, ipo_loss, kdpo_loss, kdpo_token_loss, margin_loss, standing
 from .requests import EditTokens
 from .suffix import Captured, HeadRows, Suffix
 
@@ -26,10 +26,11 @@ class Batch:
     """``B`` edits, captured together.
 
     ``members``: the position of each in the list of edits. ``chosen`` ``[B, T]``: the new answers, padded.
-    ``mask`` ``[B, T]``: where they are real. ``hidden`` ``[B, T, D]``: the policy's final hidden states now;
-    ``reference``: those before the first step, without gradient. Read from the policy's logits now: ``negative``
-    ``[B, T]``, the :func:`~kdpo_editor.objectives.competitors` at ``margin``, and ``lead`` ``[B]``, by how many logits
-    the weakest token of an answer leads, negative where it does not win. Logits themselves are not kept.
+    ``mask`` ``[B, T]``: where they are real; ``real`` ``[N]`` int64: the same as indices, of ``B * T``.
+    ``hidden`` ``[B, T, D]``: the policy's final hidden states now; ``reference``: those before the first step, without
+    gradient. Read from the policy's logits now, at
+    ``margin`` (:func:`~kdpo_editor.objectives.standing`): ``negative`` ``[B, T]``, and ``lead`` ``[B]``, by how many
+    logits the weakest token of an answer leads, negative where it does not win. Logits themselves are not kept.
     """
 
     suffix: Suffix
@@ -40,13 +41,14 @@ class Batch:
     margin: float
     hidden: Tensor
     reference: Tensor
+    real: Tensor
     negative: Tensor
     lead: Tensor
 
     def look(self) -> None:
         """Bring what is known of the policy up to date with the weights."""
         self.hidden = self.suffix.replay(self.captured)
-        self.negative, self.lead = _standing(self.suffix, self.hidden, self.chosen, self.mask, self.margin)
+        self.negative, self.lead = _standing(self.suffix, self.hidden, self.chosen, self.real, self.margin)
 
     @property
     def losing(self) -> Tensor:
@@ -171,16 +173,20 @@ def make_batch(
     margin: float,
 ) -> Batch:
     """A batch whose reference is the policy as it is now; arguments as :class:`Batch`, ``chosen`` ``[B, T]``."""
+    real = mask.flatten().nonzero().flatten().to(suffix.device)
     chosen, mask = chosen.to(suffix.device), mask.to(suffix.device)
-    standing = _standing(suffix, hidden, chosen, mask, margin)
-    return Batch(suffix, members, captured, chosen, mask, margin, hidden, hidden.detach(), *standing)
+    found = _standing(suffix, hidden, chosen, real, margin)
+    return Batch(suffix, members, captured, chosen, mask, margin, hidden, hidden.detach(), real, *found)
 
 
-def _standing(suffix: Suffix, hidden: Tensor, chosen: Tensor, mask: Tensor, margin: float) -> tuple[Tensor, Tensor]:
-    """``negative`` and ``lead`` of a :class:`Batch`."""
-    logits = suffix.logits(hidden.detach()).to(suffix.device)
-    weakest = lead(logits, chosen).masked_fill(~mask, inf).amin(-1)
-    return competitors(logits, chosen, margin), weakest
+@torch.no_grad()
+def _standing(suffix: Suffix, hidden: Tensor, chosen: Tensor, real: Tensor, margin: float) -> tuple[Tensor, Tensor]:
+    """``negative`` and ``lead`` of a :class:`Batch`; the head, most of a look, is run at real tokens only."""
+    rows = hidden.flatten(0, 1).index_select(0, real.to(hidden.device))
+    logits = suffix.logits(rows.unsqueeze(0)).squeeze(0).to(suffix.device)
+    negative, leads = standing(logits, chosen.flatten()[real], margin)
+    every = leads.new_full(chosen.shape, inf).flatten().index_copy(0, real, leads)
+    return chosen.flatten().index_copy(0, real, negative).view_as(chosen), every.view_as(chosen).amin(-1)
 
 
 def group(suffix: Suffix, edits: Sequence[EditTokens], budget: float) -> list[list[list[int]]]:

@@ -12,32 +12,37 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def competitors(logits: Tensor, chosen: Tensor, margin: float = 0.0) -> Tensor:
-    """The negative answer ``y_l``: at each position the token that keeps the new answer from winning.
+def standing(logits: Tensor, chosen: Tensor, margin: float = 0.0) -> tuple[Tensor, Tensor]:
+    """How the new answer stands at each position: the token that keeps it from winning, and by how much it leads.
 
-    That is the argmax (paper, section 3.2), or, with ``margin`` m, the argmax after ``m`` is taken from the
-    chosen token's logit. Where it equals ``chosen`` the position is won.
+    The first is the negative answer ``y_l``: the argmax (paper, section 3.2), or, with ``margin`` m, the argmax after
+    ``m`` is taken from the chosen token's logit. Where it equals ``chosen`` the position is won.
 
     Args:
-        logits: ``[..., T, V]``; read, not written.
+        logits: ``[..., T, V]``, in no graph: entries are written to, and put back, so that no copy is needed.
         chosen: ``[..., T]``.
         margin: logits, 0 or more.
 
     Returns:
-        ``[..., T]`` token ids.
+        Token ids ``[..., T]``, and logits ``[..., T]``, the chosen token's less the strongest other one's.
     """
-    if margin:
-        chosen_logits = logits.gather(-1, chosen.unsqueeze(-1))
-        logits = logits.scatter(-1, chosen.unsqueeze(-1), chosen_logits - margin)
-    return logits.argmax(-1)
-
-
-def lead(logits: Tensor, chosen: Tensor) -> Tensor:
-    """By how much the new answer leads the strongest other token: logits ``[..., T, V]``, ids ``[..., T]`` to
-    ``[..., T]``, negative where it is behind."""
     here = chosen.unsqueeze(-1)
-    others = logits.scatter(-1, here, -inf).amax(-1)
-    return logits.gather(-1, here).squeeze(-1) - others
+    own = logits.gather(-1, here)
+    logits.scatter_(-1, here, -inf)
+    best, strongest = logits.max(-1)
+    logits.scatter_(-1, here, own)
+    own = own.squeeze(-1)
+    less = own - margin
+    wins = (less > best) | ((less == best) & (chosen < strongest))  # of equals, argmax takes the first
+    return strongest.where(~wins, chosen), own - best
+
+
+def competitors(logits: Tensor, chosen: Tensor, margin: float = 0.0) -> Tensor:
+    """The negative answer alone, ``[..., T]``: what :func:`standing` gives first, of logits that are only read.
+
+    Arguments as there: logits ``[..., T, V]``, ids ``[..., T]``.
+    """
+    return standing(logits.detach().clone(), chosen, margin)[0]
 
 
 def answer_logps(logits: Tensor, answer: Tensor) -> Tensor:

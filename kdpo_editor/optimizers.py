@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.optim.adam import adam
 
 from .hparams import KDPOHyperParams
 
@@ -54,7 +55,7 @@ class Optimizer(ABC):
 
 
 class Adam(Optimizer):
-    """Fused Adam (Kingma and Ba 2015), the paper's.
+    """Fused Adam (Kingma and Ba 2015), the paper's, with the moments' usual rates.
 
     Args:
         lr: learning rate.
@@ -70,16 +71,32 @@ class Adam(Optimizer):
         factors: Sequence[float] | None = None,
     ) -> None:
         super().__init__(weights, norm_constraint, factors)
-        groups = [{"params": [m], "lr": lr * f} for m, f in zip(self.masters, self.factors, strict=True)]
-        self.adam = torch.optim.Adam(groups, lr=lr, weight_decay=weight_decay, fused=True)
+        self.lr, self.weight_decay = lr, weight_decay
+        self.means = [torch.zeros_like(m) for m in self.masters]
+        self.squares = [torch.zeros_like(m) for m in self.masters]
+        self.steps = [torch.zeros((), device=m.device) for m in self.masters]
 
     def _move(self, gradients: Sequence[Tensor], loss: Tensor, skip: Tensor | None) -> None:
-        for master, gradient in zip(self.masters, gradients, strict=True):
-            master.grad = gradient
-        # The fused kernel's own switch, which gradient scalers use: a step is taken where it is zero.
-        self.adam.found_inf = None if skip is None else skip.float()  # type: ignore[attr-defined]
-        self.adam.step()
-        self.adam.zero_grad()
+        moments = zip(self.means, self.squares, self.steps, self.factors, strict=True)
+        for master, gradient, (mean, square, steps, factor) in zip(self.masters, gradients, moments, strict=True):
+            adam(
+                [master],
+                [gradient],
+                [mean],
+                [square],
+                [],
+                [steps],
+                fused=True,
+                # The fused kernel's own switch, which gradient scalers use: a step is taken where it is zero.
+                found_inf=None if skip is None else skip.to(master.device, torch.float32),
+                amsgrad=False,
+                beta1=0.9,
+                beta2=0.999,
+                lr=self.lr * factor,
+                weight_decay=self.weight_decay,
+                eps=1e-8,
+                maximize=False,
+            )
 
 
 class Polyak(Optimizer):

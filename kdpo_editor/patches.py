@@ -4,18 +4,43 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 
-def at_positions(hidden: Tensor, positions: Tensor) -> Tensor:
-    """``[B, L, D]`` at ``[B, T]`` to ``[B, T, D]``."""
-    size, length, width = hidden.shape
-    starts = length * torch.arange(size, device=hidden.device)
-    rows = positions.to(hidden.device) + starts.unsqueeze(-1)
-    return hidden.reshape(-1, width).index_select(0, rows.flatten()).view(size, -1, width)
+class Places:
+    """Some positions of each row of a batch, ``[B, T]`` int64, of rows of ``length``: indices that are made once."""
+
+    def __init__(self, positions: Tensor, length: int) -> None:
+        self.positions, self.length = positions, length
+        starts = length * torch.arange(len(positions), device=positions.device)
+        self._from = (positions + starts.unsqueeze(-1)).flatten()
+
+    @cached_property
+    def _to(self) -> Tensor:
+        # Each position takes one of the answers, or the row put behind them: where padding names a position again,
+        # its gradient must not be counted again.
+        size, count = self.positions.shape
+        places = torch.arange(count, device=self.positions.device).expand(size, -1)
+        taken = self.positions.new_full((size, self.length), count).scatter(1, self.positions, places)
+        return Places(taken, count + 1)._from
+
+    def read(self, hidden: Tensor) -> Tensor:
+        """``[B, L, D]`` to ``[B, T, D]``; ``ValueError`` for other shapes."""
+        size, count = self.positions.shape
+        if hidden.ndim != 3 or hidden.shape[:2] != (size, self.length):
+            raise ValueError(f"an input of shape {tuple(hidden.shape)} has no positions to choose from")
+        rows = hidden.reshape(-1, hidden.shape[-1]).index_select(0, self._from.to(hidden.device))
+        return rows.view(size, count, -1)
+
+    def write(self, values: Tensor, elsewhere: float = 0.0) -> Tensor:
+        """``[B, T, D]`` to ``[B, L, D]``, with ``elsewhere`` at the other positions."""
+        size, _, width = values.shape
+        rows = torch.cat([values, values.new_full((size, 1, width), elsewhere)], 1).view(-1, width)
+        return rows.index_select(0, self._to.to(values.device)).view(size, self.length, width)
 
 
 @contextmanager
@@ -33,22 +58,10 @@ def forward_is(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]
 
 
 @contextmanager
-def narrowed(module: nn.Module, positions: Tensor, elsewhere: float = 0.0) -> Iterator[None]:
-    """While inside, ``module`` is run at ``positions`` ``[B, T]`` of its input ``[B, L, D]`` only."""
+def narrowed(module: nn.Module, places: Places, elsewhere: float = 0.0) -> Iterator[None]:
+    """While inside, ``module`` is run at ``places`` of its input ``[B, L, D]`` only."""
     whole = module.forward
-
-    def forward(hidden: Tensor) -> Tensor:
-        if hidden.ndim != 3 or hidden.shape[0] != len(positions):
-            raise ValueError(f"an input of shape {tuple(hidden.shape)} has no positions to choose from")
-        output: Tensor = whole(at_positions(hidden, positions))
-        size, count, width = output.shape
-        # Each position takes one of the answers, or the row put behind them: where padding names a position again,
-        # its gradient must not be counted again.
-        places = torch.arange(count, device=positions.device).expand(size, -1)
-        taken = positions.new_full(hidden.shape[:2], count).scatter(1, positions, places)
-        return at_positions(torch.cat([output, output.new_full((size, 1, width), elsewhere)], 1), taken)
-
-    with forward_is(module, forward):
+    with forward_is(module, lambda hidden: places.write(whole(places.read(hidden)), elsewhere)):
         yield
 
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -28,7 +29,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 
 from .errors import ModelError
 from .hparams import KDPOHyperParams
-from .patches import at_positions, forward_is, narrowed, trained_only_at
+from .patches import Places, forward_is, narrowed, trained_only_at
 from .weights import blocks_name
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
@@ -72,6 +73,11 @@ class Captured:
     arguments: list[Arguments]
     positions: Tensor
     subject: Tensor | None = None
+
+    @cached_property
+    def places(self) -> Places:
+        """``positions`` in rows of this length."""
+        return Places(self.positions, self.hidden.shape[1])
 
     def rows(self, kept: Tensor) -> Captured:
         """Those rows of the batch whose indices, int64, are in ``kept``."""
@@ -210,11 +216,10 @@ class Suffix:
     def replay(self, captured: Captured) -> Tensor:
         """The final hidden states, ``[B, T, D]``, that the whole model would give with its weights as they are now."""
         blocks = self.blocks
-        captured = captured.to(self.place)
-        hidden = captured.hidden
+        hidden = captured.hidden.to(self.place)
         with self._trained_at(captured.subject):
             if captured.inner is not None:
-                hidden = hidden + self.module(captured.inner).view(hidden.shape)
+                hidden = hidden + self.module(captured.inner.to(self.place)).view(hidden.shape)
                 blocks = blocks[1:]
             for block, (args, kwargs) in zip(blocks, captured.arguments, strict=True):
                 with ExitStack() as patches:
@@ -222,9 +227,9 @@ class Suffix:
                         spared = len(hidden) * (hidden.shape[1] - captured.positions.shape[1])
                         for module, parameters in self._narrow:
                             if spared * parameters >= WORTH:
-                                patches.enter_context(narrowed(module, captured.positions))
+                                patches.enter_context(narrowed(module, captured.places))
                     hidden = _hidden(block(hidden, *args, **kwargs))
-        hidden = at_positions(hidden, captured.positions)
+        hidden = captured.places.read(hidden)
         for module in self._after:
             hidden = module(hidden)
         return hidden
@@ -310,7 +315,7 @@ class Suffix:
             captured = Captured(kept["rest"], kept["inner"], arguments[1:], positions)
         else:
             captured = Captured(inputs[0].detach(), None, arguments, positions)
-        return captured, at_positions(output, positions)
+        return captured, captured.places.read(output)
 
     @torch.no_grad()
     def _examine(self, ids: Tensor) -> Examined | None:
@@ -386,7 +391,7 @@ class Suffix:
             if not any(p.ndim > 1 for p in module.parameters()):
                 continue
             try:
-                with narrowed(module, captured.positions, torch.nan):
+                with narrowed(module, captured.places, torch.nan):
                     same = torch.allclose(self.replay(captured), expected, rtol=0.05, atol=0.05)
             except (RuntimeError, TypeError, ValueError):  # it is called in another way
                 same = False

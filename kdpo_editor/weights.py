@@ -87,7 +87,8 @@ def find_blocks(model: nn.Module, hparams: KDPOHyperParams) -> nn.ModuleList:
 def as_found(model: nn.Module) -> Iterator[None]:
     """Evaluation mode inside; every module's own mode afterwards."""
     training = [module for module in model.modules() if module.training]
-    model.eval()
+    if training:
+        model.eval()
     try:
         yield
     finally:
@@ -103,14 +104,13 @@ def only_training(model: nn.Module, weights: dict[str, nn.Parameter], originals:
     states are as they were, also on exceptions. If one is raised, ``weights`` get the values of ``originals`` back too.
     """
     flags = [(p, p.requires_grad, p.grad) for p in model.parameters()]
-    modes = [(m, m.training) for m in model.modules()]
     devices = {w.device for w in weights.values() if w.device.type == "cuda"}
     edited = {id(w) for w in weights.values()}
-    with torch.random.fork_rng(devices=sorted(d.index for d in devices)):
+    with torch.random.fork_rng(devices=sorted(d.index for d in devices)), as_found(model):
         try:
-            model.eval()
-            for p, _, _ in flags:
-                p.requires_grad_(id(p) in edited)
+            for p, required, _ in flags:
+                if required is not (id(p) in edited):
+                    p.requires_grad_(not required)
             for w in weights.values():
                 w.grad = None
             yield
@@ -119,10 +119,10 @@ def only_training(model: nn.Module, weights: dict[str, nn.Parameter], originals:
             raise
         finally:
             for p, required, grad in flags:
-                p.requires_grad_(required)
-                p.grad = grad
-            for module, training in modes:
-                module.training = training
+                if p.requires_grad is not required:
+                    p.requires_grad_(required)
+                if p.grad is not grad:
+                    p.grad = grad
 
 
 @torch.no_grad()

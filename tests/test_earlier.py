@@ -15,7 +15,7 @@ from conftest import PARAMETER, REQUEST, assert_same, load, state
 
 from kdpo_editor import EarlierEdits, EditDiverged, apply_kdpo_to_model, edit
 from kdpo_editor.earlier import Kept
-from kdpo_editor.objectives import lead
+from kdpo_editor.objectives import standing
 from kdpo_editor.requests import EditTokens
 from kdpo_editor.suffix import Suffix
 
@@ -33,7 +33,7 @@ def leads(model: Any, tok: Any, requests: list[dict[str, str]]) -> list[float]:
         prompt = len(tok(request["prompt"])["input_ids"])
         ids = torch.tensor([[*tok(f"{request['prompt']} {request['target_new']}")["input_ids"], tok.eos_token_id]])
         with torch.no_grad():
-            found.append(lead(model(ids).logits[0, prompt - 1 : -1], ids[0, prompt:]).min().item())
+            found.append(standing(model(ids).logits[0, prompt - 1 : -1], ids[0, prompt:])[1].min().item())
     return found
 
 

@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from kdpo_editor import EditDiverged, apply_kdpo_to_model, edit
 from kdpo_editor.compare.memory import peak_bytes
-from kdpo_editor.objectives import competitors, dpo_loss, kdpo_loss
+from kdpo_editor.objectives import competitors, dpo_loss, kdpo_loss, standing
+from kdpo_editor.optimizers import Adam
 from kdpo_editor.suffix import Captured, Suffix
 
 SECOND = {"prompt": "Which family does Epaspidoceras belong to?", "target_new": "Noctuidae"}
@@ -209,15 +210,15 @@ def test_an_edit_that_raises_leaves_everything_as_it_was(
     model, tok = llama
     prepared(model)
     before, weights = surroundings(model, tok), state(model)
-    step, calls = torch.optim.Adam.step, []
+    move, calls = Adam._move, []
 
-    def failing(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def failing(self: Any, *args: Any) -> None:
         calls.append(1)
-        step(self, *args, **kwargs)
+        move(self, *args)
         if len(calls) == at:
             raise error("stop")
 
-    monkeypatch.setattr(torch.optim.Adam, "step", failing)
+    monkeypatch.setattr(Adam, "_move", failing)
     with pytest.raises(error):
         apply_kdpo_to_model(model, tok, [SECOND, REQUEST], settings(cycles=2))
     assert len(calls) == at
@@ -423,17 +424,17 @@ def test_a_mini_batch_divided_by_length_takes_the_same_steps(
     hparams = settings(schedule="breadth_first", cycles=2, replay=replay)
     steps: list[int] = []
     rows: list[int] = []
-    step, replayed = torch.optim.Adam.step, Suffix.replay
+    move, replayed = Adam._move, Suffix.replay
 
-    def counted(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def counted(self: Any, *args: Any) -> None:
         steps.append(1)
-        return step(self, *args, **kwargs)
+        move(self, *args)
 
     def measured(self: Suffix, captured: Captured) -> torch.Tensor:
         rows.append(len(captured.hidden))
         return replayed(self, captured)
 
-    monkeypatch.setattr(torch.optim.Adam, "step", counted)
+    monkeypatch.setattr(Adam, "_move", counted)
     monkeypatch.setattr(Suffix, "replay", measured)
     whole, _, first = edit(copy.deepcopy(model), tok, requests, hparams)
     taken = len(steps)
@@ -442,7 +443,7 @@ def test_a_mini_batch_divided_by_length_takes_the_same_steps(
     monkeypatch.setattr("kdpo_editor.batches.LEAST", 1)
     divided, _, second = edit(copy.deepcopy(model), tok, requests, hparams)
     assert max(rows) == 1
-    assert len(steps) == 2 * taken, "a step for each part"
+    assert len(steps) == 2 * taken > 0, "a step for each part"
     for one, other in zip(first, second, strict=True):
         assert [cycle.negative for cycle in one.cycles] == [cycle.negative for cycle in other.cycles]
         for cycle, again in zip(one.cycles, other.cycles, strict=True):
@@ -567,6 +568,20 @@ def test_competitors_are_the_strongest_within_the_margin() -> None:
     assert competitors(logits, chosen).tolist() == [1, 0]
     assert competitors(logits, chosen, margin=0.6).tolist() == [2, 1]
     assert logits[0, 1] == 2.0
+
+
+def test_standing_is_the_argmax_and_the_lead() -> None:
+    """Against the plain form, with equal logits (of which argmax takes the first), and nothing left changed."""
+    logits = torch.randint(0, 4, (200, 5), generator=torch.Generator().manual_seed(0)).float()
+    chosen = torch.arange(200) % 5
+    before = logits.clone()
+    for margin in (0.0, 1.0, 0.5):
+        lowered = logits.scatter_add(-1, chosen.unsqueeze(-1), torch.full((200, 1), -margin))
+        negative, lead = standing(logits, chosen, margin)
+        assert torch.equal(negative, lowered.argmax(-1))
+        others = torch.stack([torch.cat([row[:c], row[c + 1 :]]).max() for row, c in zip(logits, chosen, strict=True)])
+        assert torch.equal(lead, logits[torch.arange(200), chosen] - others)
+        assert torch.equal(logits, before)
 
 
 # Spread over devices ------------------------------------------------------------------------------------------

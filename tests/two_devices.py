@@ -23,7 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 from kdpo_editor import KDPOHyperParams
-from kdpo_editor.batches import Round, make_batch
+from kdpo_editor.batches import Batch, Round
 from kdpo_editor.hparams import OBJECTIVES
 from kdpo_editor.optimizers import Polyak
 from kdpo_editor.suffix import Suffix
@@ -67,13 +67,14 @@ def check(name: str, layer: int, inside: bool) -> None:
     suffix = Suffix(model, blocks, layer, f"{blocks}.{layer}.{matrix}")
     last = suffix.blocks[-1]
     ids = torch.zeros(3, 12, dtype=torch.int64, device=FIRST)
-    positions, mask = ids[:, :2], ids[:, :2] == 0
-    captured, hidden = suffix._run(ids, positions, inside)
-    batch = make_batch(suffix, [0, 1, 2], captured, hidden, ids[:, :2], mask, 0.0)
+    chosen, mask = ids[:, :2], ids[:, :2] == 0
+    captured, hidden = suffix._run(ids, chosen, inside)
+    real = torch.arange(6, device=FIRST)
+    batch = Batch(suffix, [0, 1, 2], captured, chosen, mask, 0.0, hidden, hidden, real, chosen, ids[:, 0])
     batch.look()
     assert next(last.parameters()).device == torch.device(SECOND)
-    assert suffix.head_rows(ids[:, :2].unsqueeze(-1)) is not None, "the head is not divided"
-    pair = torch.stack([batch.chosen, batch.negative], -1)
+    assert suffix.head_rows(chosen.unsqueeze(-1)) is not None, "the head is not divided"
+    pair = torch.stack([chosen, batch.negative], -1)
     rows = Round(suffix, batch.members, captured.rows(ids[0, :3]), batch.hidden, batch.reference, pair, mask)
     settings = {"model_name": name, "layers": [layer], "rewrite_module_tmp": "{}", "margin": 1.0}
     for objective in OBJECTIVES:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ..batches import padded
-from ..patches import at_positions, forward_is
+from ..patches import Places, forward_is
 from ..requests import tokenize
 from ..weights import as_found
 from .prefixes import Prefixes
@@ -175,7 +175,7 @@ def _logits_at(model: nn.Module, positions: Tensor) -> Iterator[None]:
     head = model.get_output_embeddings()  # type: ignore[operator]
     whole = head.forward
 
-    with forward_is(head, lambda hidden: whole(at_positions(hidden, positions))):
+    with forward_is(head, lambda hidden: whole(Places(positions, hidden.shape[1]).read(hidden))):
         yield
 
 
