@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+
 import torch
 from torch import Tensor, nn
 
@@ -64,9 +66,11 @@ def greedy(model: nn.Module, prompt: Tensor, length: int) -> Tensor:
     Returns:
         ``[length]`` int64, on the same device.
     """
+    # transformers 5.24 calls it by the first name, those before by the second.
+    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
     step, cache, answer = prompt.unsqueeze(0), None, []
     for _ in range(length):
-        output = model(input_ids=step, past_key_values=cache, use_cache=True, return_dict=True)
-        step, cache = output.logits[:, -1:].argmax(-1), output.past_key_values
+        output = model(input_ids=step, use_cache=True, return_dict=True, **{name: cache})
+        step, cache = output.logits[:, -1:].argmax(-1), getattr(output, name)
         answer.append(step[0])
     return torch.cat(answer)

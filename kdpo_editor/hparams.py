@@ -84,6 +84,9 @@ class KDPOHyperParams:
     captured_on_host: bool = False
     """Hold captured inputs, those of "replay" too, in main memory instead of on the model's device, to which every pass
     brings them over."""
+    cuda_graphs: bool = False
+    """Record a cycle's step as a CUDA graph and replay it. On a CPU it does nothing. No gain from it has been measured
+    yet."""
     replay: bool = False
     """Remember the edits of a model, also from earlier calls, and train those again that a new edit pushes below
     ``margin``. They are forgotten once the edited matrices are restored or changed by anything else."""
@@ -142,6 +145,10 @@ class KDPOHyperParams:
         self._check("weight_decay", not self.weight_decay or self.optimizer == "adam", "0 where optimizer is not adam")
         self._check("margin", self.margin > 0 or self.objective != "margin", "more than 0 where objective is margin")
         self._check("schedule", self.schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}")
+        polyak = self.optimizer == "polyak"
+        self._check("cuda_graphs", not (self.cuda_graphs and polyak), "false where optimizer is polyak")
+        kept = self.captured_on_host
+        self._check("cuda_graphs", not (self.cuda_graphs and kept), "false where captured_on_host is true")
         one_by_one = self.schedule == "depth_first" or self.objective != "dpo"
         self._check("schedule", one_by_one, "depth_first where objective is dpo")
         self._check("replay", not self.replay or self.objective != "dpo", "false where objective is dpo")

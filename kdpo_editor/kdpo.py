@@ -26,9 +26,10 @@ from .batches import Round, look, lost, make_batches, unfinished
 from .earlier import EarlierEdits, Review
 from .errors import EditDiverged, ModelError, RequestError
 from .hparams import KDPOHyperParams
-from .optimizers import Optimizer, make_optimizer
+from .optimizers import make_optimizer
 from .preserve import Preconditioner, preconditioners, sparing
 from .requests import EditTokens, tokenize
+from .steps import Steps, check_finite
 from .suffix import Suffix
 from .weights import find_blocks, find_matrices, only_training
 
@@ -176,9 +177,9 @@ def optimise(
                 break
             if hparams.objective == "dpo":
                 rounds = [[OwnAnswerRound(suffix, active[0][0], edits[0].prompt, weights, start)]]
-            going = list(rounds)
+            going = [Steps(some, optimizer, hparams) for some in rounds]
             for step in range(hparams.num_steps):
-                going = [some for some in going if _step(some, optimizer, hparams, use_first=alone and step == 0)]
+                going = [steps for steps in going if steps.take(use_first=alone and step == 0)]
             for current in chain(*rounds):
                 _record(current, traces, hparams)
         if hparams.update_scale != 1.0:
@@ -200,51 +201,14 @@ def optimise(
     return traces[: len(edits)]
 
 
-def _step(
-    rounds: Sequence[Round | OwnAnswerRound], optimizer: Optimizer, hparams: KDPOHyperParams, use_first: bool
-) -> bool:
-    """One optimiser step on the edits of a mini-batch whose loss is not below ``stop_loss`` yet.
-
-    Returns whether there were any, as far as the host knows.
-    """
-    found = [current.losses(hparams, use_first) for current in rounds]
-    for current, some in zip(rounds, found, strict=True):
-        current.history.append(some.detach())
-    losses = torch.cat(found)
-    live = losses.detach() >= hparams.stop_loss
-    # The sum over edits: no optimiser here minds its scale, and one edit stays exactly the paper's.
-    loss = (losses * live).sum()
-    if not _host_waits(losses.device, hparams.optimizer):
-        optimizer.step(loss, skip=~live.any())
-        return True
-    _check_finite(losses)
-    if not live.any():
-        return False
-    optimizer.step(loss)
-    return True
-
-
-def _host_waits(device: torch.device, optimizer: str) -> bool:
-    """Whether losses are read as they come; on a GPU, steps that should not be taken are masked there instead.
-
-    Polyak's one or two steps of a cycle are not worth computing all of its steps.
-    """
-    return device.type != "cuda" or optimizer == "polyak"
-
-
 def _record(current: Round | OwnAnswerRound, traces: list[EditTrace], hparams: KDPOHyperParams) -> None:
     """Add a finished cycle to the traces of its edits."""
     history = torch.stack(current.history)
-    _check_finite(history)
+    check_finite(history)
     for member, negative, losses in zip(current.members, current.negatives, history.T.tolist(), strict=True):
         taken = next((n for n, loss in enumerate(losses) if loss < hparams.stop_loss), len(losses))
         traces[member].cycles.append(Cycle(negative, losses[: taken + 1]))
         traces[member].steps += taken
-
-
-def _check_finite(losses: Tensor) -> None:
-    if not torch.isfinite(losses).all():
-        raise EditDiverged(f"the loss became {losses[~torch.isfinite(losses)].flatten()[0].item()}")
 
 
 @torch.no_grad()

@@ -493,22 +493,6 @@ def test_breadth_first_edits_two_layers_together(llama: Any, settings: Any) -> N
     assert changed == set(originals) == {PARAMETER, PARAMETER.replace("4", "2")}
 
 
-def test_steps_masked_on_the_device_equal_steps_not_taken(
-    llama: Any, settings: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """On a GPU the host does not wait for the loss; the same edit comes out."""
-    from kdpo_editor import kdpo
-
-    model, tok = llama
-    hparams = settings(schedule="breadth_first", stop_loss=0.05)
-    waited, _, first = edit(copy.deepcopy(model), tok, [SECOND, REQUEST], hparams)
-    monkeypatch.setattr(kdpo, "_host_waits", lambda device, optimizer: False)
-    masked, _, second = edit(model, tok, [SECOND, REQUEST], hparams)
-    assert first == second
-    assert any(len(c.losses) < 8 for t in first for c in t.cycles), "no step was ever masked"
-    assert_same(waited, state(masked))
-
-
 # Objectives ---------------------------------------------------------------------------------------------------
 
 

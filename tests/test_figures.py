@@ -79,7 +79,7 @@ def test_steps_that_a_gpu_masks_are_not_shown(llama: Any, settings: Any, monkeyp
     hparams = settings(lr=1e-3, stop_loss=0.5)  # reached within the first cycle's steps
     plain = watch(*llama, REQUEST, hparams)
     assert any(cycle.steps < hparams.num_steps for cycle in plain.cycles)
-    monkeypatch.setattr("kdpo_editor.kdpo._host_waits", lambda device, optimizer: False)
+    monkeypatch.setattr("kdpo_editor.steps.host_waits", lambda device, optimizer: False)
     masked = watch(*llama, REQUEST, hparams)
     assert [cycle.rejected for cycle in masked.cycles] == [cycle.rejected for cycle in plain.cycles]
     for one, other in zip(masked.cycles, plain.cycles, strict=True):

@@ -1,0 +1,122 @@
+"""The optimiser's steps of one cycle on the edits of a mini-batch.
+
+On a CPU the host reads each loss before it decides on a step. On a GPU it never waits: what should not be done is
+masked there, so the kernels of a step are always the same, and with ``cuda_graphs`` they are recorded once and
+replayed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from .ablation import OwnAnswerRound
+from .batches import Round
+from .errors import EditDiverged
+from .hparams import KDPOHyperParams
+from .optimizers import Optimizer
+
+
+class Steps:
+    """Of ``rounds``, which share each step; an edit whose loss is below ``stop_loss`` has no part in it."""
+
+    def __init__(
+        self, rounds: Sequence[Round | OwnAnswerRound], optimizer: Optimizer, hparams: KDPOHyperParams
+    ) -> None:
+        self.rounds, self.optimizer, self.hparams = rounds, optimizer, hparams
+        suffix = rounds[0].suffix
+        self.waits = host_waits(suffix.device, hparams.optimizer)
+        # A graph is of one device's kernels.
+        recorded = hparams.cuda_graphs and {p.device.type for p in suffix.model.parameters()} == {"cuda"}
+        recorded = recorded and len({p.device for p in suffix.model.parameters()}) == 1
+        self._masked = Recorded(self._unseen, suffix.device) if recorded else self._unseen
+
+    def take(self, use_first: bool) -> bool:
+        """One step. Returns whether there was anything to do, as far as the host knows.
+
+        ``use_first``: the hidden states that the negatives were read from are the forward pass.
+        """
+        if not self.waits:
+            self._note(self._masked(use_first))
+            return True
+        found, loss, live = self._losses(use_first)
+        self._note(found)
+        check_finite(torch.cat(found))
+        if not live.any():
+            return False
+        self.optimizer.step(loss)
+        return True
+
+    def _unseen(self, use_first: bool) -> list[Tensor]:
+        found, loss, live = self._losses(use_first)
+        self.optimizer.step(loss, skip=~live.any())
+        return found
+
+    def _losses(self, use_first: bool) -> tuple[list[Tensor], Tensor, Tensor]:
+        """Those of each round, without graph; what is minimised; and which edits, of all rounds, have a part in it."""
+        found = [current.losses(self.hparams, use_first) for current in self.rounds]
+        losses = torch.cat(found)
+        live = losses.detach() >= self.hparams.stop_loss
+        # The sum over edits: no optimiser here minds its scale, and one edit stays exactly the paper's.
+        return [some.detach() for some in found], (losses * live).sum(), live
+
+    def _note(self, found: Sequence[Tensor]) -> None:
+        for current, losses in zip(self.rounds, found, strict=True):
+            current.history.append(losses)
+
+
+class Recorded:
+    """A step that is recorded as a CUDA graph, and replayed from then on.
+
+    The first step of a cycle may be another than the rest, and the second loads whatever kernels are not loaded yet;
+    so the third is the one recorded. ``step`` must read and write the same memory each time and never wait for the
+    device. Not tried on a GPU so far.
+    """
+
+    EAGER = 2
+
+    def __init__(self, step: Callable[[bool], list[Tensor]], device: torch.device) -> None:
+        self.step, self.device = step, device
+        self.calls = 0
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.found: list[Tensor] = []
+
+    def __call__(self, use_first: bool) -> list[Tensor]:
+        """What ``step`` gives, in memory of its own."""
+        self.calls += 1
+        if self.calls <= self.EAGER:
+            return self.step(use_first)
+        if self.graph is None:
+            self.graph, self.found = self._record()
+        self.graph.replay()
+        return [losses.clone() for losses in self.found]
+
+    def _record(self) -> tuple[torch.cuda.CUDAGraph, list[Tensor]]:
+        # As torch.cuda.graph does, but for the garbage collection, which takes longer than an edit.
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(self.device)
+        outside = torch.cuda.current_stream(self.device)
+        stream.wait_stream(outside)
+        with torch.cuda.stream(stream):
+            graph.capture_begin()
+            try:
+                found = self.step(False)
+            finally:
+                graph.capture_end()
+        outside.wait_stream(stream)
+        return graph, found
+
+
+def host_waits(device: torch.device, optimizer: str) -> bool:
+    """Whether losses are read as they come; on a GPU, steps that should not be taken are masked there instead.
+
+    Polyak's one or two steps of a cycle are not worth computing all of its steps.
+    """
+    return device.type != "cuda" or optimizer == "polyak"
+
+
+def check_finite(losses: Tensor) -> None:
+    """:class:`~kdpo_editor.EditDiverged` where one of ``losses``, of any shape, is NaN or infinite."""
+    if not torch.isfinite(losses).all():
+        raise EditDiverged(f"the loss became {losses[~torch.isfinite(losses)].flatten()[0].item()}")
