@@ -16,8 +16,12 @@ class Places:
 
     def __init__(self, positions: Tensor, length: int) -> None:
         self.positions, self.length = positions, length
-        starts = length * torch.arange(len(positions), device=positions.device)
-        self._from = (positions + starts.unsqueeze(-1)).flatten()
+        self._span = _span(positions)
+
+    @cached_property
+    def _from(self) -> Tensor:
+        starts = self.length * torch.arange(len(self.positions), device=self.positions.device)
+        return (self.positions + starts.unsqueeze(-1)).flatten()
 
     @cached_property
     def _to(self) -> Tensor:
@@ -33,14 +37,27 @@ class Places:
         size, count = self.positions.shape
         if hidden.ndim != 3 or hidden.shape[:2] != (size, self.length):
             raise ValueError(f"an input of shape {tuple(hidden.shape)} has no positions to choose from")
+        if self._span is not None:
+            return hidden[:, slice(*self._span)]
         rows = hidden.reshape(-1, hidden.shape[-1]).index_select(0, self._from.to(hidden.device))
         return rows.view(size, count, -1)
 
     def write(self, values: Tensor, elsewhere: float = 0.0) -> Tensor:
         """``[B, T, D]`` to ``[B, L, D]``, with ``elsewhere`` at the other positions."""
+        if self._span is not None:
+            first, end = self._span
+            return nn.functional.pad(values, (0, 0, first, self.length - end), value=elsewhere)
         size, _, width = values.shape
         rows = torch.cat([values, values.new_full((size, 1, width), elsewhere)], 1).view(-1, width)
         return rows.index_select(0, self._to.to(values.device)).view(size, self.length, width)
+
+
+def _span(positions: Tensor) -> tuple[int, int] | None:
+    """The first and the end of positions of one row that follow each other, as those of an edit by itself do."""
+    if len(positions) != 1:
+        return None
+    (row,) = positions.tolist()
+    return (row[0], row[-1] + 1) if row == list(range(row[0], row[0] + len(row))) else None
 
 
 @contextmanager
