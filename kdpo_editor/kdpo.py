@@ -203,9 +203,9 @@ def optimise(
 
 def _record(current: Round | OwnAnswerRound, traces: list[EditTrace], hparams: KDPOHyperParams) -> None:
     """Add a finished cycle to the traces of its edits."""
-    history = torch.stack(current.history)
-    check_finite(history)
-    for member, negative, losses in zip(current.members, current.negatives, history.T.tolist(), strict=True):
+    history = torch.stack(current.history).T.tolist()
+    check_finite(chain(*history))
+    for member, negative, losses in zip(current.members, current.negatives, history, strict=True):
         taken = next((n for n, loss in enumerate(losses) if loss < hparams.stop_loss), len(losses))
         traces[member].cycles.append(Cycle(negative, losses[: taken + 1]))
         traces[member].steps += taken

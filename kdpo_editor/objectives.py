@@ -143,7 +143,9 @@ def dpo_loss(
 
 def _gain(pairs: Tensor, reference: Tensor) -> Tensor:
     """How much more the chosen token leads than it did in the reference: ``[..., T, 2]`` twice to ``[..., T]``."""
-    return (pairs[..., 0] - pairs[..., 1]) - (reference[..., 0] - reference[..., 1])
+    chosen, rejected = pairs.unbind(-1)
+    ref_chosen, ref_rejected = reference.unbind(-1)
+    return (chosen - rejected) - (ref_chosen - ref_rejected)
 
 
 def _masked(values: Tensor, mask: Tensor | None) -> Tensor:

@@ -7,7 +7,8 @@ replayed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from math import isfinite
 
 import torch
 from torch import Tensor
@@ -41,10 +42,11 @@ class Steps:
         if not self.waits:
             self._note(self._masked(use_first))
             return True
-        found, loss, live = self._losses(use_first)
+        found, loss, _ = self._losses(use_first)
         self._note(found)
-        check_finite(torch.cat(found))
-        if not live.any():
+        seen = [value for losses in found for value in losses.tolist()]
+        check_finite(seen)
+        if max(seen) < self.hparams.stop_loss:
             return False
         self.optimizer.step(loss)
         return True
@@ -116,7 +118,8 @@ def host_waits(device: torch.device, optimizer: str) -> bool:
     return device.type != "cuda" or optimizer == "polyak"
 
 
-def check_finite(losses: Tensor) -> None:
-    """:class:`~kdpo_editor.EditDiverged` where one of ``losses``, of any shape, is NaN or infinite."""
-    if not torch.isfinite(losses).all():
-        raise EditDiverged(f"the loss became {losses[~torch.isfinite(losses)].flatten()[0].item()}")
+def check_finite(losses: Iterable[float]) -> None:
+    """:class:`~kdpo_editor.EditDiverged` where a loss is NaN or infinite."""
+    for loss in losses:
+        if not isfinite(loss):
+            raise EditDiverged(f"the loss became {loss}")
