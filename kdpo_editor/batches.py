@@ -28,9 +28,9 @@ class Batch:
     ``members``: the position of each in the list of edits. ``chosen`` ``[B, T]``: the new answers, padded.
     ``mask`` ``[B, T]``: where they are real; ``real`` ``[N]`` int64: the same as indices, of ``B * T``.
     ``hidden`` ``[B, T, D]``: the policy's final hidden states now; ``reference``: those before the first step, without
-    gradient. Read from the policy's logits now, at
-    ``margin`` (:func:`~kdpo_editor.objectives.standing`): ``negative`` ``[B, T]``, and ``lead`` ``[B]``, by how many
-    logits the weakest token of an answer leads, negative where it does not win. Logits themselves are not kept.
+    gradient. Read from the policy's logits now, at ``margin`` (:func:`~kdpo_editor.objectives.standing`): ``negative``
+    ``[B, T]``, and ``lead`` ``[B]``, by how many logits the weakest token of an answer leads, negative where it does not
+    win. Logits themselves are not kept.
     """
 
     suffix: Suffix

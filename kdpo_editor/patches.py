@@ -38,7 +38,8 @@ class Places:
         if hidden.ndim != 3 or hidden.shape[:2] != (size, self.length):
             raise ValueError(f"an input of shape {tuple(hidden.shape)} has no positions to choose from")
         if self._span is not None:
-            return hidden[:, slice(*self._span)]
+            # Not ``[:, first:end]``: its strides would have a product of one matrix taken for a batch of them.
+            return hidden[0, slice(*self._span)].unsqueeze(0)
         rows = hidden.reshape(-1, hidden.shape[-1]).index_select(0, self._from.to(hidden.device))
         return rows.view(size, count, -1)
 
