@@ -29,8 +29,8 @@ class Batch:
     ``mask`` ``[B, T]``: where they are real; ``real`` ``[N]`` int64: the same as indices, of ``B * T``.
     ``hidden`` ``[B, T, D]``: the policy's final hidden states now; ``reference``: those before the first step, without
     gradient. Read from the policy's logits now, at ``margin`` (:func:`~kdpo_editor.objectives.standing`): ``negative``
-    ``[B, T]``, and ``lead`` ``[B]``, by how many logits the weakest token of an answer leads, negative where it does not
-    win. Logits themselves are not kept.
+    ``[B, T]``, and ``lead`` ``[B]``, by how many logits the weakest token of an answer leads, negative where it does
+    not win. Logits themselves are not kept.
     """
 
     suffix: Suffix
