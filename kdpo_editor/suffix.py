@@ -17,7 +17,7 @@ is refused.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -25,7 +25,6 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from .errors import ModelError
@@ -218,7 +217,7 @@ class Suffix:
         """The final hidden states, ``[B, T, D]``, that the whole model would give with its weights as they are now."""
         blocks = self.blocks
         hidden = captured.hidden.to(self.place)
-        with self._trained_at(captured.subject), _attention(hidden):
+        with self._trained_at(captured.subject):
             if captured.inner is not None:
                 hidden = hidden + self.module(captured.inner.to(self.place)).view(hidden.shape)
                 blocks = blocks[1:]
@@ -401,12 +400,6 @@ class Suffix:
             else:
                 names += [f"{name}.{child}" for child, _ in module.named_children()]
         return found
-
-
-def _attention(hidden: Tensor) -> AbstractContextManager[None]:
-    """Torch's fused attention takes four times as long backwards as the plain one on a CPU in half precision."""
-    slow = hidden.device.type == "cpu" and hidden.dtype in (torch.bfloat16, torch.float16)
-    return sdpa_kernel(SDPBackend.MATH) if slow else nullcontext()
 
 
 def _hidden(output: Any) -> Tensor:
