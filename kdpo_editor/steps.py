@@ -35,7 +35,7 @@ class Steps:
         suffix = rounds[0].suffix
         self.waits = host_waits(suffix.device, hparams.optimizer)
         # A graph is of one device's kernels.
-        recorded = hparams.cuda_graphs and {p.device.type for p in suffix.model.parameters()} == {"cuda"}
+        recorded = hparams.cuda_graphs and suffix.device.type == "cuda"
         recorded = recorded and len({p.device for p in suffix.model.parameters()}) == 1
         self._masked = Recorded(self._unseen, suffix.device) if recorded else self._unseen
 

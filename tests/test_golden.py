@@ -63,7 +63,7 @@ def test_edit_follows_the_authors_release(
     torch.testing.assert_close(losses, expected, atol=1e-3, rtol=0)
     entries = change.flatten()[case["delta_flat_index"]]
     # Adam makes much of the rounding of small gradients, which differs between processors; changes are some 1e-2.
-    torch.testing.assert_close(entries, torch.tensor(case["delta_value"]), rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(entries, torch.tensor(case["delta_value"]), rtol=1e-3, atol=1e-7)
     assert change.norm().item() == pytest.approx(case["delta_frobenius"], rel=1e-3)
 
 
