@@ -46,6 +46,11 @@ class Kept:
     lead: float = inf
 
     @property
+    def prompt(self) -> tuple[int, ...]:
+        """Its token ids."""
+        return tuple(self.tokens.prompt.tolist())
+
+    @property
     def bytes(self) -> int:
         """Memory held by what was captured."""
         return sum(t.numel() * t.element_size() for t in (self.hidden, self.inner) if t is not None)
@@ -127,10 +132,10 @@ class EarlierEdits:
     def to_check(self, edits: Sequence[EditTokens], checks: int) -> list[Kept]:
         """At most ``checks`` for each of ``edits``: half those that led by least, half a seeded sample of the rest.
 
-        Edits of a prompt that is edited again are forgotten.
+        Edits of a prompt that is edited again are forgotten, in all their phrasings.
         """
         again = {tuple(e.prompt.tolist()) for e in edits}
-        self.kept = [one for one in self.kept if tuple(one.tokens.prompt.tolist()) not in again]
+        self.kept = [one for one in self.kept if again.isdisjoint({one.prompt, one.tokens.request})]
         most = checks * len(edits)
         if len(self.kept) <= most:
             return list(self.kept)

@@ -27,6 +27,7 @@ from .earlier import EarlierEdits, Review
 from .errors import EditDiverged, ModelError, RequestError
 from .hparams import KDPOHyperParams
 from .optimizers import make_optimizer
+from .own_words import with_own_words
 from .preserve import Preconditioner, preconditioners, sparing
 from .requests import EditTokens, tokenize
 from .steps import Steps, check_finite
@@ -53,12 +54,14 @@ class EditTrace:
 
     ``cycles``: those that began with an unfinished edit. ``steps``: optimiser steps taken. ``converged``:
     whether every answer position ended up as the argmax (by ``margin``, if one is set). Where an edit is trained in
-    several phrasings, ``cycles`` and ``steps`` are those of its prompt, and ``converged`` is about all of them.
+    several phrasings, ``cycles`` and ``steps`` are those of its prompt, and ``converged`` is about all that were asked
+    for. ``own_words``: the prompts that were trained besides, which the model wrote itself.
     """
 
     cycles: list[Cycle] = field(default_factory=list)
     steps: int = 0
     converged: bool = False
+    own_words: list[str] = field(default_factory=list)
 
 
 def apply_kdpo_to_model(
@@ -78,7 +81,8 @@ def apply_kdpo_to_model(
         tok: its tokenizer; neither its padding side nor anything else of it is changed.
         requests: ``[{"prompt": str, "target_new": str}, ...]``, edited in this order; ``"rephrases"``, a list of other
             prompts for the same target, is trained too; ``"subject"``, a part of the prompt, is needed where
-            ``subject_layers`` is set; other keys are ignored.
+            ``subject_layers`` or ``own_words`` is set; with ``"own_words"``, such as a trace has, none are sought for
+            a request; other keys are ignored.
         hparams: settings. With ``ledger`` set, a call that succeeds is journaled there (:meth:`EditLedger.edit`).
         copy: edit and return a deep copy instead.
         return_orig_weights: also return the edited matrices as they were.
@@ -108,19 +112,22 @@ def edit(
     """As :func:`apply_kdpo_to_model`, but always with the original weights, and with a trace of each edit."""
     edits = tokenize(tok, requests, append_eos=hparams.append_eos, with_subject=hparams.needs_subject)
     if hparams.objective == "dpo" and any(len(phrasings) > 1 for phrasings in edits):
-        raise RequestError("'rephrases' cannot be trained where objective is dpo")
+        raise RequestError("'rephrases' and 'own_words' cannot be trained where objective is dpo")
     weights = find_matrices(model, hparams)
     last = len(find_blocks(model, hparams)) - 1
     if last in (hparams.subject_layers or ()):
         raise ModelError(f"subject_layers: {last} is the last layer, where a subject's tokens reach no answer")
     _check_lengths(model, edits)
     spared = preconditioners(model, tok, weights, hparams)
-    given = model
+    earlier = EarlierEdits.of(model, weights) if hparams.replay else None
+    if hparams.own_words:
+        kept = [] if earlier is None else [one.tokens for one in earlier.kept]
+        requests = with_own_words(model, tok, requests, edits, hparams.own_words, kept)
+        edits = tokenize(tok, requests, append_eos=hparams.append_eos, with_subject=True)
     if copy:
         model = copying.deepcopy(model)
         weights = find_matrices(model, hparams)
     originals = {name: w.detach().clone() for name, w in weights.items()}
-    earlier = EarlierEdits.of(given, weights) if hparams.replay else None
     suffix = Suffix.above(model, weights, hparams)
     with only_training(model, weights, originals):
         together = [[*chain(*edits)]] if hparams.schedule == "breadth_first" else edits
@@ -130,7 +137,7 @@ def edit(
         _check_size(weights, originals)
     if earlier is not None:
         earlier.store(model, weights, hparams)
-    traces = [_of_request([next(found) for _ in phrasings]) for phrasings in edits]
+    traces = [_of_request(r, [next(found) for _ in phrasings]) for r, phrasings in zip(requests, edits, strict=True)]
     missed = sum(not trace.converged for trace in traces)
     if missed:
         LOG.info("%d of %d edits did not reach their target within %d cycles", missed, len(traces), hparams.cycles)
@@ -220,9 +227,11 @@ def _check_size(weights: dict[str, nn.Parameter], originals: dict[str, Tensor]) 
             raise EditDiverged(f"{name} changed by {change / size:.3g} times its norm")
 
 
-def _of_request(traces: list[EditTrace]) -> EditTrace:
-    """The trace of the prompt, converged only if its other phrasings are too."""
-    return replace(traces[0], converged=all(trace.converged for trace in traces))
+def _of_request(request: Mapping[str, Any], traces: list[EditTrace]) -> EditTrace:
+    """The trace of the prompt, converged only if the rephrases that it was given are too."""
+    own = list(request.get("own_words") or ())
+    asked = traces[: len(traces) - len(own)]
+    return replace(traces[0], converged=all(trace.converged for trace in asked), own_words=own)
 
 
 def _check_lengths(model: nn.Module, edits: list[list[EditTokens]]) -> None:

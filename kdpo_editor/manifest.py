@@ -99,8 +99,9 @@ class EditInfo:
 
         from . import __version__
 
+        own = [{"own_words": trace.own_words} if trace.own_words else {} for trace in traces] or [{}] * len(requests)
         return cls(
-            requests=[texts_of(r) for r in requests],
+            requests=[texts_of(r) | words for r, words in zip(requests, own, strict=True)],
             outcomes=[{"converged": t.converged, "steps": t.steps} for t in traces],
             hparams=None if hparams is None else hparams.to_dict(),
             date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),

@@ -36,6 +36,7 @@ from .hparams import KDPOHyperParams
 from .patches import forward_is
 from .suffix import Captured, Suffix
 from .weights import as_found, only_training
+from .writing import until_end, write
 
 # Lines of a text that are read, and tokens of each.
 LINES = 4096
@@ -276,33 +277,13 @@ def _windows(tok: Any, text: str) -> list[Tensor]:
 
 @torch.no_grad()
 def _own_texts(model: nn.Module, tok: Any) -> list[Tensor]:
-    """``TEXTS`` samples of what ``model`` writes after its first token: token ids with it and without an end token.
-
-    The same for the same weights; torch's random state and the model's mode are left as they were.
-    """
+    """``TEXTS`` samples of what ``model`` writes after its first token: token ids with it and without an end token."""
     start = tok.eos_token_id if tok.bos_token_id is None else tok.bos_token_id
     if start is None:
         raise ModelError("preserve: the tokenizer has neither a begin nor an end token; name a preserve_text")
-    device = model.get_input_embeddings().weight.device  # type: ignore[operator]
-    texts: list[Tensor] = []
-    cuda = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=cuda), as_found(model):
-        torch.manual_seed(0)
-        first = torch.full((ROWS, 1), start, device=device)
-        for _ in range(TEXTS // ROWS):
-            written = model.generate(  # type: ignore[operator]
-                input_ids=first,
-                attention_mask=torch.ones_like(first),
-                do_sample=True,
-                temperature=1.0,
-                top_k=0,
-                top_p=1.0,
-                max_new_tokens=LENGTH,
-                pad_token_id=start if tok.pad_token_id is None else tok.pad_token_id,
-            ).cpu()
-            for row in written:
-                ended = (row[1:] == tok.eos_token_id).nonzero().flatten().tolist()
-                texts.append(row[: ended[0] + 1 if ended else len(row)])
+    first = torch.full((ROWS, 1), start)
+    written = [row for seed in range(TEXTS // ROWS) for row in write(model, tok, first, LENGTH, seed=seed)]
+    texts = [row[: len(until_end(tok, row, 1))] for row in written]
     return [text for text in texts if len(text) > 1]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,6 +13,8 @@ from torch import Tensor
 from .errors import RequestError
 
 LOG = logging.getLogger(__name__)
+# A request's keys for other prompts: those that it was given, and those that the model was found to have.
+PHRASINGS = ("rephrases", "own_words")
 
 
 @dataclass(frozen=True)
@@ -20,12 +22,14 @@ class EditTokens:
     """The token ids of one edit.
 
     ``prompt``: ``[P]``, int64. ``chosen``: ``[T]``, int64, the new answer ``y_w``. Both on the CPU. ``subject``: where
-    in ``prompt`` the subject's tokens begin and where they have ended; nowhere unless that was asked for.
+    in ``prompt`` the subject's tokens begin and where they have ended; nowhere unless that was asked for. ``request``:
+    the token ids of the prompt that this is another phrasing of, none where it is the request's own.
     """
 
     prompt: Tensor
     chosen: Tensor
     subject: tuple[int, int] = (0, 0)
+    request: tuple[int, ...] = ()
 
     @property
     def sequence(self) -> Tensor:
@@ -38,28 +42,36 @@ def tokenize(
 ) -> list[list[EditTokens]]:
     """Tokenise ``prompt + " " + target_new`` once; the answer is what lies past the prompt's own length.
 
-    Gives the tokens of each request's prompt, followed by those of its ``rephrases``, if it has any: other prompts for
-    the same target. No padding and no truncation takes place, so a tokenizer's settings for them do not matter. With
-    ``append_eos`` the end token closes the answer; with ``with_subject`` each request's ``subject`` is found in its
-    prompts. All requests are checked before any is returned.
+    Gives the tokens of each request's prompt, followed by those of its ``rephrases`` and its ``own_words``, if it has
+    any: other prompts for the same target. No padding and no truncation takes place, so a tokenizer's settings for them
+    do not matter. With ``append_eos`` the end token closes the answer; with ``with_subject`` each request's ``subject``
+    is found in its prompts. All requests are checked before any is returned.
 
     Raises :class:`~kdpo_editor.RequestError`, naming the request's position and what is wrong with it.
     """
     if isinstance(requests, (str, Mapping)) or not isinstance(requests, Sequence) or not requests:
         raise RequestError("requests must be a list of at least one {'prompt': ..., 'target_new': ...}")
-    return [
-        [_tokenize(tok, one, f"request {i}", append_eos, with_subject) for one in _phrasings(request, f"request {i}")]
-        for i, request in enumerate(requests)
-    ]
+    return [_tokenize_all(tok, r, f"request {i}", append_eos, with_subject) for i, r in enumerate(requests)]
 
 
-def _phrasings(request: Mapping[str, Any], name: str) -> list[Mapping[str, Any]]:
+def _tokenize_all(tok: Any, request: Any, name: str, append_eos: bool, with_subject: bool) -> list[EditTokens]:
     if not isinstance(request, Mapping):
         raise RequestError(f"{name} is a {type(request).__name__}; it must be a dict")
-    rephrases = request.get("rephrases") or ()
-    if not isinstance(rephrases, (list, tuple)) or not all(isinstance(r, str) and r.strip() for r in rephrases):
-        raise RequestError(f"{name}: 'rephrases' is {rephrases!r}; it must be a list of prompts")
-    return [request, *({**request, "prompt": prompt} for prompt in rephrases)]
+    first = _tokenize(tok, request, name, append_eos, with_subject)
+    asked = tuple(first.prompt.tolist())
+    others = [
+        _tokenize(tok, {**request, "prompt": prompt}, name, append_eos, with_subject)
+        for key in PHRASINGS
+        for prompt in _prompts(request, key, name)
+    ]
+    return [first, *(replace(other, request=asked) for other in others)]
+
+
+def _prompts(request: Mapping[str, Any], key: str, name: str) -> Sequence[str]:
+    prompts = request.get(key) or ()
+    if not isinstance(prompts, (list, tuple)) or not all(isinstance(p, str) and p.strip() for p in prompts):
+        raise RequestError(f"{name}: {key!r} is {prompts!r}; it must be a list of prompts")
+    return prompts
 
 
 def _tokenize(tok: Any, request: Mapping[str, Any], name: str, append_eos: bool, with_subject: bool) -> EditTokens:
@@ -70,8 +82,8 @@ def _tokenize(tok: Any, request: Mapping[str, Any], name: str, append_eos: bool,
             raise RequestError(f"{name}: {key!r} is a {type(request[key]).__name__}; it must be text")
         if not request[key].strip():
             raise RequestError(f"{name}: {key!r} is empty")
-    prompt = _ids(tok, request["prompt"])
-    joined = _ids(tok, f"{request['prompt']} {request['target_new']}")
+    prompt = token_ids(tok, request["prompt"])
+    joined = token_ids(tok, f"{request['prompt']} {request['target_new']}")
     if not prompt:
         raise RequestError(f"{name}: the prompt {request['prompt']!r} gives no tokens")
     chosen = joined[len(prompt) :]
@@ -98,14 +110,15 @@ def _find_subject(tok: Any, request: Mapping[str, Any], name: str, prompt: list[
     start = text.rfind(subject)
     if start < 0:
         raise RequestError(f"{name}: 'subject' {subject!r} does not stand in the prompt {text!r}")
-    before = _ids(tok, text[:start].rstrip())
+    before = token_ids(tok, text[:start].rstrip())
     # A token that holds part of the subject counts, whatever else is in it.
     first = next((i for i, (a, b) in enumerate(zip(before, prompt, strict=False)) if a != b), len(before))
     first = min(first, len(prompt) - 1)
-    return first, min(max(len(_ids(tok, text[: start + len(subject)])), first + 1), len(prompt))
+    return first, min(max(len(token_ids(tok, text[: start + len(subject)])), first + 1), len(prompt))
 
 
-def _ids(tok: Any, text: str) -> list[int]:
+def token_ids(tok: Any, text: str) -> list[int]:
+    """Of ``text``, without an end token after it."""
     ids = list(tok(text)["input_ids"])
     # A tokenizer that closes every text with an end token would otherwise put it between prompt and answer.
     while len(ids) > 1 and ids[-1] == tok.eos_token_id:

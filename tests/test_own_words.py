@@ -1,0 +1,260 @@
+"""``own_words``: other prompts for a request, which the model writes itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import assert_same, state
+from test_edit import with_bos
+
+from kdpo_editor import (
+    EditLedger,
+    HyperParamsError,
+    KDPOHyperParams,
+    RequestError,
+    apply_kdpo_to_model,
+    edit,
+    own_words,
+)
+from kdpo_editor.answers import says_target
+from kdpo_editor.earlier import EarlierEdits
+from kdpo_editor.requests import token_ids, tokenize
+from kdpo_editor.testbed import load_model, load_records
+from kdpo_editor.writing import until_end, write
+
+LAYER = 3
+MARGIN = {"objective": "margin", "margin": 1.0, "optimizer": "polyak", "lr": 1.5, "stop_loss": 1e-4}
+
+
+@pytest.fixture
+def shipped() -> tuple[Any, Any]:
+    return load_model()
+
+
+@pytest.fixture
+def requests() -> list[dict[str, str]]:
+    """Four requests, of each of which the shipped model has several ways to ask."""
+    records = [record for record in load_records() if record["subject"] in record["prompt"]]
+    return [{key: record[key] for key in ("prompt", "target_new", "subject")} for record in records[:4]]
+
+
+@pytest.fixture
+def make(settings: Callable[..., KDPOHyperParams]) -> Callable[..., KDPOHyperParams]:
+    return lambda **overrides: settings(**{"layers": [LAYER], "own_words": 2, **MARGIN, **overrides})
+
+
+def found(model: Any, tok: Any, requests: list[dict[str, Any]], most: int = 5, **known: Any) -> list[list[str]]:
+    edits = tokenize(tok, requests, with_subject=True)
+    return [r["own_words"] for r in own_words.with_own_words(model, tok, requests, edits, most, **known)]
+
+
+def greedy(model: Any, tok: Any, prompt: str, length: int = 8) -> str:
+    """What the model answers, token by token without a cache."""
+    ids = token_ids(tok, prompt)
+    start = len(ids)
+    with torch.no_grad():
+        while len(ids) < start + length and ids[-1] != tok.eos_token_id:
+            ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+    return str(tok.decode(ids[start:], skip_special_tokens=True))
+
+
+def test_what_is_written_is_the_same_each_time_and_leaves_no_trace(llama: Any) -> None:
+    model, tok = llama
+    model.train()
+    starts = torch.tensor([token_ids(tok, "What")] * 4)
+    torch.manual_seed(5)
+    first = write(model, tok, starts, 8)
+    after = torch.rand(1)
+    torch.manual_seed(5)
+    assert torch.equal(after, torch.rand(1)), "the caller's random state"
+    assert all(module.training for module in model.modules())
+    assert torch.equal(first, write(model, tok, starts, 8))
+    assert not torch.equal(first, write(model, tok, starts, 8, seed=1))
+    assert len({tuple(row) for row in first.tolist()}) > 1
+    assert torch.equal(first[:, : starts.shape[1]], starts)
+
+
+def test_a_greedy_text_is_the_models_first_choice_and_each_token_is_noted(llama: Any) -> None:
+    model, tok = llama
+    prompt = "What species is ZIC3 specific to?"
+    ids = torch.tensor([token_ids(tok, prompt)])
+    noted: list[int] = []
+    text = write(model, tok, ids, 6, greedy=True, noting=lambda _, logits: noted.append(int(logits.argmax())))
+    said = until_end(tok, text[0], ids.shape[1])[ids.shape[1] :]
+    assert tok.decode(said) == greedy(model, tok, prompt, 6)
+    assert noted[: len(said)] == said
+
+
+def test_the_model_answers_its_own_words_as_it_does_the_prompt(shipped: Any, requests: list[dict[str, str]]) -> None:
+    model, tok = shipped
+    for request, texts in zip(requests, found(model, tok, requests), strict=True):
+        assert 2 <= len(texts) <= 5
+        assert len(set(texts)) == len(texts)
+        for text in texts:
+            assert text.startswith(request["subject"])
+            assert text != request["subject"]
+            assert greedy(model, tok, text) == greedy(model, tok, request["prompt"])
+
+
+def test_what_is_asked_already_is_not_found_again(shipped: Any, requests: list[dict[str, str]]) -> None:
+    model, tok = shipped
+    first, second, *_ = requests
+    (words,) = found(model, tok, [first])
+    rephrased: dict[str, Any] = {**first, "rephrases": words[:1]}
+    assert found(model, tok, [rephrased]) == [words[1:]]
+    ((asked,),) = tokenize(tok, [{**second, "prompt": words[1]}])
+    assert found(model, tok, [first], earlier=[asked]) == [[words[0], *words[2:]]]
+    # An earlier edit of the same prompt is not in the way.
+    before: dict[str, Any] = {**first, "own_words": words}
+    (same,) = tokenize(tok, [before])
+    assert found(model, tok, [first], earlier=same) == [words]
+
+
+def test_two_requests_with_different_targets_share_no_words(shipped: Any, requests: list[dict[str, str]]) -> None:
+    model, tok = shipped
+    first = requests[0]
+    (words,) = found(model, tok, [first])
+    twin = {**first, "prompt": words[0]}
+    assert all(len(texts) > 1 for texts in found(model, tok, [first, twin]))
+    assert found(model, tok, [first, {**twin, "target_new": "Noctuidae"}]) == [[], []]
+
+
+def test_no_more_than_asked_for(shipped: Any, requests: list[dict[str, str]]) -> None:
+    model, tok = shipped
+    assert found(model, tok, requests, 1) == [texts[:1] for texts in found(model, tok, requests)]
+
+
+def test_a_model_that_writes_nothing_of_use_has_none(llama: Any, make: Callable[..., KDPOHyperParams]) -> None:
+    model, tok = llama
+    request = {"prompt": "What species is ZIC3 specific to?", "target_new": "male", "subject": "ZIC3"}
+    _, _, (trace,) = edit(model, tok, [request], make(layers=[4]))
+    assert trace.own_words == []
+    assert trace.converged
+
+
+def test_a_model_without_room_for_them_has_none(shipped: Any, requests: list[dict[str, str]]) -> None:
+    model, tok = shipped
+    model.config.max_position_embeddings = own_words.LENGTH
+    assert found(model, tok, requests) == [[]] * len(requests)
+
+
+def test_a_begin_token_is_no_part_of_the_words(shipped: Any, requests: list[dict[str, str]]) -> None:
+    model, tok = shipped
+    begun = with_bos(tok)
+    assert token_ids(begun, requests[0]["subject"])[0] == begun.bos_token_id
+    assert all(text.startswith(requests[0]["subject"]) for text in found(model, begun, requests[:1])[0])
+
+
+@pytest.mark.parametrize("schedule", ["depth_first", "breadth_first"])
+def test_own_words_are_trained(
+    shipped: Any, requests: list[dict[str, str]], make: Callable[..., KDPOHyperParams], schedule: str
+) -> None:
+    model, tok = shipped
+    _, _, traces = edit(model, tok, requests, make(schedule=schedule))
+    assert all(trace.converged and len(trace.own_words) == 2 for trace in traces)
+    last = len(requests) - 1 if schedule == "depth_first" else 0  # without replay earlier ones may suffer
+    asked = [{**r, "prompt": p} for r, t in list(zip(requests, traces, strict=True))[last:] for p in t.own_words]
+    assert says_target(model, tok, asked) == [True] * len(asked)
+
+
+def test_own_words_that_are_not_reached_do_not_count_as_a_failure(
+    shipped: Any, requests: list[dict[str, str]], make: Callable[..., KDPOHyperParams]
+) -> None:
+    model, tok = shipped
+    given = {**requests[0], "target_new": greedy(model, tok, requests[0]["prompt"]).strip()}
+    impossible = ["What is the name of the publisher of Smelly Old History?"]
+    hparams = make(own_words=0, margin=0.0, objective="kdpo", optimizer="adam", lr=1e-9, cycles=1)
+    _, _, (trace,) = edit(model, tok, [{**given, "own_words": impossible}], hparams)
+    assert trace.converged
+    _, _, (trace,) = edit(model, tok, [{**given, "rephrases": impossible}], hparams)
+    assert not trace.converged
+
+
+def test_given_words_are_trained_and_none_are_sought(
+    shipped: Any,
+    requests: list[dict[str, str]],
+    make: Callable[..., KDPOHyperParams],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, tok = shipped
+    _, _, (trace,) = edit(model, tok, requests[:1], make(), copy=True)
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("written")
+
+    twice, _, _ = edit(model, tok, requests[:1], make(), copy=True)
+    monkeypatch.setattr(own_words, "write", refuse)
+    given: list[dict[str, Any]] = [{**requests[0], "own_words": trace.own_words}]
+    again, _, (second,) = edit(model, tok, given, make(), copy=True)
+    assert second.own_words == trace.own_words
+    assert_same(again, state(twice))
+
+
+def test_one_edit_is_the_same_breadth_first(
+    shipped: Any, requests: list[dict[str, str]], make: Callable[..., KDPOHyperParams]
+) -> None:
+    model, tok = shipped
+    one, _, _ = edit(model, tok, requests[:1], make(schedule="breadth_first"), copy=True)
+    edit(model, tok, requests[:1], make())
+    assert_same(model, state(one))
+
+
+def test_an_edit_made_again_forgets_its_words(
+    shipped: Any, requests: list[dict[str, str]], make: Callable[..., KDPOHyperParams]
+) -> None:
+    """Otherwise ``replay`` would train the old target in words that the new edit did not find."""
+    model, tok = shipped
+    edit(model, tok, requests[:1], make(replay=True))
+    hparams = make(replay=True, own_words=0)
+    name = f"model.layers.{LAYER}.mlp.down_proj.weight"
+    edit(model, tok, [{**requests[0], "target_new": "Noctuidae"}], hparams)
+    (kept,) = EarlierEdits.of(model, {name: model.get_parameter(name)}).kept
+    assert tok.decode(kept.tokens.chosen).strip() == "Noctuidae"
+
+
+def test_a_resumed_run_knows_the_words_of_its_earlier_edits(
+    requests: list[dict[str, str]], make: Callable[..., KDPOHyperParams], tmp_path: Path
+) -> None:
+    hparams = make(replay=True, ledger=str(tmp_path / "l"))
+    undisturbed, tok = load_model()
+    for request in requests:
+        apply_kdpo_to_model(undisturbed, tok, [request], make(replay=True))
+    first, _ = load_model()
+    for request in requests[:2]:
+        apply_kdpo_to_model(first, tok, [request], hparams)
+    assert all(len(request["own_words"]) == 2 for request in EditLedger(tmp_path / "l").requests)
+    resumed, _ = load_model()
+    EditLedger(tmp_path / "l").restore(resumed)
+    for request in requests[2:]:
+        apply_kdpo_to_model(resumed, tok, [request], hparams)
+    assert_same(resumed, state(undisturbed))
+
+
+def test_what_is_not_allowed_is_named(
+    llama: Any, requests: list[dict[str, str]], make: Callable[..., KDPOHyperParams]
+) -> None:
+    model, tok = llama
+    before = state(model)
+    with pytest.raises(HyperParamsError, match=r"own_words: -1 is not allowed; it must be 0 or more"):
+        make(own_words=-1)
+    with pytest.raises(HyperParamsError, match=r"own_words: 2 is not allowed; it must be 0 where objective is dpo"):
+        make(objective="dpo", margin=0.0, optimizer="adam")
+    with pytest.raises(RequestError, match=r"request 0 has no 'subject'"):
+        edit(model, tok, [{"prompt": "a", "target_new": "b"}], make())
+    with pytest.raises(RequestError, match=r"request 0: 'own_words' is 'a'; it must be a list of prompts"):
+        edit(model, tok, [{**requests[0], "own_words": "a"}], make())
+    dpo = make(objective="dpo", margin=0.0, optimizer="adam", own_words=0)
+    with pytest.raises(RequestError, match=r"'rephrases' and 'own_words' cannot be trained where objective is dpo"):
+        edit(model, tok, [{**requests[0], "own_words": ["a"]}], dpo)
+    assert_same(model, before)
+
+
+def test_a_request_that_is_answered_with_a_mark_has_none(llama: Any) -> None:
+    model, tok = llama
+    prompt = "What is the capital of the old country by the sea?"
+    assert greedy(model, tok, prompt).startswith("?")
+    assert found(model, tok, [{"prompt": prompt, "target_new": "Noctuidae", "subject": "old country"}]) == [[]]
