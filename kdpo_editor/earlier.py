@@ -20,7 +20,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from .batches import Batch, group, look, lost, make_batch, padded, subjects
+from .batches import Batch, group, look, make_batch, padded, subjects
 from .hparams import KDPOHyperParams
 from .requests import EditTokens, tokenize
 from .suffix import Arguments, Captured, Suffix, rows_of
@@ -30,6 +30,9 @@ LOG = logging.getLogger(__name__)
 # Lengths are rounded up to a multiple of this, so that few shapes occur, and what blocks are called with is kept for
 # the last few.
 ROUND = 4
+# An earlier edit is trained again once it leads by less than this share of the margin, and then up to all of it.
+# Trained at every touch, some would be for each new edit.
+HELD = 0.5
 SHAPES = 64
 
 
@@ -60,8 +63,8 @@ class EarlierEdits:
     """The edits that one model has had, for as long as its edited matrices are what the last of them left.
 
     ``kept``: the edits, oldest first, each phrasing by itself. ``left``: the matrices after the last one, by name.
-    ``dropped``: how many were given up to stay within ``replay_budget``. ``repaired``: how often one had fallen below
-    the margin and was trained again.
+    ``dropped``: how many were given up to stay within ``replay_budget``. ``repaired``: how often one had lost half its
+    margin and was trained again.
     """
 
     def __init__(self) -> None:
@@ -225,7 +228,7 @@ class Review:
         return self.earlier.batches(self.suffix, self.kept, self.hparams, self.own)
 
     def harmed(self, active: Sequence[Sequence[Batch]], adapted: Callable[[Captured], Captured]) -> list[list[Batch]]:
-        """Mini-batches of the earlier edits that are lost now and are not among the ``active`` ones already.
+        """Mini-batches of the earlier edits that hold no more and are not among the ``active`` ones already.
 
         ``adapted``: see :func:`~kdpo_editor.preserve.sparing`.
         """
@@ -234,7 +237,8 @@ class Review:
         elif others := range(len(self.own), len(self.kept)):
             self._looked = self.earlier.batches(self.suffix, self.kept, self.hparams, others, adapted)
         trained = {member for batch in chain(*active) for member in batch.members}
-        again = [member for member in lost(self._looked) if member not in trained]
+        leads = chain(*(zip(b.members, b.lead.tolist(), strict=True) for b in chain(*self._looked)))
+        again = [member for member, lead in leads if lead < HELD * self.hparams.margin and member not in trained]
         self.earlier.repaired += len(again)
         return self.earlier.batches(self.suffix, self.kept, self.hparams, again, adapted) if again else []
 

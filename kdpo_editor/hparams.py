@@ -91,8 +91,8 @@ class KDPOHyperParams:
     """Record a cycle's step as a CUDA graph and replay it. On a CPU it does nothing. No gain from it has been measured
     yet."""
     replay: bool = False
-    """Remember the edits of a model, also from earlier calls, and train those again that a new edit pushes below
-    ``margin``. They are forgotten once the edited matrices are restored or changed by anything else."""
+    """Remember the edits of a model, also from earlier calls, and train those again that a new edit pushes below half
+    of ``margin``. They are forgotten once the edited matrices are restored or changed by anything else."""
     replay_checks: int = 32
     """Earlier edits that are looked at for each new one: half those that led by least, half a random sample."""
     replay_budget: float = 1e9

@@ -7,6 +7,7 @@ import gc
 import logging
 import weakref
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import pytest
@@ -14,9 +15,9 @@ import torch
 from conftest import PARAMETER, REQUEST, assert_same, load, state
 
 from kdpo_editor import EarlierEdits, EditDiverged, apply_kdpo_to_model, edit
-from kdpo_editor.earlier import Kept
+from kdpo_editor.earlier import Kept, Review
 from kdpo_editor.objectives import standing
-from kdpo_editor.requests import EditTokens
+from kdpo_editor.requests import EditTokens, tokenize
 from kdpo_editor.suffix import Suffix
 
 SECOND = {"prompt": "Which family does Epaspidoceras belong to?", "target_new": "Noctuidae"}
@@ -37,6 +38,12 @@ def leads(model: Any, tok: Any, requests: list[dict[str, str]]) -> list[float]:
     return found
 
 
+def hold(model: Any, tok: Any, *requests: dict[str, str]) -> bool:
+    """Whether all but the last lead by half the margin, at which they are trained again, and the last by all of it."""
+    *earlier, last = leads(model, tok, list(requests))
+    return last > 2.0 - 1e-3 and min(earlier) > 1.0 - 1e-3
+
+
 def one_call_each(model: Any, tok: Any, requests: list[dict[str, str]], hparams: Any) -> None:
     for request in requests:
         apply_kdpo_to_model(model, tok, [request], hparams)
@@ -44,19 +51,17 @@ def one_call_each(model: Any, tok: Any, requests: list[dict[str, str]], hparams:
 
 @pytest.mark.parametrize("layers", [[4], [2, 4]], ids=["one-layer", "two-layers"])
 @pytest.mark.parametrize("objective", ["margin", "kdpo_token", "ce"])
-def test_every_edit_of_a_sequence_holds_by_the_margin(
-    llama: Any, settings: Any, objective: str, layers: list[int]
-) -> None:
+def test_every_edit_of_a_sequence_holds(llama: Any, settings: Any, objective: str, layers: list[int]) -> None:
     model, tok = llama
     one_call_each(model, tok, REQUESTS, settings(**{**MARGIN, "objective": objective}, layers=layers, replay=True))
-    assert min(leads(model, tok, REQUESTS)) > 2.0 - 1e-3
+    assert hold(model, tok, *REQUESTS)
 
 
 def test_without_replay_an_earlier_edit_of_that_sequence_is_lost(llama: Any, settings: Any) -> None:
     """What the test above would not show if later edits left earlier ones alone anyway."""
     model, tok = llama
     one_call_each(model, tok, REQUESTS, settings(**MARGIN))
-    assert min(leads(model, tok, REQUESTS)) < 2.0 - 1e-3
+    assert min(leads(model, tok, REQUESTS)) < 0
 
 
 def test_the_leads_remembered_are_those_of_the_full_forward(llama: Any, settings: Any) -> None:
@@ -73,14 +78,14 @@ def test_batches_of_edits_hold_beside_those_before(llama: Any, settings: Any, bu
     hparams = settings(**MARGIN, replay=True, schedule="breadth_first", memory_budget=budget, layers=[2, 4])
     for requests in (REQUESTS[:2], REQUESTS[2:]):
         apply_kdpo_to_model(model, tok, requests, hparams)
-    assert min(leads(model, tok, REQUESTS)) > 2.0 - 1e-3
+    assert hold(model, tok, *REQUESTS)
 
 
 def test_rephrases_are_remembered_too(llama: Any, settings: Any) -> None:
     model, tok = llama
     other = "The family of Epaspidoceras is"
     one_call_each(model, tok, [{**SECOND, "rephrases": [other]}, *REQUESTS[2:]], settings(**MARGIN, replay=True))
-    assert min(leads(model, tok, [SECOND, {**SECOND, "prompt": other}, *REQUESTS[2:]])) > 2.0 - 1e-3
+    assert hold(model, tok, SECOND, {**SECOND, "prompt": other}, *REQUESTS[2:])
 
 
 def test_a_few_edits_are_checked_the_weakest_always() -> None:
@@ -186,7 +191,20 @@ def test_a_prompt_edited_again_replaces_its_earlier_edit(edited: Any) -> None:
     _, _, (trace,) = edit(model, tok, [again], hparams)
     assert trace.converged
     assert remembered(model) == 2
-    assert min(leads(model, tok, [REQUEST, again])) > 2.0 - 1e-3
+    assert hold(model, tok, REQUEST, again)
+
+
+def test_an_earlier_edit_is_trained_again_once_it_lost_half_its_margin(edited: Any) -> None:
+    model, tok, hparams = edited
+    weaker, stronger = sorted(leads(model, tok, REQUESTS[:2]))
+    assert stronger > weaker + 0.1
+    weights = named(model, 4)
+    ((new,),) = tokenize(tok, [THIRD], append_eos=True)
+    for margin, expected in ((2 * weaker - 0.1, []), (weaker + stronger, [weaker])):
+        asked = replace(hparams, margin=margin)
+        review = Review(EarlierEdits.of(model, weights), Suffix.above(model, weights, asked), [new], asked)
+        harmed = chain(*review.harmed([], lambda captured: captured))
+        assert [lead for batch in harmed for lead in batch.lead.tolist()] == pytest.approx(expected, abs=1e-3)
 
 
 def test_the_memory_goes_with_the_model(settings: Any) -> None:
