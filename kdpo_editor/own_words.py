@@ -58,12 +58,12 @@ def with_own_words(
 
 def _found(model: nn.Module, tok: Any, requests: Sequence[Mapping[str, Any]], prompts: list[Tensor]) -> list[list[str]]:
     """For each request what the model writes of its subject up to its answer to the prompt ``[P]``, often first."""
-    answers = _answers(model, tok, prompts)
+    room = getattr(model.config, "max_position_embeddings", None) or inf
+    answers = _answers(model, tok, prompts, room)
     targets = defaultdict(set)
     for request, answer in zip(requests, answers, strict=True):
         targets[request["subject"], tuple(answer)].add(request["target_new"])
     starts = [torch.tensor(token_ids(tok, request["subject"].strip())) for request in requests]
-    room = getattr(model.config, "max_position_embeddings", None) or inf
     found: list[list[str]] = [[] for _ in requests]
     for members in _alike(starts, SUBJECTS):
         if len(starts[members[0]]) + LENGTH > room:
@@ -108,10 +108,13 @@ def _asking(written: Written, start: int, answer: list[int]) -> tuple[int, ...] 
     return None
 
 
-def _answers(model: nn.Module, tok: Any, prompts: Sequence[Tensor]) -> list[list[int]]:
-    """What the model says to each prompt, up to a mark, or its end, or the last token that is read."""
+def _answers(model: nn.Module, tok: Any, prompts: Sequence[Tensor], room: float) -> list[list[int]]:
+    """What the model says to each prompt, up to a mark, or its end, or the last token that is read; nothing where
+    ``room``, in tokens, would be left."""
     answers: list[list[int]] = [[] for _ in prompts]
     for members in _alike(prompts, SUBJECTS * DRAWS):
+        if len(prompts[members[0]]) + ANSWER > room:
+            continue
         rows = write(model, tok, torch.stack([prompts[i] for i in members]), ANSWER, greedy=True)
         for i, row in zip(members, rows, strict=True):
             start = len(prompts[i])

@@ -142,6 +142,14 @@ def test_a_model_without_room_for_them_has_none(shipped: Any, requests: list[dic
     assert found(model, tok, requests) == [[]] * len(requests)
 
 
+def test_a_prompt_that_fills_the_model_has_none(gpt2: Any) -> None:
+    model, tok = gpt2
+    prompt = "What species is ZIC3 specific to?"
+    while len(token_ids(tok, f"ZIC3 {prompt}")) < model.config.max_position_embeddings - 1:
+        prompt = f"ZIC3 {prompt}"
+    assert found(model, tok, [{"prompt": prompt, "target_new": "male", "subject": "ZIC3"}]) == [[]]
+
+
 def test_a_begin_token_is_no_part_of_the_words(shipped: Any, requests: list[dict[str, str]]) -> None:
     model, tok = shipped
     begun = with_bos(tok)
