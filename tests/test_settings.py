@@ -69,8 +69,8 @@ LIFELONG = [file for file in FILES if file.parent.name == "KDPO-L" and not file.
 
 @pytest.mark.parametrize("file", LIFELONG, ids=lambda f: f.stem)
 def test_the_lifelong_recipe_of_other_models_is_the_second_models(file: Path) -> None:
-    """But for what that recipe knows of its model: the layers, which are KDPO's here, what goes with low ones, the text,
-    and its own words with the steps that go with them."""
+    """But for what that recipe knows of its model: the layers, which are KDPO's here, what goes with low ones, the
+    text, and its own words with the steps that go with them."""
     own = ("model_name", "layers", "subject_layers", "subject_rate", "rewrite_module_tmp")
     own += ("preserve_outputs", "preserve_text")
     recipe = KDPOHyperParams.from_hparams(FOLDER / "KDPO-L" / "kdpo-llama-pararel").to_dict()
