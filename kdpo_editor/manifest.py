@@ -9,6 +9,7 @@ import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from dataclasses import field as default
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -74,10 +75,10 @@ def full_form(changes: Mapping[str, Change]) -> dict[str, Value]:
 class EditInfo:
     """What was asked in an edit, with which settings, and what came of it.
 
-    ``requests``: of each, the fields that are texts or lists of texts. ``outcomes``: ``{"converged": bool, "steps":
-    int}`` of each, measured after the edit (``converged``: teacher-forced, the new answer is the model's choice at
-    every position); empty if not known. ``hparams``: all settings, or ``None``. ``date``: UTC, ISO 8601.
-    ``versions``: of what made the edit.
+    ``requests``: of each, the fields that are texts or lists of texts, and the ``own_words`` that were trained with it.
+    ``outcomes``: ``{"converged": bool, "steps": int}`` of each, measured after the edit (``converged``: teacher-forced,
+    the new answer is the model's choice at every position); empty if not known. ``hparams``: all settings, or ``None``.
+    ``date``: UTC, ISO 8601. ``versions``: of what made the edit.
     """
 
     requests: list[dict[str, Any]] = default(default_factory=list)
@@ -99,9 +100,9 @@ class EditInfo:
 
         from . import __version__
 
-        own = [{"own_words": trace.own_words} if trace.own_words else {} for trace in traces] or [{}] * len(requests)
+        own = [trace.own_words for trace in traces][: len(requests)]
         return cls(
-            requests=[texts_of(r) | words for r, words in zip(requests, own, strict=True)],
+            requests=[texts_of(r) | ({"own_words": w} if w else {}) for r, w in zip_longest(requests, own)],
             outcomes=[{"converged": t.converged, "steps": t.steps} for t in traces],
             hparams=None if hparams is None else hparams.to_dict(),
             date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
