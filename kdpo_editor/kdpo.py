@@ -29,7 +29,7 @@ from .hparams import KDPOHyperParams
 from .optimizers import make_optimizer
 from .own_words import with_own_words
 from .preserve import Preconditioner, preconditioners, sparing
-from .requests import EditTokens, tokenize
+from .requests import PHRASINGS, EditTokens, tokenize
 from .steps import Steps, check_finite
 from .suffix import Suffix
 from .weights import find_blocks, find_matrices, only_training
@@ -111,8 +111,9 @@ def edit(
 ) -> tuple[nn.Module, dict[str, Tensor], list[EditTrace]]:
     """As :func:`apply_kdpo_to_model`, but always with the original weights, and with a trace of each edit."""
     edits = tokenize(tok, requests, append_eos=hparams.append_eos, with_subject=hparams.needs_subject)
-    if hparams.objective == "dpo" and any(len(phrasings) > 1 for phrasings in edits):
-        raise RequestError("'rephrases' and 'own_words' cannot be trained where objective is dpo")
+    for key in PHRASINGS:
+        if hparams.objective == "dpo" and any(request.get(key) for request in requests):
+            raise RequestError(f"{key!r} cannot be trained where objective is dpo")
     weights = find_matrices(model, hparams)
     last = len(find_blocks(model, hparams)) - 1
     if last in (hparams.subject_layers or ()):

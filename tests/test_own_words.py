@@ -256,7 +256,7 @@ def test_what_is_not_allowed_is_named(
     with pytest.raises(RequestError, match=r"request 0: 'own_words' is 'a'; it must be a list of prompts"):
         edit(model, tok, [{**requests[0], "own_words": "a"}], make())
     dpo = make(objective="dpo", margin=0.0, optimizer="adam", own_words=0)
-    with pytest.raises(RequestError, match=r"'rephrases' and 'own_words' cannot be trained where objective is dpo"):
+    with pytest.raises(RequestError, match=r"'own_words' cannot be trained where objective is dpo"):
         edit(model, tok, [{**requests[0], "own_words": ["a"]}], dpo)
     assert_same(model, before)
 
