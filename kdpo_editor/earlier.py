@@ -30,10 +30,10 @@ LOG = logging.getLogger(__name__)
 # Lengths are rounded up to a multiple of this, so that few shapes occur, and what blocks are called with is kept for
 # the last few.
 ROUND = 4
+SHAPES = 64
 # An earlier edit is trained again once it leads by less than this share of the margin, and then up to all of it.
 # Trained at every touch, some would be for each new edit.
 HELD = 0.5
-SHAPES = 64
 
 
 @dataclass(eq=False)
@@ -47,11 +47,6 @@ class Kept:
     hidden: Tensor
     inner: Tensor | None
     lead: float = inf
-
-    @property
-    def prompt(self) -> tuple[int, ...]:
-        """Its token ids."""
-        return tuple(self.tokens.prompt.tolist())
 
     @property
     def bytes(self) -> int:
@@ -137,8 +132,8 @@ class EarlierEdits:
 
         Edits of a prompt that is edited again are forgotten, in all their phrasings.
         """
-        again = {tuple(e.prompt.tolist()) for e in edits}
-        self.kept = [one for one in self.kept if again.isdisjoint({one.prompt, one.tokens.request})]
+        again = {tokens.prompt_ids for tokens in edits}
+        self.kept = [one for one in self.kept if again.isdisjoint({one.tokens.prompt_ids, one.tokens.request})]
         most = checks * len(edits)
         if len(self.kept) <= most:
             return list(self.kept)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from math import inf
 from typing import Any
 
@@ -44,9 +45,9 @@ def with_own_words(
     a prompt that is edited again. Two requests of one subject and answer that get different targets have none, since
     nothing tells their words apart.
     """
-    asked = {tuple(tokens.prompt.tolist()) for phrasings in edits for tokens in phrasings}
-    again = {tuple(phrasings[0].prompt.tolist()) for phrasings in edits}
-    asked |= {tuple(tokens.prompt.tolist()) for tokens in earlier if tokens.request not in again}
+    again = {first.prompt_ids for first, *_ in edits}
+    elsewhere = [tokens for tokens in earlier if tokens.request not in again]
+    asked = {tokens.prompt_ids for tokens in chain(*edits, elsewhere)}
     sought = [i for i, request in enumerate(requests) if "own_words" not in request]
     found = _found(model, tok, [requests[i] for i in sought], [edits[i][0].prompt for i in sought])
     complete = [*requests]

@@ -32,6 +32,11 @@ class EditTokens:
     request: tuple[int, ...] = ()
 
     @property
+    def prompt_ids(self) -> tuple[int, ...]:
+        """``prompt``, to be compared and looked up by."""
+        return tuple(self.prompt.tolist())
+
+    @property
     def sequence(self) -> Tensor:
         """``x, y_w`` as fed to the model: ``[P + T - 1]``. The last answer token is only predicted."""
         return torch.cat([self.prompt, self.chosen[:-1]])
@@ -58,13 +63,12 @@ def _tokenize_all(tok: Any, request: Any, name: str, append_eos: bool, with_subj
     if not isinstance(request, Mapping):
         raise RequestError(f"{name} is a {type(request).__name__}; it must be a dict")
     first = _tokenize(tok, request, name, append_eos, with_subject)
-    asked = tuple(first.prompt.tolist())
     others = [
         _tokenize(tok, {**request, "prompt": prompt}, name, append_eos, with_subject)
         for key in PHRASINGS
         for prompt in _prompts(request, key, name)
     ]
-    return [first, *(replace(other, request=asked) for other in others)]
+    return [first, *(replace(other, request=first.prompt_ids) for other in others)]
 
 
 def _prompts(request: Mapping[str, Any], key: str, name: str) -> Sequence[str]:
