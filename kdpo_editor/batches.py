@@ -68,7 +68,8 @@ class Batch:
             hidden, reference = (states[rows.to(states.device)] for states in (hidden, reference))
             rejected, chosen, mask = rejected[rows], chosen[rows], mask[rows]
             members = [members[i] for i in rows.tolist()]
-        return Round(self.suffix, members, captured, hidden, reference, torch.stack([chosen, rejected], -1), mask)
+        pair = torch.stack([chosen, rejected], -1)
+        return Round(self.suffix, members, captured, hidden, reference, pair, mask, self.margin)
 
 
 @dataclass
@@ -76,7 +77,7 @@ class Round:
     """One cycle's work on the unfinished edits of a batch.
 
     ``hidden`` and ``reference`` ``[B, T, D]``: as in :class:`Batch`. ``pair`` ``[B, T, 2]``: chosen and rejected
-    tokens. ``history``: the losses ``[B]`` of each step so far.
+    tokens. ``margin``: logits that objective "margin" asks for. ``history``: the losses ``[B]`` of each step so far.
     """
 
     suffix: Suffix
@@ -86,6 +87,7 @@ class Round:
     reference: Tensor
     pair: Tensor
     mask: Tensor
+    margin: float
     history: list[Tensor] = field(default_factory=list)
 
     @cached_property
@@ -116,7 +118,7 @@ class Round:
             return ce_loss(self.suffix.logits(hidden).to(self.pair.device), self.pair[..., 0], self.mask)
         pairs = self._pairs(hidden)
         if hparams.objective == "margin":
-            return margin_loss(pairs, hparams.margin, self.lost)
+            return margin_loss(pairs, self.margin, self.lost)
         if hparams.objective == "kdpo_token":
             return kdpo_token_loss(pairs, self.reference_pairs, hparams.beta, self.lost)
         loss = ipo_loss if hparams.objective == "ipo" else kdpo_loss

@@ -22,6 +22,8 @@ from torch import Tensor, nn
 
 from .batches import Batch, group, look, make_batch, padded, subjects
 from .hparams import KDPOHyperParams
+from .models import room
+from .own_words import LEAD
 from .requests import EditTokens, tokenize
 from .suffix import Arguments, Captured, Suffix, rows_of
 from .weights import find_matrices, only_training
@@ -34,6 +36,8 @@ SHAPES = 64
 # An earlier edit is trained again once it leads by less than this share of the margin, and then up to all of it.
 # Trained at every touch, some would be for each new edit.
 HELD = 0.5
+# The logits by which facts that are to stay are held: half of what they led by at least.
+FACT = LEAD / 2
 
 
 @dataclass(eq=False)
@@ -163,20 +167,22 @@ class EarlierEdits:
         hparams: KDPOHyperParams,
         members: Sequence[int] | None = None,
         adapted: Callable[[Captured], Captured] = lambda captured: captured,
+        margin: float | None = None,
     ) -> list[list[Batch]]:
         """``edits``, captured some time, as :func:`~kdpo_editor.batches.make_batches` gives them, as they stand now.
 
         ``members``: which of them, by their positions; ``None`` is all. ``adapted``: see
-        :func:`~kdpo_editor.preserve.sparing`.
+        :func:`~kdpo_editor.preserve.sparing`. ``margin``: logits, ``None`` is the settings'.
         """
         members = range(len(edits)) if members is None else members
+        margin = hparams.margin if margin is None else margin
 
         def batch(here: list[int]) -> Batch:
             chosen = [edits[member] for member in here]
             _, answers, mask, positions = padded([one.tokens for one in chosen])
             captured = adapted(self._stack(suffix, chosen, positions.to(suffix.device)))
             hidden = suffix.replay(captured)
-            return make_batch(suffix, here, captured, hidden, answers, mask, hparams.margin)
+            return make_batch(suffix, here, captured, hidden, answers, mask, margin)
 
         groups = group(suffix, [edits[member].tokens for member in members], hparams.memory_budget)
         with torch.no_grad():
@@ -184,8 +190,7 @@ class EarlierEdits:
 
     def _stack(self, suffix: Suffix, edits: Sequence[Kept], positions: Tensor) -> Captured:
         """One capture of them all; what else blocks are told is the same for any tokens."""
-        most = getattr(suffix.model.config, "max_position_embeddings", None) or inf
-        length = int(min(-(-max(len(one.hidden) for one in edits) // ROUND) * ROUND, most))
+        length = int(min(-(-max(len(one.hidden) for one in edits) // ROUND) * ROUND, room(suffix.model)))
         # Taken from as many rows as a power of two.
         shape = (1 << (len(edits) - 1).bit_length(), length, suffix.place)
         if shape not in self._arguments:
@@ -205,17 +210,24 @@ class EarlierEdits:
 
 
 class Review:
-    """Some edits and the earlier ones that are looked at on their account.
+    """Some edits, the earlier ones that are looked at on their account, and facts that are to stay.
 
-    ``kept``: the edits, captured, and after them the others.
+    ``kept``: the edits, captured, and after them the others, in this order.
     """
 
     def __init__(
-        self, earlier: EarlierEdits, suffix: Suffix, edits: Sequence[EditTokens], hparams: KDPOHyperParams
+        self,
+        earlier: EarlierEdits,
+        suffix: Suffix,
+        edits: Sequence[EditTokens],
+        hparams: KDPOHyperParams,
+        facts: Sequence[EditTokens] = (),
     ) -> None:
         self.earlier, self.suffix, self.hparams = earlier, suffix, hparams
         self.own = range(len(edits))
         self.kept = [*earlier.capture(suffix, edits, hparams), *earlier.to_check(edits, hparams.replay_checks)]
+        self._facts = range(len(self.kept), len(self.kept) + len(facts))
+        self.kept += earlier.capture(suffix, facts, hparams) if facts else []
         self._looked: list[list[Batch]] = []
 
     def batches(self) -> list[list[Batch]]:
@@ -229,13 +241,19 @@ class Review:
         """
         if self._looked:
             self.look()
-        elif others := range(len(self.own), len(self.kept)):
+        elif others := range(len(self.own), self._facts.start):
             self._looked = self.earlier.batches(self.suffix, self.kept, self.hparams, others, adapted)
         trained = {member for batch in chain(*active) for member in batch.members}
         leads = chain(*(zip(b.members, b.lead.tolist(), strict=True) for b in chain(*self._looked)))
         again = [member for member, lead in leads if lead < HELD * self.hparams.margin and member not in trained]
         self.earlier.repaired += len(again)
         return self.earlier.batches(self.suffix, self.kept, self.hparams, again, adapted) if again else []
+
+    def facts(self, adapted: Callable[[Captured], Captured]) -> list[list[Batch]]:
+        """Mini-batches of the facts, held by less. ``adapted``: see :func:`~kdpo_editor.preserve.sparing`."""
+        if not self._facts:
+            return []
+        return self.earlier.batches(self.suffix, self.kept, self.hparams, self._facts, adapted, FACT)
 
     def look(self) -> None:
         """Bring what is known of the earlier edits up to date with the weights."""

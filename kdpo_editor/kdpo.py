@@ -26,8 +26,9 @@ from .batches import Round, look, lost, make_batches, unfinished
 from .earlier import EarlierEdits, Review
 from .errors import EditDiverged, ModelError, RequestError
 from .hparams import KDPOHyperParams
+from .models import room
 from .optimizers import make_optimizer
-from .own_words import with_own_words
+from .own_words import words_and_facts
 from .preserve import Preconditioner, preconditioners, sparing
 from .requests import PHRASINGS, EditTokens, tokenize
 from .steps import Steps, check_finite
@@ -81,8 +82,8 @@ def apply_kdpo_to_model(
         tok: its tokenizer; neither its padding side nor anything else of it is changed.
         requests: ``[{"prompt": str, "target_new": str}, ...]``, edited in this order; ``"rephrases"``, a list of other
             prompts for the same target, is trained too; ``"subject"``, a part of the prompt, is needed where
-            ``subject_layers`` or ``own_words`` is set; with ``"own_words"``, such as a trace has, none are sought for
-            a request; other keys are ignored.
+            ``subject_layers``, ``own_words`` or ``own_facts`` is set; with ``"own_words"``, such as a trace has, none
+            are sought for a request; other keys are ignored.
         hparams: settings. With ``ledger`` set, a call that succeeds is journaled there (:meth:`EditLedger.edit`).
         copy: edit and return a deep copy instead.
         return_orig_weights: also return the edited matrices as they were.
@@ -121,9 +122,11 @@ def edit(
     _check_lengths(model, edits)
     spared = preconditioners(model, tok, weights, hparams)
     earlier = EarlierEdits.of(model, weights) if hparams.replay else None
-    if hparams.own_words:
+    facts: list[list[EditTokens]] = [[] for _ in edits]
+    if hparams.own_words or hparams.own_facts:
         kept = [] if earlier is None else [one.tokens for one in earlier.kept]
-        requests = with_own_words(model, tok, requests, edits, hparams.own_words, kept)
+        most = hparams.own_words, hparams.own_facts
+        requests, facts = words_and_facts(model, tok, requests, edits, *most, kept)
         edits = tokenize(tok, requests, append_eos=hparams.append_eos, with_subject=True)
     if copy:
         model = copying.deepcopy(model)
@@ -131,10 +134,11 @@ def edit(
     originals = {name: w.detach().clone() for name, w in weights.items()}
     suffix = Suffix.above(model, weights, hparams)
     with only_training(model, weights, originals):
-        together = [[*chain(*edits)]] if hparams.schedule == "breadth_first" else edits
-        found = iter(
-            [trace for some in together for trace in optimise(suffix, weights, some, hparams, earlier, spared)]
-        )
+        together = [*zip(edits, facts, strict=True)]
+        if hparams.schedule == "breadth_first":
+            together = [([*chain(*edits)], [*chain(*facts)])]
+        traced = [optimise(suffix, weights, some, hparams, earlier, spared, held) for some, held in together]
+        found = chain(*traced)
         _check_size(weights, originals)
     if earlier is not None:
         earlier.store(model, weights, hparams)
@@ -152,15 +156,18 @@ def optimise(
     hparams: KDPOHyperParams,
     earlier: EarlierEdits | None = None,
     spared: Sequence[Preconditioner] = (),
+    facts: Sequence[EditTokens] = (),
 ) -> list[EditTrace]:
     """Optimise ``weights`` in place until the model answers each prompt of ``edits`` with its chosen answer.
 
     One edit is the paper's procedure. Several share the optimiser and its steps, in mini-batches; those that are won
     are skipped for the cycle and looked at again in the next. Whenever all are won, some of the ``earlier`` edits are
     looked at, and those that were harmed join them. ``edits`` are then added to the earlier ones. ``spared``: a
-    preconditioner for each matrix, or none at all.
+    preconditioner for each matrix, or none at all. ``facts``: answers that the model gives and is to keep.
     """
-    review = None if earlier is None else Review(earlier, suffix, edits, hparams)
+    if earlier is None and facts:
+        earlier = EarlierEdits()
+    review = None if earlier is None else Review(earlier, suffix, edits, hparams, facts)
     batches = make_batches(suffix, edits, hparams) if review is None else review.batches()
     # Whether the pass that reads off the negatives is the first step's forward too.
     alone = review is None and len(batches) == 1 and not spared
@@ -173,6 +180,8 @@ def optimise(
         active = list(batches)
         if spared:
             active = [[replace(b, captured=adapted(b.captured)) for b in some] for some in batches]
+        if review is not None:
+            active += review.facts(adapted)
         for number in range(hparams.cycles):
             if number > 0:
                 look(active, graph=alone)
@@ -236,8 +245,8 @@ def _of_request(request: Mapping[str, Any], traces: list[EditTrace]) -> EditTrac
 
 
 def _check_lengths(model: nn.Module, edits: list[list[EditTokens]]) -> None:
-    most = getattr(model.config, "max_position_embeddings", None)
+    most = room(model)
     for i, phrasings in enumerate(edits):
         longest = max(len(tokens.sequence) for tokens in phrasings)
-        if most is not None and longest > most:
+        if longest > most:
             raise ModelError(f"request {i} has {longest} tokens with its target; the model takes {most} at most")

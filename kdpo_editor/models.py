@@ -1,8 +1,9 @@
-"""Models and their tokenizers, loaded alike wherever one is needed."""
+"""Models and their tokenizers, loaded alike wherever one is needed, and how much text they take."""
 
 from __future__ import annotations
 
 import sys
+from math import inf
 from typing import Any
 
 import torch
@@ -66,3 +67,8 @@ def load(
     if tok.pad_token_id is None:
         tok.pad_token_id = tok.eos_token_id
     return model.eval(), tok
+
+
+def room(model: nn.Module) -> float:
+    """The most tokens that ``model`` takes; infinite where its configuration does not say."""
+    return getattr(model.config, "max_position_embeddings", None) or inf

@@ -1,23 +1,28 @@
-"""Other ways to ask for the same, in the model's own words (``own_words``).
+"""What the model itself writes of a request's subject: other ways to ask for the same (``own_words``), and what else it
+says, which is to stay (``own_facts``).
 
 A request names one way to ask. The model knows others, and writes them when it is let: before an edit it goes on from
 the subject a number of times, and where it comes to the very answer that it gives to the request, the text up to there
 asks for the same, as far as the model knows. Such texts are trained as a request's ``rephrases`` are. ROME's contexts
 (Meng et al. 2022, section 3.1) are samples of the model too, but stand in front of a prompt whose words stay the same.
+
+Texts that come to something else say what the model holds to be true of the subject besides. ROME holds what follows
+one text, "{subject} is a", by a divergence (there, eq. 4); here the texts are the model's own, and held is their lead.
 """
 
 from __future__ import annotations
 
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import chain
-from math import inf
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from .models import room
 from .requests import EditTokens, token_ids
 from .writing import until_end, write
 
@@ -25,63 +30,90 @@ from .writing import until_end, write
 DRAWS = 16
 LENGTH = 12
 SUBJECTS = 8
-# Tokens of the model's answer that are read, and the logits by which it must lead where it stands in a text.
+# Tokens of the model's answer that are read, and the logits by which an answer must lead where it stands in a text.
 ANSWER = 8
 LEAD = 1.0
 
+T = TypeVar("T")
 
-def with_own_words(
+
+@dataclass
+class Own:
+    """What the model wrote of a request's subject, what it wrote most often first.
+
+    ``words``: texts up to where they say its answer to the prompt. ``facts``: texts that come to something else, with
+    that for their answer.
+    """
+
+    words: list[str] = field(default_factory=list)
+    facts: list[EditTokens] = field(default_factory=list)
+
+
+def words_and_facts(
     model: nn.Module,
     tok: Any,
     requests: Sequence[Mapping[str, Any]],
     edits: Sequence[Sequence[EditTokens]],
-    most: int,
+    words: int,
+    facts: int,
     earlier: Sequence[EditTokens] = (),
-) -> list[Mapping[str, Any]]:
-    """``requests`` with ``"own_words"``, where one has none yet: at most ``most`` prompts each, those that ``model``
-    writes most often.
+) -> tuple[list[Mapping[str, Any]], list[list[EditTokens]]]:
+    """``requests`` with ``"own_words"``, where one has none yet, and facts of each that are to stay: at most
+    ``words`` and ``facts`` of them, those that ``model`` writes most often.
 
     ``edits``: the requests' tokens. Left out is what ``edits`` or ``earlier`` ones ask already, unless these are about
-    a prompt that is edited again. Two requests of one subject and answer that get different targets have none, since
-    nothing tells their words apart.
+    a prompt that is edited again. Two requests of one subject and answer that get different targets have no words,
+    since nothing tells theirs apart; what answers one of them is no fact of the other.
     """
     again = {first.prompt_ids for first, *_ in edits}
     elsewhere = [tokens for tokens in earlier if tokens.request not in again]
     asked = {tokens.prompt_ids for tokens in chain(*edits, elsewhere)}
-    sought = [i for i, request in enumerate(requests) if "own_words" not in request]
+    sought = [i for i, request in enumerate(requests) if facts or "own_words" not in request]
     found = _found(model, tok, [requests[i] for i in sought], [edits[i][0].prompt for i in sought])
     complete = [*requests]
-    for i, texts in zip(sought, found, strict=True):
-        new = [text for text in texts if tuple(token_ids(tok, text)) not in asked]
-        complete[i] = {**requests[i], "own_words": new[:most]}
-    return complete
+    held: list[list[EditTokens]] = [[] for _ in requests]
+    for i, own in zip(sought, found, strict=True):
+        if "own_words" not in requests[i]:
+            new = [text for text in own.words if tuple(token_ids(tok, text)) not in asked]
+            complete[i] = {**requests[i], "own_words": new[:words]}
+        held[i] = [fact for fact in own.facts if fact.prompt_ids not in asked][:facts]
+    return complete, held
 
 
-def _found(model: nn.Module, tok: Any, requests: Sequence[Mapping[str, Any]], prompts: list[Tensor]) -> list[list[str]]:
-    """For each request what the model writes of its subject up to its answer to the prompt ``[P]``, often first."""
-    room = getattr(model.config, "max_position_embeddings", None) or inf
-    answers = _answers(model, tok, prompts, room)
-    targets = defaultdict(set)
+def _found(model: nn.Module, tok: Any, requests: Sequence[Mapping[str, Any]], prompts: list[Tensor]) -> list[Own]:
+    """For each request what the model writes of its subject, where it answers the prompt ``[P]`` and where not."""
+    answers = _answers(model, tok, prompts)
+    targets: dict[str, dict[tuple[int, ...], set[str]]] = defaultdict(lambda: defaultdict(set))
     for request, answer in zip(requests, answers, strict=True):
-        targets[request["subject"], tuple(answer)].add(request["target_new"])
+        targets[request["subject"]][tuple(answer)].add(request["target_new"])
     starts = [torch.tensor(token_ids(tok, request["subject"].strip())) for request in requests]
-    found: list[list[str]] = [[] for _ in requests]
+    before = len(token_ids(tok, ""))
+    found = [Own() for _ in requests]
     for members in _alike(starts, SUBJECTS):
-        if len(starts[members[0]]) + LENGTH > room:
+        if len(starts[members[0]]) + LENGTH > room(model):
             continue
         written = _written(model, tok, torch.stack([starts[i] for i in members]).repeat_interleave(DRAWS, 0))
         for i in members:
             subject, target = requests[i]["subject"].strip(), requests[i]["target_new"]
-            asking = [_asking(next(written), len(starts[i]), answers[i]) for _ in range(DRAWS)]
-            often = [ids for ids, _ in Counter(filter(None, asking)).most_common()]
-            texts = dict.fromkeys(tok.decode(ids, skip_special_tokens=True) for ids in often)
-            fit = [text for text in texts if len(token_ids(tok, f"{text} {target}")) < room]
-            if len(targets[requests[i]["subject"], tuple(answers[i])]) == 1:
-                found[i] = [text for text in fit if text.startswith(subject)]
+            texts = [next(written) for _ in range(DRAWS)]
+            start = len(starts[i])
+            edited = targets[requests[i]["subject"]]
+            asking = [_asking(text, start, answers[i]) for text in texts]
+            words = dict.fromkeys(tok.decode(ids, skip_special_tokens=True) for ids in _often_first(asking))
+            fit = [text for text in words if len(token_ids(tok, f"{text} {target}")) < room(model)]
+            if len(edited[tuple(answers[i])]) == 1:
+                found[i].words = [text for text in fit if text.startswith(subject)]
+            if all(edited):
+                others = [t for t in texts if not any(_asking(t, start, answer) for answer in edited)]
+                found[i].facts = [
+                    EditTokens(torch.tensor(prompt), torch.tensor(said), (before, start))
+                    for prompt, said in _often_first(_fact(text, start) for text in others)
+                ]
     return found
 
 
-# A text, and of each token beyond its start: the model's first choice there, and by how many logits it led.
+# A text without its end token, and of each token beyond its start, the end token too: the model's first choice there,
+# and by how many logits it led.
 Written = tuple[list[int], list[int], list[float]]
 
 
@@ -99,9 +131,14 @@ def _written(model: nn.Module, tok: Any, starts: Tensor) -> Iterator[Written]:
         yield until_end(tok, row, starts.shape[1]), said, led
 
 
-def _asking(written: Written, start: int, answer: list[int]) -> tuple[int, ...] | None:
+def _often_first(found: Iterable[T | None]) -> list[T]:
+    return [one for one, _ in Counter(one for one in found if one is not None).most_common()]
+
+
+def _asking(written: Written, start: int, answer: Sequence[int]) -> tuple[int, ...] | None:
     """The text up to where it says ``answer``, as the model would by all means; not right after its start."""
     ids, said, led = written
+    answer = list(answer)
     for at in range(start + 1, len(ids) - len(answer) + 1) if answer else ():
         here = slice(at - start, at - start + len(answer))
         if ids[at : at + len(answer)] == said[here] == answer and led[here.start] >= LEAD:
@@ -109,12 +146,24 @@ def _asking(written: Written, start: int, answer: list[int]) -> tuple[int, ...] 
     return None
 
 
-def _answers(model: nn.Module, tok: Any, prompts: Sequence[Tensor], room: float) -> list[list[int]]:
-    """What the model says to each prompt, up to a mark, or its end, or the last token that is read; nothing where
-    ``room``, in tokens, would be left."""
+def _fact(written: Written, start: int) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
+    """A text that came to its end, divided where all that follows is what the model would say by all means; not right
+    after its start."""
+    ids, said, led = written
+    at = len(ids)
+    if at - start == len(said):
+        return None
+    while at > start + 1 and ids[at - 1] == said[at - 1 - start] and led[at - 1 - start] >= LEAD:
+        at -= 1
+    return (tuple(ids[:at]), tuple(ids[at:])) if at < len(ids) else None
+
+
+def _answers(model: nn.Module, tok: Any, prompts: Sequence[Tensor]) -> list[list[int]]:
+    """What the model says to each prompt, up to a mark, or its end, or the last token that is read; nothing where it
+    has no room for these."""
     answers: list[list[int]] = [[] for _ in prompts]
     for members in _alike(prompts, SUBJECTS * DRAWS):
-        if len(prompts[members[0]]) + ANSWER > room:
+        if len(prompts[members[0]]) + ANSWER > room(model):
             continue
         rows = write(model, tok, torch.stack([prompts[i] for i in members]), ANSWER, greedy=True)
         for i, row in zip(members, rows, strict=True):

@@ -1,4 +1,5 @@
-"""``own_words``: other prompts for a request, which the model writes itself."""
+"""``own_words`` and ``own_facts``: other prompts for a request, and facts that are to stay, which the model writes
+itself."""
 
 from __future__ import annotations
 
@@ -21,8 +22,9 @@ from kdpo_editor import (
     own_words,
 )
 from kdpo_editor.answers import says_target
-from kdpo_editor.earlier import EarlierEdits
-from kdpo_editor.requests import token_ids, tokenize
+from kdpo_editor.earlier import FACT, EarlierEdits
+from kdpo_editor.objectives import standing
+from kdpo_editor.requests import EditTokens, token_ids, tokenize
 from kdpo_editor.testbed import load_model, load_records
 from kdpo_editor.writing import until_end, write
 
@@ -38,8 +40,12 @@ def shipped() -> tuple[Any, Any]:
 @pytest.fixture
 def requests() -> list[dict[str, str]]:
     """Four requests, of each of which the shipped model has several ways to ask."""
+    return some_requests(4)
+
+
+def some_requests(number: int) -> list[dict[str, str]]:
     records = [record for record in load_records() if record["subject"] in record["prompt"]]
-    return [{key: record[key] for key in ("prompt", "target_new", "subject")} for record in records[:4]]
+    return [{key: record[key] for key in ("prompt", "target_new", "subject")} for record in records[:number]]
 
 
 @pytest.fixture
@@ -49,7 +55,19 @@ def make(settings: Callable[..., KDPOHyperParams]) -> Callable[..., KDPOHyperPar
 
 def found(model: Any, tok: Any, requests: list[dict[str, Any]], most: int = 5, **known: Any) -> list[list[str]]:
     edits = tokenize(tok, requests, with_subject=True)
-    return [r["own_words"] for r in own_words.with_own_words(model, tok, requests, edits, most, **known)]
+    return [r["own_words"] for r in own_words.words_and_facts(model, tok, requests, edits, most, 0, **known)[0]]
+
+
+def facts_of(model: Any, tok: Any, requests: list[dict[str, Any]], most: int = 5) -> list[list[EditTokens]]:
+    edits = tokenize(tok, requests, with_subject=True)
+    return own_words.words_and_facts(model, tok, requests, edits, 0, most)[1]
+
+
+def lead(model: Any, fact: EditTokens) -> float:
+    """Logits by which the weakest token of a fact leads."""
+    with torch.no_grad():
+        logits = model(fact.sequence[None]).logits[0, len(fact.prompt) - 1 :]
+    return standing(logits, fact.chosen)[1].min().item()
 
 
 def greedy(model: Any, tok: Any, prompt: str, length: int = 8) -> str:
@@ -157,6 +175,63 @@ def test_a_begin_token_is_no_part_of_the_words(shipped: Any, requests: list[dict
     assert all(text.startswith(requests[0]["subject"]) for text in found(model, begun, requests[:1])[0])
 
 
+def test_facts_are_what_else_the_model_says_of_the_subject(shipped: Any, requests: list[dict[str, str]]) -> None:
+    model, tok = shipped
+    for request, facts in zip(requests, facts_of(model, tok, requests), strict=True):
+        assert 2 <= len(facts) <= 5
+        answer = greedy(model, tok, request["prompt"])
+        for fact in facts:
+            text, said = tok.decode(fact.prompt), tok.decode(fact.chosen)
+            assert tok.decode(fact.prompt[slice(*fact.subject)]).strip() == request["subject"]
+            assert text != request["subject"]
+            assert greedy(model, tok, text, len(fact.chosen)) == said
+            assert lead(model, fact) >= own_words.LEAD - 1e-4
+            assert not said.startswith(answer)
+    assert [len(facts) for facts in facts_of(model, tok, requests, 1)] == [1] * len(requests)
+
+
+def test_what_another_request_changes_is_no_fact(shipped: Any, requests: list[dict[str, str]]) -> None:
+    model, tok = shipped
+    first = requests[0]
+    facts = facts_of(model, tok, [first])[0]
+    asked = next(fact for fact in facts if greedy(model, tok, tok.decode(fact.prompt)) == tok.decode(fact.chosen))
+    second = {**first, "prompt": tok.decode(asked.prompt), "target_new": "Noctuidae"}
+    for others in facts_of(model, tok, [first, second]):
+        assert others
+        assert asked.prompt_ids not in {fact.prompt_ids for fact in others}
+        assert tok.decode(asked.chosen) not in {tok.decode(fact.chosen) for fact in others}
+
+
+def test_a_begin_token_is_no_part_of_a_facts_subject(shipped: Any, requests: list[dict[str, str]]) -> None:
+    model, tok = shipped
+    begun = with_bos(tok)
+    for fact in facts_of(model, begun, requests[:1])[0]:
+        assert fact.prompt[0] == begun.bos_token_id
+        assert tok.decode(fact.prompt[slice(*fact.subject)]).strip() == requests[0]["subject"]
+
+
+def test_a_model_without_room_for_them_has_no_facts(shipped: Any, requests: list[dict[str, str]]) -> None:
+    model, tok = shipped
+    model.config.max_position_embeddings = own_words.LENGTH
+    assert facts_of(model, tok, requests) == [[]] * len(requests)
+
+
+@pytest.mark.parametrize("replay", [True, False])
+def test_facts_are_held(shipped: Any, make: Callable[..., KDPOHyperParams], replay: bool) -> None:
+    model, tok = shipped
+    requests = some_requests(12)
+    wide = {"layers": [0, LAYER], "subject_layers": [0], "margin": 2.0, "schedule": "breadth_first", "replay": replay}
+    facts = [fact for some in facts_of(model, tok, requests, 3) for fact in some]
+    without, _, _ = edit(model, tok, requests, make(own_words=0, **wide), copy=True)
+    assert min(lead(without, fact) for fact in facts) < 0, "else there is nothing to hold"
+    _, _, traces = edit(model, tok, requests, make(own_words=0, own_facts=3, **wide))
+    assert all(trace.converged for trace in traces)
+    assert min(lead(model, fact) for fact in facts) >= FACT - 1e-3
+    names = [f"model.layers.{layer}.mlp.down_proj.weight" for layer in (0, LAYER)]
+    kept = EarlierEdits.of(model, {name: model.get_parameter(name) for name in names}).kept
+    assert len(kept) == (len(requests) if replay else 0), "facts are held for one call only"
+
+
 @pytest.mark.parametrize("schedule", ["depth_first", "breadth_first"])
 def test_own_words_are_trained(
     shipped: Any, requests: list[dict[str, str]], make: Callable[..., KDPOHyperParams], schedule: str
@@ -202,12 +277,13 @@ def test_given_words_are_trained_and_none_are_sought(
     assert_same(again, state(twice))
 
 
+@pytest.mark.parametrize("facts", [0, 2])
 def test_one_edit_is_the_same_breadth_first(
-    shipped: Any, requests: list[dict[str, str]], make: Callable[..., KDPOHyperParams]
+    shipped: Any, requests: list[dict[str, str]], make: Callable[..., KDPOHyperParams], facts: int
 ) -> None:
     model, tok = shipped
-    one, _, _ = edit(model, tok, requests[:1], make(schedule="breadth_first"), copy=True)
-    edit(model, tok, requests[:1], make())
+    one, _, _ = edit(model, tok, requests[:1], make(schedule="breadth_first", own_facts=facts), copy=True)
+    edit(model, tok, requests[:1], make(own_facts=facts))
     assert_same(model, state(one))
 
 
@@ -224,13 +300,14 @@ def test_an_edit_made_again_forgets_its_words(
     assert tok.decode(kept.tokens.chosen).strip() == "Noctuidae"
 
 
+@pytest.mark.parametrize("facts", [0, 2])
 def test_a_resumed_run_knows_the_words_of_its_earlier_edits(
-    requests: list[dict[str, str]], make: Callable[..., KDPOHyperParams], tmp_path: Path
+    requests: list[dict[str, str]], make: Callable[..., KDPOHyperParams], tmp_path: Path, facts: int
 ) -> None:
-    hparams = make(replay=True, ledger=str(tmp_path / "l"))
+    hparams = make(replay=True, own_facts=facts, ledger=str(tmp_path / "l"))
     undisturbed, tok = load_model()
     for request in requests:
-        apply_kdpo_to_model(undisturbed, tok, [request], make(replay=True))
+        apply_kdpo_to_model(undisturbed, tok, [request], make(replay=True, own_facts=facts))
     first, _ = load_model()
     for request in requests[:2]:
         apply_kdpo_to_model(first, tok, [request], hparams)
@@ -249,10 +326,15 @@ def test_what_is_not_allowed_is_named(
     before = state(model)
     with pytest.raises(HyperParamsError, match=r"own_words: -1 is not allowed; it must be 0 or more"):
         make(own_words=-1)
+    with pytest.raises(HyperParamsError, match=r"own_facts: -1 is not allowed; it must be 0 or more"):
+        make(own_facts=-1)
+    with pytest.raises(HyperParamsError, match=r"own_facts: 2 is not allowed; it must be 0 where objective is dpo"):
+        make(objective="dpo", margin=0.0, optimizer="adam", own_words=0, own_facts=2)
     with pytest.raises(HyperParamsError, match=r"own_words: 2 is not allowed; it must be 0 where objective is dpo"):
         make(objective="dpo", margin=0.0, optimizer="adam")
-    with pytest.raises(RequestError, match=r"request 0 has no 'subject'"):
-        edit(model, tok, [{"prompt": "a", "target_new": "b"}], make())
+    for hparams in (make(), make(own_words=0, own_facts=1)):
+        with pytest.raises(RequestError, match=r"request 0 has no 'subject'"):
+            edit(model, tok, [{"prompt": "a", "target_new": "b"}], hparams)
     with pytest.raises(RequestError, match=r"request 0: 'own_words' is 'a'; it must be a list of prompts"):
         edit(model, tok, [{**requests[0], "own_words": "a"}], make())
     dpo = make(objective="dpo", margin=0.0, optimizer="adam", own_words=0)

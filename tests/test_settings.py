@@ -70,12 +70,12 @@ LIFELONG = [file for file in FILES if file.parent.name == "KDPO-L" and not file.
 @pytest.mark.parametrize("file", LIFELONG, ids=lambda f: f.stem)
 def test_the_lifelong_recipe_of_other_models_is_the_second_models(file: Path) -> None:
     """But for what that recipe knows of its model: the layers, which are KDPO's here, what goes with low ones, the
-    text, and its own words with the steps that go with them."""
+    text, and its own words and facts with the steps that go with them."""
     own = ("model_name", "layers", "subject_layers", "subject_rate", "rewrite_module_tmp")
     own += ("preserve_outputs", "preserve_text")
     recipe = KDPOHyperParams.from_hparams(FOLDER / "KDPO-L" / "kdpo-llama-pararel").to_dict()
     published = KDPOHyperParams.from_hparams(FOLDER / "KDPO" / file.stem).to_dict()
-    before = {"margin": 2.0, "own_words": 0, "lr": 1.5, "num_steps": 8, "cycles": 20}
+    before = {"margin": 2.0, "own_words": 0, "own_facts": 0, "lr": 1.5, "num_steps": 8, "cycles": 20}
     expected = {**recipe, **{key: published[key] for key in own}, **before}
     assert KDPOHyperParams.from_hparams(file).to_dict() == expected
 
