@@ -82,7 +82,7 @@ class KDPOHyperParams:
     answers likewise are trained with it (:mod:`kdpo_editor.own_words`). Set, every request needs a ``subject``."""
     own_facts: int = 0
     """So many other things at most, for each request, that the model itself writes of its ``subject`` are held while it
-    is edited: what no longer leads is trained back. Set, every request needs a ``subject``."""
+    is edited: what no longer leads is trained back, for half of ``cycles``. Set, every request needs a ``subject``."""
     schedule: str = "depth_first"
     """"depth_first" edits several requests of one call one after the other, "breadth_first" all at once."""
     memory_budget: float = 2e9

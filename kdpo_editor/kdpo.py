@@ -163,7 +163,8 @@ def optimise(
     One edit is the paper's procedure. Several share the optimiser and its steps, in mini-batches; those that are won
     are skipped for the cycle and looked at again in the next. Whenever all are won, some of the ``earlier`` edits are
     looked at, and those that were harmed join them. ``edits`` are then added to the earlier ones. ``spared``: a
-    preconditioner for each matrix, or none at all. ``facts``: answers that the model gives and is to keep.
+    preconditioner for each matrix, or none at all. ``facts``: answers that the model gives and is to keep, if that can
+    be had within half the cycles.
     """
     if earlier is None and facts:
         earlier = EarlierEdits()
@@ -180,12 +181,13 @@ def optimise(
         active = list(batches)
         if spared:
             active = [[replace(b, captured=adapted(b.captured)) for b in some] for some in batches]
-        if review is not None:
-            active += review.facts(adapted)
+        held = [] if review is None else review.facts(adapted)
         for number in range(hparams.cycles):
+            if 2 * number >= hparams.cycles:
+                held = []  # what cannot be held beside the edits by now is given up
             if number > 0:
-                look(active, graph=alone)
-            rounds: Sequence[Sequence[Round | OwnAnswerRound]] = unfinished(active)
+                look([*active, *held], graph=alone)
+            rounds: Sequence[Sequence[Round | OwnAnswerRound]] = unfinished([*active, *held])
             if not rounds and review is not None:
                 harmed = review.harmed(active, adapted)
                 active += harmed

@@ -19,6 +19,7 @@ from kdpo_editor import (
     RequestError,
     apply_kdpo_to_model,
     edit,
+    kdpo,
     own_words,
 )
 from kdpo_editor.answers import says_target
@@ -230,6 +231,22 @@ def test_facts_are_held(shipped: Any, make: Callable[..., KDPOHyperParams], repl
     names = [f"model.layers.{layer}.mlp.down_proj.weight" for layer in (0, LAYER)]
     kept = EarlierEdits.of(model, {name: model.get_parameter(name) for name in names}).kept
     assert len(kept) == (len(requests) if replay else 0), "facts are held for one call only"
+
+
+def test_an_edit_comes_before_what_cannot_be_held_beside_it(
+    shipped: Any,
+    requests: list[dict[str, str]],
+    make: Callable[..., KDPOHyperParams],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, tok = shipped
+    (request,) = requests[:1]
+    ((against,),) = tokenize(tok, [{**request, "target_new": greedy(model, tok, request["prompt"]).strip()}])
+    monkeypatch.setattr(kdpo, "words_and_facts", lambda *_: ([request], [[against]]))
+    _, _, (trace,) = edit(model, tok, [request], make(cycles=20))
+    assert len(trace.cycles) > 5, "they pulled at each other"
+    assert trace.converged
+    assert says_target(model, tok, [request]) == [True]
 
 
 @pytest.mark.parametrize("schedule", ["depth_first", "breadth_first"])
