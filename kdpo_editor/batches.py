@@ -196,7 +196,7 @@ def group(suffix: Suffix, edits: Sequence[EditTokens], budget: float) -> list[li
 
     A mini-batch of many is divided, so that short edits are not padded to the length of long ones. It needs room for
     captured inputs, in the model's dtype, and, while it is looked at, for two tables of logits, in fp32. One edit is
-    always taken, whatever it needs.
+    always taken, whatever it needs; of no edits there are no mini-batches.
     """
     weight = suffix.module.weight
     assert isinstance(weight, Tensor)
@@ -211,7 +211,7 @@ def group(suffix: Suffix, edits: Sequence[EditTokens], budget: float) -> list[li
             groups.append([i])
         else:
             groups[-1] = members
-    return [_divided(members) for members in groups]
+    return [_divided(members) for members in groups if members]
 
 
 def _divided(members: list[int]) -> list[list[int]]:

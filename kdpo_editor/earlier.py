@@ -227,7 +227,7 @@ class Review:
         self.own = range(len(edits))
         self.kept = [*earlier.capture(suffix, edits, hparams), *earlier.to_check(edits, hparams.replay_checks)]
         self._facts = range(len(self.kept), len(self.kept) + len(facts))
-        self.kept += earlier.capture(suffix, facts, hparams) if facts else []
+        self.kept += earlier.capture(suffix, facts, hparams)
         self._looked: list[list[Batch]] = []
 
     def batches(self) -> list[list[Batch]]:
@@ -241,18 +241,17 @@ class Review:
         """
         if self._looked:
             self.look()
-        elif others := range(len(self.own), self._facts.start):
+        else:
+            others = range(len(self.own), self._facts.start)
             self._looked = self.earlier.batches(self.suffix, self.kept, self.hparams, others, adapted)
         trained = {member for batch in chain(*active) for member in batch.members}
         leads = chain(*(zip(b.members, b.lead.tolist(), strict=True) for b in chain(*self._looked)))
         again = [member for member, lead in leads if lead < HELD * self.hparams.margin and member not in trained]
         self.earlier.repaired += len(again)
-        return self.earlier.batches(self.suffix, self.kept, self.hparams, again, adapted) if again else []
+        return self.earlier.batches(self.suffix, self.kept, self.hparams, again, adapted)
 
     def facts(self, adapted: Callable[[Captured], Captured]) -> list[list[Batch]]:
         """Mini-batches of the facts, held by less. ``adapted``: see :func:`~kdpo_editor.preserve.sparing`."""
-        if not self._facts:
-            return []
         return self.earlier.batches(self.suffix, self.kept, self.hparams, self._facts, adapted, FACT)
 
     def look(self) -> None:

@@ -158,13 +158,12 @@ class KDPOHyperParams:
         one_by_one = self.schedule == "depth_first" or self.objective != "dpo"
         self._check("schedule", one_by_one, "depth_first where objective is dpo")
         self._check("replay", not self.replay or self.objective != "dpo", "false where objective is dpo")
-        for key in ("own_words", "own_facts"):
+        for key in ("own_words", "own_facts", "preserve", "preserve_outputs"):
             self._check(key, not getattr(self, key) or self.objective != "dpo", "0 where objective is dpo")
         for key in ("preserve", "preserve_outputs"):
             off = not getattr(self, key)
             self._check("weight_decay", off or not self.weight_decay, f"0 where {key} is not")
             self._check("norm_constraint", off or self.norm_constraint is None, f"null where {key} is not 0")
-            self._check(key, off or self.objective != "dpo", "0 where objective is dpo")
         self._check("ledger", self.ledger != "", "a folder or null")
 
     @property

@@ -125,8 +125,7 @@ def edit(
     facts: list[list[EditTokens]] = [[] for _ in edits]
     if hparams.own_words or hparams.own_facts:
         kept = [] if earlier is None else [one.tokens for one in earlier.kept]
-        most = hparams.own_words, hparams.own_facts
-        requests, facts = words_and_facts(model, tok, requests, edits, *most, kept)
+        requests, facts = words_and_facts(model, tok, requests, edits, hparams.own_words, hparams.own_facts, kept)
         edits = tokenize(tok, requests, append_eos=hparams.append_eos, with_subject=True)
     if copy:
         model = copying.deepcopy(model)
