@@ -1,12 +1,12 @@
 """Speed and memory, side by side in one run.
 
-    python benchmarks/bench.py [--quick]
+    python benchmarks/bench.py [--quick] [--models Llama-2-7B ...]
 
 On the shipped model and on random-weight models of real shapes (Qwen1.5-0.5B; Llama-2-7B and Qwen2.5-7B where there is
 a GPU) it measures, alternating, this editor, KDPO written plainly (``tests/plain.py``: two models, full forward
 passes), and the installed framework's FT, ROME, LoRA and (upstream) DPO; then how the cost of an edit grows with
 answer length, layer, earlier edits and batch size; and what share of the machine's matrix speed a step reaches.
-Writes ``benchmarks/results/bench.{md,json,png}``.
+Writes ``benchmarks/results/bench[-gpu][-upstream].{md,json,png}``, anew after each model.
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ SHAPES = {
     "Qwen2.5-7B": {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "vocab_size": 152064}
     | {"num_attention_heads": 28, "num_key_value_heads": 4},
 }
+LAYERS = {"Qwen1.5-0.5B": 21, "Llama-2-7B": 21, "Qwen2.5-7B": 18}
 
 
 @dataclass
@@ -382,6 +383,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer records and edits")
+    parser.add_argument("--models", nargs="+", choices=["shipped", *SHAPES], help="which, in this order")
     args = parser.parse_args()
     easyedit.require()
     logging.getLogger("kdpo_editor").setLevel(logging.WARNING)  # upstream's import lets everything through
@@ -389,10 +391,11 @@ def main() -> None:
     ft = "FT-M, EasyEdit" if upstream else "FT-L, EasyEdit"
     cuda = torch.cuda.is_available()
     others = ("FT", "ROME", "LoRA", *(("DPO",) if upstream else ()))
-    plans: list[tuple[Callable[[], Model], tuple[str, ...], int]] = [(shipped, others, 10)]
-    shapes = [("Qwen1.5-0.5B", 21), *([("Llama-2-7B", 21), ("Qwen2.5-7B", 18)] if cuda else [])]
     dtype = torch.bfloat16 if cuda else torch.float32
-    plans += [(lambda s=s, n=n: random_model(s, n, dtype), ("FT",), 5) for s, n in shapes]
+    # What makes each, the framework's methods beside it, and how many edits are timed.
+    plans: dict[str, tuple[Callable[[], Model], tuple[str, ...], int]] = {"shipped": (shipped, others, 10)}
+    plans |= {s: (lambda s=s, n=n: random_model(s, n, dtype), ("FT",), 5) for s, n in LAYERS.items()}
+    chosen = args.models or (plans if cuda else ["shipped", "Qwen1.5-0.5B"])
     results: dict[str, Any] = {
         "machine": f"{torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine()}, "
         f"{torch.get_num_threads()} threads",
@@ -400,7 +403,7 @@ def main() -> None:
         | {"easyeditor": "upstream" if upstream else version("easyeditor")},
         "models": {},
     }
-    for make, methods, count in plans:
+    for make, methods, count in (plans[name] for name in chosen):
         m = make()
         rivals: dict[str, Any] = {"KDPO": ours, "KDPO, plain": plain}
         rivals |= {"KDPO, CUDA graphs": graphed} if cuda else {}
@@ -418,11 +421,11 @@ def main() -> None:
             m = random_model(m.name, m.hparams.layers[0], torch.bfloat16)
             results["models"][m.name]["growth"]["batch size, in bfloat16"] = batches(m, args.quick)
         del m
-    RESULTS.mkdir(exist_ok=True)
-    name = "bench-upstream" if upstream else "bench"
-    (RESULTS / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n", "utf-8")
-    (RESULTS / f"{name}.md").write_text(report(results), "utf-8")
-    plot(results, RESULTS / f"{name}.png")
+        RESULTS.mkdir(exist_ok=True)
+        name = "bench" + "-gpu" * cuda + "-upstream" * upstream
+        (RESULTS / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n", "utf-8")
+        (RESULTS / f"{name}.md").write_text(report(results), "utf-8")
+        plot(results, RESULTS / f"{name}.png")
     sys.stdout.write(report(results))
 
 

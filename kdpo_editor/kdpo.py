@@ -31,7 +31,7 @@ from .optimizers import make_optimizer
 from .own_words import words_and_facts
 from .preserve import Preconditioner, preconditioners, sparing
 from .requests import PHRASINGS, EditTokens, tokenize
-from .steps import Steps, check_finite
+from .steps import Steps, check_finite, recording
 from .suffix import Suffix
 from .weights import find_blocks, find_matrices, only_training
 
@@ -132,7 +132,7 @@ def edit(
         weights = find_matrices(model, hparams)
     originals = {name: w.detach().clone() for name, w in weights.items()}
     suffix = Suffix.above(model, weights, hparams)
-    with only_training(model, weights, originals):
+    with only_training(model, weights, originals), recording(suffix, hparams):
         together = [*zip(edits, facts, strict=True)]
         if hparams.schedule == "breadth_first":
             together = [([*chain(*edits)], [*chain(*facts)])]

@@ -7,8 +7,9 @@ replayed.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+import gc
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from math import isfinite
 
 import torch
@@ -20,6 +21,7 @@ from .batches import Round
 from .errors import EditDiverged
 from .hparams import KDPOHyperParams
 from .optimizers import Optimizer
+from .suffix import Suffix
 
 # Edits from which on another attention pays.
 MANY = 8
@@ -34,10 +36,7 @@ class Steps:
         self.rounds, self.optimizer, self.hparams = rounds, optimizer, hparams
         suffix = rounds[0].suffix
         self.waits = host_waits(suffix.device, hparams.optimizer)
-        # A graph is of one device's kernels.
-        recorded = hparams.cuda_graphs and suffix.device.type == "cuda"
-        recorded = recorded and len({p.device for p in suffix.model.parameters()}) == 1
-        self._masked = Recorded(self._unseen, suffix.device) if recorded else self._unseen
+        self._masked = Recorded(self._unseen) if are_recorded(suffix, hparams) else self._unseen
 
     def take(self, use_first: bool) -> bool:
         """One step. Returns whether there was anything to do, as far as the host knows.
@@ -80,13 +79,13 @@ class Recorded:
 
     The first step of a cycle may be another than the rest, and the second loads whatever kernels are not loaded yet;
     so the third is the one recorded. ``step`` must read and write the same memory each time and never wait for the
-    device. Not tried on a GPU so far.
+    device, and what it differentiates must have been computed in :func:`recording`.
     """
 
     EAGER = 2
 
-    def __init__(self, step: Callable[[bool], list[Tensor]], device: torch.device) -> None:
-        self.step, self.device = step, device
+    def __init__(self, step: Callable[[bool], list[Tensor]]) -> None:
+        self.step = step
         self.calls = 0
         self.graph: torch.cuda.CUDAGraph | None = None
         self.found: list[Tensor] = []
@@ -102,18 +101,43 @@ class Recorded:
         return [losses.clone() for losses in self.found]
 
     def _record(self) -> tuple[torch.cuda.CUDAGraph, list[Tensor]]:
-        # As torch.cuda.graph does, but for the garbage collection, which takes longer than an edit.
-        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(self.device)
-        outside = torch.cuda.current_stream(self.device)
-        stream.wait_stream(outside)
-        with torch.cuda.stream(stream):
+        # As torch.cuda.graph does, but that it collects garbage first, which takes longer than an edit. Here that
+        # waits: memory of the device that is freed during a recording ends it.
+        graph, collects = torch.cuda.CUDAGraph(), gc.isenabled()
+        gc.disable()
+        try:
             graph.capture_begin()
             try:
                 found = self.step(False)
             finally:
                 graph.capture_end()
-        outside.wait_stream(stream)
+        finally:
+            if collects:
+                gc.enable()
         return graph, found
+
+
+def are_recorded(suffix: Suffix, hparams: KDPOHyperParams) -> bool:
+    """Whether steps are recorded as CUDA graphs, which are of one device's kernels."""
+    if not hparams.cuda_graphs or suffix.device.type != "cuda":
+        return False
+    return len({p.device for p in suffix.model.parameters()}) == 1
+
+
+@contextmanager
+def recording(suffix: Suffix, hparams: KDPOHyperParams) -> Iterator[None]:
+    """A stream of its own where steps are recorded, which the default stream cannot be. A backward pass runs in the
+    streams of its forward, and a weight's gradient goes to the one in which the weight was first seen."""
+    if not are_recorded(suffix, hparams):
+        yield
+        return
+    outside, inside = torch.cuda.current_stream(suffix.device), torch.cuda.Stream(suffix.device)
+    inside.wait_stream(outside)
+    try:
+        with torch.cuda.stream(inside):
+            yield
+    finally:
+        outside.wait_stream(inside)
 
 
 def host_waits(device: torch.device, optimizer: str) -> bool:

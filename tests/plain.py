@@ -35,7 +35,7 @@ def plain_kdpo(
     reference = copy.deepcopy(model)
     prompt = tok(request["prompt"])["input_ids"]
     joined = tok(f"{request['prompt']} {request['target_new']}")["input_ids"]
-    ids = torch.tensor([joined])
+    ids = torch.tensor([joined], device=next(model.parameters()).device)
     chosen = ids[0, len(prompt) :]
 
     def logps(of: nn.Module) -> Tensor:
