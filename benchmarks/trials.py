@@ -21,7 +21,7 @@ from kdpo_editor.compare.tune import figures
 
 SETTINGS = (
     *("layers", "subject_layers", "subject_rate", "objective", "optimizer", "num_steps", "margin", "own_words"),
-    *("own_facts", "preserve", "preserve_outputs", "mom2_update_weight", "v_weight_decay"),
+    *("own_facts", "own_namesakes", "preserve", "preserve_outputs", "mom2_update_weight", "v_weight_decay"),
 )
 FIGURES = ("rewrite", "rephrase", "locality", "unrelated", "generated", "mean")
 

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 OBJECTIVES = ("kdpo", "kdpo_token", "margin", "ipo", "ce", "dpo")
 OPTIMIZERS = ("adam", "polyak")
 SCHEDULES = ("depth_first", "breadth_first")
+# What the model is let write itself.
+OWN = ("own_words", "own_facts", "own_namesakes")
 
 
 @dataclass
@@ -83,6 +85,9 @@ class KDPOHyperParams:
     own_facts: int = 0
     """So many other things at most, for each request, that the model itself writes of its ``subject`` are held while it
     is edited: what no longer leads is trained back, for half of ``cycles``. Set, every request needs a ``subject``."""
+    own_namesakes: int = 0
+    """So many things at most, for each request, that the model itself writes of others whose names begin like its
+    ``subject`` are held too. Set, every request needs a ``subject``."""
     schedule: str = "depth_first"
     """"depth_first" edits several requests of one call one after the other, "breadth_first" all at once."""
     memory_budget: float = 2e9
@@ -141,7 +146,7 @@ class KDPOHyperParams:
             self._check(key, getattr(self, key) >= 1, "at least 1")
         for key in ("lr", "beta", "subject_rate", "memory_budget", "replay_budget"):
             self._check(key, getattr(self, key) > 0, "more than 0")
-        for key in ("stop_loss", "weight_decay", "margin", "own_words", "own_facts", "preserve", "preserve_outputs"):
+        for key in ("stop_loss", "weight_decay", "margin", *OWN, "preserve", "preserve_outputs"):
             self._check(key, getattr(self, key) >= 0, "0 or more")
         self._check("norm_constraint", self.norm_constraint is None or self.norm_constraint > 0, "more than 0 or null")
         if isinstance(self.device, int):
@@ -158,7 +163,7 @@ class KDPOHyperParams:
         one_by_one = self.schedule == "depth_first" or self.objective != "dpo"
         self._check("schedule", one_by_one, "depth_first where objective is dpo")
         self._check("replay", not self.replay or self.objective != "dpo", "false where objective is dpo")
-        for key in ("own_words", "own_facts", "preserve", "preserve_outputs"):
+        for key in (*OWN, "preserve", "preserve_outputs"):
             self._check(key, not getattr(self, key) or self.objective != "dpo", "0 where objective is dpo")
         for key in ("preserve", "preserve_outputs"):
             off = not getattr(self, key)
@@ -169,7 +174,7 @@ class KDPOHyperParams:
     @property
     def needs_subject(self) -> bool:
         """Whether requests must name their ``subject``."""
-        return bool(self.subject_layers or self.own_words or self.own_facts)
+        return bool(self.subject_layers or any(getattr(self, key) for key in OWN))
 
     def _check(self, key: str, ok: bool, allowed: str) -> None:
         if not ok:

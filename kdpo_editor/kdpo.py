@@ -82,8 +82,8 @@ def apply_kdpo_to_model(
         tok: its tokenizer; neither its padding side nor anything else of it is changed.
         requests: ``[{"prompt": str, "target_new": str}, ...]``, edited in this order; ``"rephrases"``, a list of other
             prompts for the same target, is trained too; ``"subject"``, a part of the prompt, is needed where
-            ``subject_layers``, ``own_words`` or ``own_facts`` is set; with ``"own_words"``, such as a trace has, none
-            are sought for a request; other keys are ignored.
+            ``subject_layers``, ``own_words``, ``own_facts`` or ``own_namesakes`` is set; with ``"own_words"``, such as
+            a trace has, none are sought for a request; other keys are ignored.
         hparams: settings. With ``ledger`` set, a call that succeeds is journaled there (:meth:`EditLedger.edit`).
         copy: edit and return a deep copy instead.
         return_orig_weights: also return the edited matrices as they were.
@@ -123,9 +123,9 @@ def edit(
     spared = preconditioners(model, tok, weights, hparams)
     earlier = EarlierEdits.of(model, weights) if hparams.replay else None
     facts: list[list[EditTokens]] = [[] for _ in edits]
-    if hparams.own_words or hparams.own_facts:
+    if any(own := (hparams.own_words, hparams.own_facts, hparams.own_namesakes)):
         kept = [] if earlier is None else [one.tokens for one in earlier.kept]
-        requests, facts = words_and_facts(model, tok, requests, edits, hparams.own_words, hparams.own_facts, kept)
+        requests, facts = words_and_facts(model, tok, requests, edits, *own, earlier=kept)
         edits = tokenize(tok, requests, append_eos=hparams.append_eos, with_subject=True)
     if copy:
         model = copying.deepcopy(model)

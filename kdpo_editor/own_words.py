@@ -1,5 +1,5 @@
 """What the model itself writes of a request's subject: other ways to ask for the same (``own_words``), and what else it
-says, which is to stay (``own_facts``).
+says, which is to stay (``own_facts``), as what it says of others whose names begin alike (``own_namesakes``).
 
 A request names one way to ask. The model knows others, and writes them when it is let: before an edit it goes on from
 the subject a number of times, and where it comes to the very answer that it gives to the request, the text up to there
@@ -8,6 +8,8 @@ asks for the same, as far as the model knows. Such texts are trained as a reques
 
 Texts that come to something else say what the model holds to be true of the subject besides. ROME holds what follows
 one text, "{subject} is a", by a divergence (there, eq. 4); here the texts are the model's own, and held is their lead.
+So is that of texts about others whose names begin like the subject's: an edit through the subject's tokens changes
+them too.
 """
 
 from __future__ import annotations
@@ -30,6 +32,9 @@ from .writing import until_end, write
 DRAWS = 16
 LENGTH = 12
 SUBJECTS = 8
+# The same of names that begin alike; such a text has to end the name first.
+NAMESAKE_DRAWS = 8
+NAMESAKE_LENGTH = 24
 # Tokens of the model's answer that are read, and the logits by which an answer must lead where it stands in a text.
 ANSWER = 8
 LEAD = 1.0
@@ -56,10 +61,11 @@ def words_and_facts(
     edits: Sequence[Sequence[EditTokens]],
     words: int,
     facts: int,
+    namesakes: int = 0,
     earlier: Sequence[EditTokens] = (),
 ) -> tuple[list[Mapping[str, Any]], list[list[EditTokens]]]:
-    """``requests`` with ``"own_words"``, where one has none yet, and facts of each that are to stay: at most
-    ``words`` and ``facts`` of them, those that ``model`` writes most often.
+    """``requests`` with ``"own_words"``, where one has none yet, and facts of each that are to stay: at most ``words``
+    of the one, ``facts`` of its subject and ``namesakes`` of others, those that ``model`` writes most often.
 
     ``edits``: the requests' tokens. Left out is what ``edits`` or ``earlier`` ones ask already, unless these are about
     a prompt that is edited again. Two requests of one subject and answer that get different targets have no words,
@@ -68,7 +74,7 @@ def words_and_facts(
     again = {first.prompt_ids for first, *_ in edits}
     elsewhere = [tokens for tokens in earlier if tokens.request not in again]
     asked = {tokens.prompt_ids for tokens in chain(*edits, elsewhere)}
-    sought = [i for i, request in enumerate(requests) if facts or "own_words" not in request]
+    sought = [i for i, request in enumerate(requests) if facts or (words and "own_words" not in request)]
     found = _found(model, tok, [requests[i] for i in sought], [edits[i][0].prompt for i in sought])
     complete = [*requests]
     held: list[list[EditTokens]] = [[] for _ in requests]
@@ -77,6 +83,9 @@ def words_and_facts(
             new = [text for text in own.words if tuple(token_ids(tok, text)) not in asked]
             complete[i] = {**requests[i], "own_words": new[:words]}
         held[i] = [fact for fact in own.facts if fact.prompt_ids not in asked][:facts]
+    if namesakes:
+        for some, others in zip(held, _of_namesakes(model, tok, requests), strict=True):
+            some += [fact for fact in others if fact.prompt_ids not in asked][:namesakes]
     return complete, held
 
 
@@ -89,27 +98,49 @@ def _found(model: nn.Module, tok: Any, requests: Sequence[Mapping[str, Any]], pr
     starts = [torch.tensor(token_ids(tok, request["subject"].strip())) for request in requests]
     before = len(token_ids(tok, ""))
     found = [Own() for _ in requests]
-    for members in _alike(starts, SUBJECTS):
-        if len(starts[members[0]]) + LENGTH > room(model):
-            continue
-        written = _written(model, tok, torch.stack([starts[i] for i in members]).repeat_interleave(DRAWS, 0))
-        for i in members:
-            subject, target = requests[i]["subject"].strip(), requests[i]["target_new"]
-            texts = [next(written) for _ in range(DRAWS)]
-            start = len(starts[i])
-            edited = targets[requests[i]["subject"]]
-            asking = [_asking(text, start, answers[i]) for text in texts]
-            words = dict.fromkeys(tok.decode(ids, skip_special_tokens=True) for ids in _often_first(asking))
-            fit = [text for text in words if len(token_ids(tok, f"{text} {target}")) < room(model)]
-            if len(edited[tuple(answers[i])]) == 1:
-                found[i].words = [text for text in fit if text.startswith(subject)]
-            if all(edited):
-                others = [t for t in texts if not any(_asking(t, start, answer) for answer in edited)]
-                found[i].facts = [
-                    EditTokens(torch.tensor(prompt), torch.tensor(said), (before, start))
-                    for prompt, said in _often_first(_fact(text, start) for text in others)
-                ]
+    for i, texts in enumerate(_texts(model, tok, starts, DRAWS, LENGTH)):
+        subject, target = requests[i]["subject"].strip(), requests[i]["target_new"]
+        start = len(starts[i])
+        edited = targets[requests[i]["subject"]]
+        asking = [_asking(text, start, answers[i]) for text in texts]
+        words = dict.fromkeys(tok.decode(ids, skip_special_tokens=True) for ids in _often_first(asking))
+        fit = [text for text in words if len(token_ids(tok, f"{text} {target}")) < room(model)]
+        if len(edited[tuple(answers[i])]) == 1:
+            found[i].words = [text for text in fit if text.startswith(subject)]
+        if all(edited):
+            others = [t for t in texts if not any(_asking(t, start, answer) for answer in edited)]
+            found[i].facts = [
+                EditTokens(torch.tensor(prompt), torch.tensor(said), (before, start))
+                for prompt, said in _often_first(_fact(text, start) for text in others)
+            ]
     return found
+
+
+def _of_namesakes(model: nn.Module, tok: Any, requests: Sequence[Mapping[str, Any]]) -> list[list[EditTokens]]:
+    """For each request what the model writes of others whose names begin like its subject's; of no subject here.
+
+    Where in a text their names end is not known: all of its prompt counts for the subject.
+    """
+    subjects = {request["subject"].strip() for request in requests}
+    starts = [torch.tensor(_beginning(tok, request["subject"].strip())) for request in requests]
+    before = len(token_ids(tok, ""))
+    found: list[list[EditTokens]] = [[] for _ in requests]
+    some = [i for i, start in enumerate(starts) if len(start) > before]
+    written = _texts(model, tok, [starts[i] for i in some], NAMESAKE_DRAWS, NAMESAKE_LENGTH)
+    for i, texts in zip(some, written, strict=True):
+        said = [tok.decode(ids, skip_special_tokens=True) for ids, _, _ in texts]
+        others = [text for text, of in zip(texts, said, strict=True) if not any(subject in of for subject in subjects)]
+        found[i] = [
+            EditTokens(torch.tensor(prompt), torch.tensor(ending), (before, len(prompt)))
+            for prompt, ending in _often_first(_fact(text, len(starts[i])) for text in others)
+        ]
+    return found
+
+
+def _beginning(tok: Any, subject: str) -> list[int]:
+    """Token ids of a name without its last word, or without its last token where it is a single word."""
+    *first, _ = subject.split()
+    return token_ids(tok, " ".join(first)) if first else token_ids(tok, subject)[:-1]
 
 
 # A text without its end token, and of each token beyond its start, the end token too: the model's first choice there,
@@ -117,7 +148,19 @@ def _found(model: nn.Module, tok: Any, requests: Sequence[Mapping[str, Any]], pr
 Written = tuple[list[int], list[int], list[float]]
 
 
-def _written(model: nn.Module, tok: Any, starts: Tensor) -> Iterator[Written]:
+def _texts(model: nn.Module, tok: Any, starts: Sequence[Tensor], draws: int, length: int) -> list[list[Written]]:
+    """``draws`` texts after each start of at most ``length`` tokens more; none where the model has no room for them."""
+    texts: list[list[Written]] = [[] for _ in starts]
+    for members in _alike(starts, SUBJECTS * DRAWS // draws):
+        if len(starts[members[0]]) + length <= room(model):
+            rows = torch.stack([starts[i] for i in members]).repeat_interleave(draws, 0)
+            written = _written(model, tok, rows, length)
+            for i in members:
+                texts[i] = [next(written) for _ in range(draws)]
+    return texts
+
+
+def _written(model: nn.Module, tok: Any, starts: Tensor, length: int) -> Iterator[Written]:
     """``[B, S]`` to ``B`` texts."""
     choices, leads = [], []
 
@@ -126,7 +169,7 @@ def _written(model: nn.Module, tok: Any, starts: Tensor) -> Iterator[Written]:
         choices.append(tokens[:, 0].cpu())
         leads.append((values[:, 0] - values[:, 1]).cpu())
 
-    ids = write(model, tok, starts, LENGTH, noting=note)
+    ids = write(model, tok, starts, length, noting=note)
     for row, said, led in zip(ids, torch.stack(choices, 1).tolist(), torch.stack(leads, 1).tolist(), strict=True):
         yield until_end(tok, row, starts.shape[1]), said, led
 

@@ -93,6 +93,7 @@ def test_steps_that_a_gpu_masks_are_not_shown(llama: Any, settings: Any, monkeyp
         (REQUEST, {"objective": "dpo"}, HyperParamsError, "objective: 'dpo'"),
         (REQUEST, {"preserve": 1.0}, HyperParamsError, "preserve: 1.0 cannot be watched"),
         (REQUEST, {"own_facts": 1}, HyperParamsError, "own_facts: 1 cannot be watched"),
+        (REQUEST, {"own_namesakes": 1}, HyperParamsError, "own_namesakes: 1 cannot be watched"),
         ({**REQUEST, "rephrases": ["What?"]}, {}, RequestError, "rephrases"),
         ({**REQUEST, "target_new": ""}, {}, RequestError, "target_new"),
     ],

@@ -64,6 +64,13 @@ def facts_of(model: Any, tok: Any, requests: list[dict[str, Any]], most: int = 5
     return own_words.words_and_facts(model, tok, requests, edits, 0, most)[1]
 
 
+def namesakes_of(model: Any, tok: Any, requests: list[dict[str, Any]], most: int = 3) -> list[list[EditTokens]]:
+    edits = tokenize(tok, requests, with_subject=True)
+    complete, held = own_words.words_and_facts(model, tok, requests, edits, 0, 0, most)
+    assert complete == requests, "words were not asked for"
+    return held
+
+
 def lead(model: Any, fact: EditTokens) -> float:
     """Logits by which the weakest token of a fact leads."""
     with torch.no_grad():
@@ -215,6 +222,34 @@ def test_a_model_without_room_for_them_has_no_facts(shipped: Any, requests: list
     model, tok = shipped
     model.config.max_position_embeddings = own_words.LENGTH
     assert facts_of(model, tok, requests) == [[]] * len(requests)
+    assert namesakes_of(model, tok, requests) == [[]] * len(requests)
+
+
+def test_facts_of_namesakes_are_what_the_model_says_of_others_whose_names_begin_alike(shipped: Any) -> None:
+    model, tok = shipped
+    requests = [r for r in some_requests(40) if r["subject"] in ("Evelyn Parnell", "Gliese 667", "Elsen")]
+    some = namesakes_of(model, tok, requests)
+    for request, beginning, facts in zip(requests, ("Evelyn ", "El", "Gliese "), some, strict=True):
+        assert 1 <= len(facts) <= 3
+        for fact in facts:
+            text = tok.decode([*fact.prompt, *fact.chosen])
+            assert text.startswith(beginning)
+            assert request["subject"] not in text
+            assert lead(model, fact) >= own_words.LEAD - 1e-4
+            assert fact.subject == (0, len(fact.prompt))
+    assert [len(facts) for facts in namesakes_of(model, tok, requests, 1)] == [1] * 3
+
+
+def test_a_namesake_that_is_edited_too_is_not_held(shipped: Any) -> None:
+    model, tok = shipped
+    (request,) = [r for r in some_requests(40) if r["subject"] == "Gliese 667"]
+    fact = namesakes_of(model, tok, [request])[0][0]
+    name = "Gliese " + tok.decode(fact.prompt).replace("'", " ").split()[1]
+    other = {"prompt": f"What is {name}?", "target_new": "Noctuidae", "subject": name}
+    again = namesakes_of(model, tok, [request, other])
+    assert any(again)
+    for facts in again:
+        assert all(name not in tok.decode([*fact.prompt, *fact.chosen]) for fact in facts)
 
 
 @pytest.mark.parametrize("replay", [True, False])
@@ -233,6 +268,19 @@ def test_facts_are_held(shipped: Any, make: Callable[..., KDPOHyperParams], repl
     assert len(kept) == (len(requests) if replay else 0), "facts are held for one call only"
 
 
+def test_namesakes_are_held(shipped: Any, make: Callable[..., KDPOHyperParams]) -> None:
+    model, tok = shipped
+    many = some_requests(80)
+    requests = [request for request, facts in zip(many, namesakes_of(model, tok, many), strict=True) if facts][:12]
+    wide = {"layers": [0, LAYER], "subject_layers": [0], "margin": 4.0, "schedule": "breadth_first", "own_words": 0}
+    facts = [fact for some in namesakes_of(model, tok, requests) for fact in some]
+    without, _, _ = edit(model, tok, requests, make(**wide), copy=True)
+    assert min(lead(without, fact) for fact in facts) < 0, "else there is nothing to hold"
+    _, _, traces = edit(model, tok, requests, make(own_namesakes=3, **wide))
+    assert all(trace.converged for trace in traces)
+    assert min(lead(model, fact) for fact in facts) >= FACT - 1e-3
+
+
 def test_an_edit_comes_before_what_cannot_be_held_beside_it(
     shipped: Any,
     requests: list[dict[str, str]],
@@ -242,7 +290,7 @@ def test_an_edit_comes_before_what_cannot_be_held_beside_it(
     model, tok = shipped
     (request,) = requests[:1]
     ((against,),) = tokenize(tok, [{**request, "target_new": greedy(model, tok, request["prompt"]).strip()}])
-    monkeypatch.setattr(kdpo, "words_and_facts", lambda *_: ([request], [[against]]))
+    monkeypatch.setattr(kdpo, "words_and_facts", lambda *_, **__: ([request], [[against]]))
     _, _, (trace,) = edit(model, tok, [request], make(cycles=20))
     assert len(trace.cycles) > 5, "they pulled at each other"
     assert trace.converged
@@ -345,11 +393,13 @@ def test_what_is_not_allowed_is_named(
         make(own_words=-1)
     with pytest.raises(HyperParamsError, match=r"own_facts: -1 is not allowed; it must be 0 or more"):
         make(own_facts=-1)
+    with pytest.raises(HyperParamsError, match=r"own_namesakes: -1 is not allowed; it must be 0 or more"):
+        make(own_namesakes=-1)
     with pytest.raises(HyperParamsError, match=r"own_facts: 2 is not allowed; it must be 0 where objective is dpo"):
         make(objective="dpo", margin=0.0, optimizer="adam", own_words=0, own_facts=2)
     with pytest.raises(HyperParamsError, match=r"own_words: 2 is not allowed; it must be 0 where objective is dpo"):
         make(objective="dpo", margin=0.0, optimizer="adam")
-    for hparams in (make(), make(own_words=0, own_facts=1)):
+    for hparams in (make(), make(own_words=0, own_facts=1), make(own_words=0, own_namesakes=1)):
         with pytest.raises(RequestError, match=r"request 0 has no 'subject'"):
             edit(model, tok, [{"prompt": "a", "target_new": "b"}], hparams)
     with pytest.raises(RequestError, match=r"request 0: 'own_words' is 'a'; it must be a list of prompts"):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import HyperParamsError, RequestError
-from ..hparams import KDPOHyperParams
+from ..hparams import OWN, KDPOHyperParams
 from ..kdpo import edit
 from ..objectives import answer_logps
 from ..requests import EditTokens, tokenize
@@ -50,14 +50,14 @@ def watch(model: nn.Module, tok: Any, request: Mapping[str, Any], hparams: KDPOH
     Keeps the logits of the answer's positions in main memory until the end, ``T x V`` fp32 numbers a step.
 
     Raises what :func:`kdpo_editor.edit` raises; :class:`~kdpo_editor.errors.HyperParamsError` where ``objective`` is
-    "dpo", whose negatives have a context of their own, where ``own_words`` or ``own_facts`` is set, and where
-    ``preserve`` or ``preserve_outputs`` is, during which the matrix holds something else;
+    "dpo", whose negatives have a context of their own, where ``own_words``, ``own_facts`` or ``own_namesakes`` is set,
+    and where ``preserve`` or ``preserve_outputs`` is, during which the matrix holds something else;
     :class:`~kdpo_editor.errors.RequestError` where the request has ``rephrases``, and where the model gives its target
     already.
     """
     if hparams.objective == "dpo":
         raise HyperParamsError("objective: 'dpo' cannot be watched; its negatives are not read from the answer's pass")
-    for key in ("own_words", "own_facts", "preserve", "preserve_outputs"):
+    for key in (*OWN, "preserve", "preserve_outputs"):
         if strength := getattr(hparams, key):
             raise HyperParamsError(f"{key}: {strength} cannot be watched; it must be 0")
     if request.get("rephrases"):
