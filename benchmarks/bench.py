@@ -403,7 +403,9 @@ def main() -> None:
         | {"easyeditor": "upstream" if upstream else version("easyeditor")},
         "models": {},
     }
-    for make, methods, count in (plans[name] for name in chosen):
+    RESULTS.mkdir(exist_ok=True)
+    name = "bench" + "-gpu" * cuda + "-upstream" * upstream
+    for make, methods, count in (plans[model] for model in chosen):
         m = make()
         rivals: dict[str, Any] = {"KDPO": ours, "KDPO, plain": plain}
         rivals |= {"KDPO, CUDA graphs": graphed} if cuda else {}
@@ -421,8 +423,6 @@ def main() -> None:
             m = random_model(m.name, m.hparams.layers[0], torch.bfloat16)
             results["models"][m.name]["growth"]["batch size, in bfloat16"] = batches(m, args.quick)
         del m
-        RESULTS.mkdir(exist_ok=True)
-        name = "bench" + "-gpu" * cuda + "-upstream" * upstream
         (RESULTS / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n", "utf-8")
         (RESULTS / f"{name}.md").write_text(report(results), "utf-8")
         plot(results, RESULTS / f"{name}.png")

@@ -17,7 +17,7 @@ from __future__ import annotations
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Any, TypeVar
 
@@ -109,10 +109,7 @@ def _found(model: nn.Module, tok: Any, requests: Sequence[Mapping[str, Any]], pr
             found[i].words = [text for text in fit if text.startswith(subject)]
         if all(edited):
             others = [t for t in texts if not any(_asking(t, start, answer) for answer in edited)]
-            found[i].facts = [
-                EditTokens(torch.tensor(prompt), torch.tensor(said), (before, start))
-                for prompt, said in _often_first(_fact(text, start) for text in others)
-            ]
+            found[i].facts = [replace(fact, subject=(before, start)) for fact in _facts(others, start)]
     return found
 
 
@@ -130,10 +127,7 @@ def _of_namesakes(model: nn.Module, tok: Any, requests: Sequence[Mapping[str, An
     for i, texts in zip(some, written, strict=True):
         said = [tok.decode(ids, skip_special_tokens=True) for ids, _, _ in texts]
         others = [text for text, of in zip(texts, said, strict=True) if not any(subject in of for subject in subjects)]
-        found[i] = [
-            EditTokens(torch.tensor(prompt), torch.tensor(ending), (before, len(prompt)))
-            for prompt, ending in _often_first(_fact(text, len(starts[i])) for text in others)
-        ]
+        found[i] = [replace(fact, subject=(before, len(fact.prompt))) for fact in _facts(others, len(starts[i]))]
     return found
 
 
@@ -199,6 +193,12 @@ def _fact(written: Written, start: int) -> tuple[tuple[int, ...], tuple[int, ...
     while at > start + 1 and ids[at - 1] == said[at - 1 - start] and led[at - 1 - start] >= LEAD:
         at -= 1
     return (tuple(ids[:at]), tuple(ids[at:])) if at < len(ids) else None
+
+
+def _facts(texts: Iterable[Written], start: int) -> list[EditTokens]:
+    """What the texts come to, what they come to most often first; their subjects are yet to be told."""
+    found = _often_first(_fact(text, start) for text in texts)
+    return [EditTokens(torch.tensor(prompt), torch.tensor(said)) for prompt, said in found]
 
 
 def _answers(model: nn.Module, tok: Any, prompts: Sequence[Tensor]) -> list[list[int]]:

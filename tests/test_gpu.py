@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 import torch
 from conftest import PARAMETER, REQUEST, assert_same, state
+from test_own_words import some_requests
 
-from kdpo_editor import KDPOHyperParams, apply_kdpo_to_model, edit
+from kdpo_editor import EditDiverged, KDPOHyperParams, apply_kdpo_to_model, edit
 from kdpo_editor.answers import says_target
 from kdpo_editor.earlier import EarlierEdits
 from kdpo_editor.hparams import settings_folder
 from kdpo_editor.testbed import load_model, load_records
-from kdpo_editor.weights import find_matrices
+from kdpo_editor.weights import find_matrices, restore
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -51,8 +52,7 @@ def test_an_edit_on_a_gpu_is_the_edit_on_a_cpu(llama: Any, settings: Any, option
     model, tok = llama
     there = copy.deepcopy(model).cuda()
     hparams = settings(**options)
-    for request in REQUESTS if hparams.replay else [None]:
-        requests = REQUESTS if request is None else [request]
+    for requests in [[request] for request in REQUESTS] if hparams.replay else [REQUESTS]:
         model, _, first = edit(model, tok, requests, hparams)
         there, _, second = edit(there, tok, requests, hparams)
         for one, other in zip(first, second, strict=True):
@@ -80,10 +80,8 @@ def test_a_shipped_recipe_edits_on_a_gpu(recipe: str, dtype: torch.dtype) -> Non
     model, originals = apply_kdpo_to_model(model, tok, requests, hparams, return_orig_weights=True)
     held = says_target(model, tok, requests)
     assert sum(held) >= (7 if recipe == "KDPO" else 8), held
-    with torch.no_grad():
-        for name, original in originals.items():
-            assert original.device.type == "cuda"
-            model.get_parameter(name).copy_(original)
+    assert {original.device.type for original in originals.values()} == {"cuda"}
+    restore(find_matrices(model, hparams), originals)
     assert_same(model, before)
 
 
@@ -91,10 +89,8 @@ def test_own_words_and_facts_are_found_on_a_gpu_and_the_random_state_stays() -> 
     model, tok = load_model("cuda")
     hparams = KDPOHyperParams.from_hparams(settings_folder() / "KDPO-L-BF" / "kdpo-llama-knowedit")
     hparams = KDPOHyperParams(**{**hparams.to_dict(), "own_words": 2, "own_facts": 2})
-    records = [r for r in load_records() if r["subject"] in r["prompt"]][:8]
-    requests = [{k: r[k] for k in ("prompt", "target_new", "subject")} for r in records]
     before = torch.cuda.get_rng_state()
-    _, _, traces = edit(model, tok, requests, hparams)
+    _, _, traces = edit(model, tok, some_requests(8), hparams)
     assert all(trace.converged for trace in traces)
     assert any(trace.own_words for trace in traces)
     assert torch.equal(torch.cuda.get_rng_state(), before)
@@ -104,6 +100,6 @@ def test_a_failure_on_a_gpu_leaves_the_model_as_it_was(llama: Any, settings: Any
     model, tok = llama
     model.cuda()
     before = state(model)
-    with pytest.raises(Exception, match=r"loss became|NaN or infinite|times its norm"):
+    with pytest.raises(EditDiverged, match=r"loss became|NaN or infinite|times its norm"):
         edit(model, tok, REQUESTS, settings(lr=1e30, cycles=20))
     assert_same(model, before)

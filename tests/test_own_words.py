@@ -78,6 +78,22 @@ def lead(model: Any, fact: EditTokens) -> float:
     return standing(logits, fact.chosen)[1].min().item()
 
 
+def assert_held(
+    model: Any,
+    tok: Any,
+    requests: list[dict[str, Any]],
+    facts: list[EditTokens],
+    free: KDPOHyperParams,
+    holding: KDPOHyperParams,
+) -> None:
+    """An edit with ``free`` loses one of ``facts``; ``holding``, with which ``model`` is edited, loses none."""
+    without, _, _ = edit(model, tok, requests, free, copy=True)
+    assert min(lead(without, fact) for fact in facts) < 0, "else there is nothing to hold"
+    _, _, traces = edit(model, tok, requests, holding)
+    assert all(trace.converged for trace in traces)
+    assert min(lead(model, fact) for fact in facts) >= FACT - 1e-3
+
+
 def greedy(model: Any, tok: Any, prompt: str, length: int = 8) -> str:
     """What the model answers, token by token without a cache."""
     ids = token_ids(tok, prompt)
@@ -258,11 +274,7 @@ def test_facts_are_held(shipped: Any, make: Callable[..., KDPOHyperParams], repl
     requests = some_requests(12)
     wide = {"layers": [0, LAYER], "subject_layers": [0], "margin": 2.0, "schedule": "breadth_first", "replay": replay}
     facts = [fact for some in facts_of(model, tok, requests, 3) for fact in some]
-    without, _, _ = edit(model, tok, requests, make(own_words=0, **wide), copy=True)
-    assert min(lead(without, fact) for fact in facts) < 0, "else there is nothing to hold"
-    _, _, traces = edit(model, tok, requests, make(own_words=0, own_facts=3, **wide))
-    assert all(trace.converged for trace in traces)
-    assert min(lead(model, fact) for fact in facts) >= FACT - 1e-3
+    assert_held(model, tok, requests, facts, make(own_words=0, **wide), make(own_words=0, own_facts=3, **wide))
     names = [f"model.layers.{layer}.mlp.down_proj.weight" for layer in (0, LAYER)]
     kept = EarlierEdits.of(model, {name: model.get_parameter(name) for name in names}).kept
     assert len(kept) == (len(requests) if replay else 0), "facts are held for one call only"
@@ -274,11 +286,7 @@ def test_namesakes_are_held(shipped: Any, make: Callable[..., KDPOHyperParams]) 
     requests = [request for request, facts in zip(many, namesakes_of(model, tok, many), strict=True) if facts][:12]
     wide = {"layers": [0, LAYER], "subject_layers": [0], "margin": 4.0, "schedule": "breadth_first", "own_words": 0}
     facts = [fact for some in namesakes_of(model, tok, requests) for fact in some]
-    without, _, _ = edit(model, tok, requests, make(**wide), copy=True)
-    assert min(lead(without, fact) for fact in facts) < 0, "else there is nothing to hold"
-    _, _, traces = edit(model, tok, requests, make(own_namesakes=3, **wide))
-    assert all(trace.converged for trace in traces)
-    assert min(lead(model, fact) for fact in facts) >= FACT - 1e-3
+    assert_held(model, tok, requests, facts, make(**wide), make(own_namesakes=3, **wide))
 
 
 def test_an_edit_comes_before_what_cannot_be_held_beside_it(
