@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from .batches import Batch, group, look, make_batch, padded, subjects
 from .hparams import KDPOHyperParams
 from .models import room
-from .own_words import LEAD
+from .own_texts import LEAD
 from .requests import EditTokens, tokenize
 from .suffix import Arguments, Captured, Suffix, rows_of
 from .weights import find_matrices, only_training
@@ -229,6 +229,7 @@ class Review:
         self._facts = range(len(self.kept), len(self.kept) + len(facts))
         self.kept += earlier.capture(suffix, facts, hparams)
         self._looked: list[list[Batch]] = []
+        self._held: list[list[Batch]] = []
 
     def batches(self) -> list[list[Batch]]:
         """Mini-batches of the edits themselves."""
@@ -251,8 +252,13 @@ class Review:
         return self.earlier.batches(self.suffix, self.kept, self.hparams, again, adapted)
 
     def facts(self, adapted: Callable[[Captured], Captured]) -> list[list[Batch]]:
-        """Mini-batches of the facts, held by less. ``adapted``: see :func:`~kdpo_editor.preserve.sparing`."""
-        return self.earlier.batches(self.suffix, self.kept, self.hparams, self._facts, adapted, FACT)
+        """Mini-batches of the facts as they stand, held by less. ``adapted``: see
+        :func:`~kdpo_editor.preserve.sparing`."""
+        if self._held:
+            look(self._held, graph=False)
+        else:
+            self._held = self.earlier.batches(self.suffix, self.kept, self.hparams, self._facts, adapted, FACT)
+        return self._held
 
     def look(self) -> None:
         """Bring what is known of the earlier edits up to date with the weights."""

@@ -20,7 +20,7 @@ OBJECTIVES = ("kdpo", "kdpo_token", "margin", "ipo", "ce", "dpo")
 OPTIMIZERS = ("adam", "polyak")
 SCHEDULES = ("depth_first", "breadth_first")
 # What the model is let write itself.
-OWN = ("own_words", "own_facts", "own_namesakes")
+OWN = ("own_words", "own_openings", "own_facts", "own_namesakes")
 
 
 @dataclass
@@ -62,6 +62,13 @@ class KDPOHyperParams:
     update_scale: float = 1.0
     """The final weight change is multiplied by this. 2.0 reproduces the authors' release in sequences."""
 
+    shrink: float = 0.0
+    """The share of the weight change that is taken back after each of the first ``shrink_cycles`` cycles; what is lost
+    by that is won again, by less change in all. Weight decay, but to where the edit began, as in L2-SP (Li et al. 2018)
+    and, in shares between steps, in Pegasos (Shalev-Shwartz et al. 2007)."""
+    shrink_cycles: int = 3
+    """Fewer than ``cycles``; each adds to the time that an edit takes."""
+
     optimizer: str = "adam"
     """"adam", the paper's, or "polyak": gradient steps as long as would bring the loss to zero if it were linear
     (:class:`kdpo_editor.optimizers.Polyak`)."""
@@ -82,6 +89,9 @@ class KDPOHyperParams:
     own_words: int = 0
     """So many other prompts at most, for each request, that the model itself writes of the request's ``subject`` and
     answers likewise are trained with it (:mod:`kdpo_editor.own_words`). Set, every request needs a ``subject``."""
+    own_openings: int = 0
+    """So many more at most in which the ``subject`` does not come first (:mod:`kdpo_editor.openings`), better found for
+    many requests at once. Set, every request needs a ``subject``."""
     own_facts: int = 0
     """So many other things at most, for each request, that the model itself writes of its ``subject`` are held while it
     is edited: what no longer leads is trained back, for half of ``cycles``. Set, every request needs a ``subject``."""
@@ -96,8 +106,7 @@ class KDPOHyperParams:
     """Hold captured inputs, those of "replay" too, in main memory instead of on the model's device, to which every pass
     brings them over."""
     cuda_graphs: bool = False
-    """Record a cycle's step as a CUDA graph and replay it. On a CPU it does nothing. No gain from it has been measured
-    yet."""
+    """Record a cycle's step as a CUDA graph and replay it. On a CPU it does nothing."""
     replay: bool = False
     """Remember the edits of a model, also from earlier calls, and train those again that a new edit pushes below half
     of ``margin``. They are forgotten once the edited matrices are restored or changed by anything else."""
@@ -142,12 +151,15 @@ class KDPOHyperParams:
             "subject_layers", not (self.subject_layers and self.objective == "dpo"), "null where objective is dpo"
         )
         self._check("rewrite_module_tmp", self.rewrite_module_tmp.count("{}") == 1, 'one "{}" for the layer')
-        for key in ("num_steps", "cycles", "max_length", "batch_size", "replay_checks"):
+        for key in ("num_steps", "cycles", "shrink_cycles", "max_length", "batch_size", "replay_checks"):
             self._check(key, getattr(self, key) >= 1, "at least 1")
         for key in ("lr", "beta", "subject_rate", "memory_budget", "replay_budget"):
             self._check(key, getattr(self, key) > 0, "more than 0")
         for key in ("stop_loss", "weight_decay", "margin", *OWN, "preserve", "preserve_outputs"):
             self._check(key, getattr(self, key) >= 0, "0 or more")
+        self._check("shrink", 0 <= self.shrink < 1, "at least 0 and less than 1")
+        short = self.shrink_cycles < self.cycles
+        self._check("shrink_cycles", short or not self.shrink, f"less than cycles, {self.cycles}")
         self._check("norm_constraint", self.norm_constraint is None or self.norm_constraint > 0, "more than 0 or null")
         if isinstance(self.device, int):
             self._check("device", self.device >= 0, 'a CUDA index, "cpu", "cuda:1" or null')

@@ -25,7 +25,7 @@ from .ablation import OwnAnswerRound
 from .batches import Round, look, lost, make_batches, unfinished
 from .earlier import EarlierEdits, Review
 from .errors import EditDiverged, ModelError, RequestError
-from .hparams import KDPOHyperParams
+from .hparams import OWN, KDPOHyperParams
 from .models import room
 from .optimizers import make_optimizer
 from .own_words import words_and_facts
@@ -82,8 +82,8 @@ def apply_kdpo_to_model(
         tok: its tokenizer; neither its padding side nor anything else of it is changed.
         requests: ``[{"prompt": str, "target_new": str}, ...]``, edited in this order; ``"rephrases"``, a list of other
             prompts for the same target, is trained too; ``"subject"``, a part of the prompt, is needed where
-            ``subject_layers``, ``own_words``, ``own_facts`` or ``own_namesakes`` is set; with ``"own_words"``, such as
-            a trace has, none are sought for a request; other keys are ignored.
+            ``subject_layers``, ``own_words``, ``own_openings``, ``own_facts`` or ``own_namesakes`` is set; with
+            ``"own_words"``, such as a trace has, none are sought for a request; other keys are ignored.
         hparams: settings. With ``ledger`` set, a call that succeeds is journaled there (:meth:`EditLedger.edit`).
         copy: edit and return a deep copy instead.
         return_orig_weights: also return the edited matrices as they were.
@@ -123,9 +123,10 @@ def edit(
     spared = preconditioners(model, tok, weights, hparams)
     earlier = EarlierEdits.of(model, weights) if hparams.replay else None
     facts: list[list[EditTokens]] = [[] for _ in edits]
-    if any(own := (hparams.own_words, hparams.own_facts, hparams.own_namesakes)):
+    own = {key.removeprefix("own_"): getattr(hparams, key) for key in OWN}
+    if any(own.values()):
         kept = [] if earlier is None else [one.tokens for one in earlier.kept]
-        requests, facts = words_and_facts(model, tok, requests, edits, *own, earlier=kept)
+        requests, facts = words_and_facts(model, tok, requests, edits, **own, earlier=kept)
         edits = tokenize(tok, requests, append_eos=hparams.append_eos, with_subject=True)
     if copy:
         model = copying.deepcopy(model)
@@ -160,10 +161,10 @@ def optimise(
     """Optimise ``weights`` in place until the model answers each prompt of ``edits`` with its chosen answer.
 
     One edit is the paper's procedure. Several share the optimiser and its steps, in mini-batches; those that are won
-    are skipped for the cycle and looked at again in the next. Whenever all are won, some of the ``earlier`` edits are
-    looked at, and those that were harmed join them. ``edits`` are then added to the earlier ones. ``spared``: a
-    preconditioner for each matrix, or none at all. ``facts``: answers that the model gives and is to keep, if that can
-    be had within half the cycles.
+    are skipped for the cycle and looked at again in the next. Whenever all are won, ``facts`` are looked at, answers
+    that the model gives and is to keep, if that can be had within half the cycles. When these hold, some of the
+    ``earlier`` edits are looked at, and those that were harmed join ``edits``, which are added to the earlier ones in
+    the end. ``spared``: a preconditioner for each matrix, or none at all.
     """
     if earlier is None and facts:
         earlier = EarlierEdits()
@@ -174,19 +175,18 @@ def optimise(
     traces = [EditTrace() for _ in (edits if review is None else review.kept)]
 
     with sparing(suffix, weights, spared, inside=batches[0][0].captured.inner is not None) as adapted:
-        keep = hparams.objective == "dpo" or hparams.update_scale != 1.0
+        keep = hparams.objective == "dpo" or hparams.update_scale != 1.0 or hparams.shrink > 0
         start = {name: w.detach().clone() for name, w in weights.items()} if keep else {}
         optimizer = make_optimizer(list(weights.values()), hparams)
         active = list(batches)
         if spared:
             active = [[replace(b, captured=adapted(b.captured)) for b in some] for some in batches]
-        held = [] if review is None else review.facts(adapted)
         for number in range(hparams.cycles):
-            if 2 * number >= hparams.cycles:
-                held = []  # what cannot be held beside the edits by now is given up
             if number > 0:
-                look([*active, *held], graph=alone)
-            rounds: Sequence[Sequence[Round | OwnAnswerRound]] = unfinished([*active, *held])
+                look(active, graph=alone)
+            rounds: Sequence[Sequence[Round | OwnAnswerRound]] = unfinished(active)
+            if not rounds and review is not None and 2 * number < hparams.cycles:
+                rounds = unfinished(review.facts(adapted))
             if not rounds and review is not None:
                 harmed = review.harmed(active, adapted)
                 active += harmed
@@ -200,6 +200,8 @@ def optimise(
                 going = [steps for steps in going if steps.take(use_first=alone and step == 0)]
             for current in chain(*rounds):
                 _record(current, traces, hparams)
+            if hparams.shrink and number < hparams.shrink_cycles:
+                optimizer.pull(hparams.shrink, start.values())
         if hparams.update_scale != 1.0:
             with torch.no_grad():
                 for name, w in weights.items():

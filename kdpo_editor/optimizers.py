@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -45,9 +45,19 @@ class Optimizer(ABC):
             self._move([g.to(m.dtype) for g, m in zip(gradients, self.masters, strict=True)], loss.detach(), skip)
             for master, (low, high) in zip(self.masters, self.bounds, strict=False):
                 master.clamp_(low, high)
-            for weight, master in zip(self.weights, self.masters, strict=True):
-                if weight is not master:
-                    weight.copy_(master)
+            self._round()
+
+    @torch.no_grad()
+    def pull(self, share: float, towards: Iterable[Tensor]) -> None:
+        """Move each weight, of any shape, by ``share`` of the way to what it was some time."""
+        for master, weight in zip(self.masters, towards, strict=True):
+            master.lerp_(weight.to(master.dtype), share)
+        self._round()
+
+    def _round(self) -> None:
+        for weight, master in zip(self.weights, self.masters, strict=True):
+            if weight is not master:
+                weight.copy_(master)
 
     @abstractmethod
     def _move(self, gradients: Sequence[Tensor], loss: Tensor, skip: Tensor | None) -> None:

@@ -11,6 +11,7 @@ from torch import nn
 
 from kdpo_editor import HyperParamsError, edit
 from kdpo_editor.optimizers import Adam, Optimizer, Polyak
+from kdpo_editor.testbed import load_model, load_records
 
 
 def matrices(dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
@@ -94,6 +95,40 @@ def test_small_steps_add_up_in_half_precision() -> None:
         optimizer.step(linear(weights))
     # Each step is far below what bf16 tells apart; together they take 3% off.
     assert linear(weights).item() == pytest.approx(first * (1 - 1e-4) ** 300, rel=0.01)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_are_pulled_back_in_full_precision(dtype: torch.dtype) -> None:
+    weights = matrices(dtype)
+    start = [w.detach().clone() for w in weights]
+    optimizer = Polyak(weights, None, 1.0)
+    optimizer.step(linear(weights))
+    after = [m.detach().clone() for m in optimizer.masters]
+    optimizer.pull(0.25, start)
+    for weight, master, was, began in zip(weights, optimizer.masters, after, start, strict=True):
+        torch.testing.assert_close(master.detach(), 0.75 * was + 0.25 * began.float())
+        assert torch.equal(weight.detach(), master.detach().to(dtype))
+
+
+@pytest.mark.parametrize("options", [{}, {"schedule": "breadth_first", "preserve": 10.0, "preserve_text": "shipped"}])
+def test_an_edit_that_is_shrunk_is_won_by_less_change(settings: Any, options: dict[str, Any]) -> None:
+    model, tok = load_model()
+    requests = [{key: record[key] for key in ("prompt", "target_new")} for record in load_records()[:6]]
+    change = {}
+    for share in (0.0, 0.3):
+        hparams = settings(optimizer="polyak", lr=1.5, objective="margin", margin=2.0, shrink=share, **options)
+        edited, originals, traces = edit(model, tok, requests, hparams, copy=True)
+        assert all(trace.converged for trace in traces)
+        change[share] = (edited.get_parameter(PARAMETER) - originals[PARAMETER]).norm().item()
+    assert change[0.3] < 0.95 * change[0.0]
+
+
+def test_what_shrinking_cannot_be_is_named(settings: Any) -> None:
+    with pytest.raises(HyperParamsError, match=r"shrink: 1.0 is not allowed; it must be at least 0 and less than 1"):
+        settings(shrink=1.0)
+    with pytest.raises(HyperParamsError, match=r"shrink_cycles: 3 is not allowed; it must be less than cycles, 3"):
+        settings(shrink=0.3, cycles=3)
+    settings(cycles=3)
 
 
 @pytest.mark.parametrize("layers", [[4], [3, 4]])

@@ -20,6 +20,7 @@ from kdpo_editor import (
     apply_kdpo_to_model,
     edit,
     kdpo,
+    own_texts,
     own_words,
 )
 from kdpo_editor.answers import says_target
@@ -56,17 +57,18 @@ def make(settings: Callable[..., KDPOHyperParams]) -> Callable[..., KDPOHyperPar
 
 def found(model: Any, tok: Any, requests: list[dict[str, Any]], most: int = 5, **known: Any) -> list[list[str]]:
     edits = tokenize(tok, requests, with_subject=True)
-    return [r["own_words"] for r in own_words.words_and_facts(model, tok, requests, edits, most, 0, **known)[0]]
+    complete, _ = own_words.words_and_facts(model, tok, requests, edits, words=most, **known)
+    return [r["own_words"] for r in complete]
 
 
 def facts_of(model: Any, tok: Any, requests: list[dict[str, Any]], most: int = 5) -> list[list[EditTokens]]:
     edits = tokenize(tok, requests, with_subject=True)
-    return own_words.words_and_facts(model, tok, requests, edits, 0, most)[1]
+    return own_words.words_and_facts(model, tok, requests, edits, facts=most)[1]
 
 
 def namesakes_of(model: Any, tok: Any, requests: list[dict[str, Any]], most: int = 3) -> list[list[EditTokens]]:
     edits = tokenize(tok, requests, with_subject=True)
-    complete, held = own_words.words_and_facts(model, tok, requests, edits, 0, 0, most)
+    complete, held = own_words.words_and_facts(model, tok, requests, edits, namesakes=most)
     assert complete == requests, "words were not asked for"
     return held
 
@@ -209,7 +211,7 @@ def test_facts_are_what_else_the_model_says_of_the_subject(shipped: Any, request
             assert tok.decode(fact.prompt[slice(*fact.subject)]).strip() == request["subject"]
             assert text != request["subject"]
             assert greedy(model, tok, text, len(fact.chosen)) == said
-            assert lead(model, fact) >= own_words.LEAD - 1e-4
+            assert lead(model, fact) >= own_texts.LEAD - 1e-4
             assert not said.startswith(answer)
     assert [len(facts) for facts in facts_of(model, tok, requests, 1)] == [1] * len(requests)
 
@@ -251,7 +253,7 @@ def test_facts_of_namesakes_are_what_the_model_says_of_others_whose_names_begin_
             text = tok.decode([*fact.prompt, *fact.chosen])
             assert text.startswith(beginning)
             assert request["subject"] not in text
-            assert lead(model, fact) >= own_words.LEAD - 1e-4
+            assert lead(model, fact) >= own_texts.LEAD - 1e-4
             assert fact.subject == (0, len(fact.prompt))
     assert [len(facts) for facts in namesakes_of(model, tok, requests, 1)] == [1] * 3
 
@@ -343,7 +345,7 @@ def test_given_words_are_trained_and_none_are_sought(
         raise AssertionError("written")
 
     twice, _, _ = edit(model, tok, requests[:1], make(), copy=True)
-    monkeypatch.setattr(own_words, "write", refuse)
+    monkeypatch.setattr(own_texts, "write", refuse)
     given: list[dict[str, Any]] = [{**requests[0], "own_words": trace.own_words}]
     again, _, (second,) = edit(model, tok, given, make(), copy=True)
     assert second.own_words == trace.own_words

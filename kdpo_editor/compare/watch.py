@@ -50,7 +50,7 @@ def watch(model: nn.Module, tok: Any, request: Mapping[str, Any], hparams: KDPOH
     Keeps the logits of the answer's positions in main memory until the end, ``T x V`` fp32 numbers a step.
 
     Raises what :func:`kdpo_editor.edit` raises; :class:`~kdpo_editor.errors.HyperParamsError` where ``objective`` is
-    "dpo", whose negatives have a context of their own, where ``own_words``, ``own_facts`` or ``own_namesakes`` is set,
+    "dpo", whose negatives have a context of their own, where the model is to write something itself (``own_words``),
     and where ``preserve`` or ``preserve_outputs`` is, during which the matrix holds something else;
     :class:`~kdpo_editor.errors.RequestError` where the request has ``rephrases``, and where the model gives its target
     already.
