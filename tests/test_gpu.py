@@ -88,7 +88,7 @@ def test_a_shipped_recipe_edits_on_a_gpu(recipe: str, dtype: torch.dtype) -> Non
 def test_own_words_and_facts_are_found_on_a_gpu_and_the_random_state_stays() -> None:
     model, tok = load_model("cuda")
     hparams = KDPOHyperParams.from_hparams(settings_folder() / "KDPO-L-BF" / "kdpo-llama-knowedit")
-    hparams = KDPOHyperParams(**{**hparams.to_dict(), "own_words": 2, "own_facts": 2})
+    hparams = KDPOHyperParams(**{**hparams.to_dict(), "own_words": 2, "own_openings": 1, "own_facts": 2})
     before = torch.cuda.get_rng_state()
     _, _, traces = edit(model, tok, some_requests(8), hparams)
     assert all(trace.converged for trace in traces)
