@@ -10,7 +10,8 @@ text alike. With second moments over text such as the model usually sees, ``C = 
 so that what an update does to common inputs is damped and what it does to rare ones, such as an edited subject's, is
 not; and that outputs move rather in directions which few predictions hang on. ``D`` is trained in the matrix's place,
 with ``P k`` for input and ``Q`` on its output, and what ``W_0`` makes of ``k`` is added; for the first edited matrix
-``P k`` and ``W_0 k`` are known before the first step, so steps cost what they cost without, but for ``Q``.
+``P k`` and ``W_0 k`` are known before the first step, so steps cost what they cost without, but for ``Q``. For others
+``W`` itself is made where there are many tokens.
 
 This is a Kronecker-factored natural gradient (Martens and Grosse 2015), its input side for the purpose that MEMIT's
 ``C_0`` (Meng et al. 2023, eq. 14) and AlphaEdit's projection (Fang et al. 2025) serve in closed form.
@@ -178,9 +179,23 @@ def _after(module: nn.Module, spared: Preconditioner) -> Callable[[Tensor], Tens
 
 
 def _with_start(module: nn.Module, spared: Preconditioner, start: Tensor) -> Callable[[Tensor], Tensor]:
-    """What ``W_0 + Q D P`` makes of an input, where ``module`` holds ``D``."""
+    """What ``W_0 + Q D P`` makes of an input, where ``module`` holds ``D``.
+
+    For more tokens than it has outputs that matrix itself is made, which takes less than ``P k`` of each; not in half
+    precision, in which it would lose small changes.
+    """
     forward = _after(module, spared)
-    return lambda inputs: forward(spared.before(inputs)) + spared.product(inputs, start)
+    weight, bias = module.weight, getattr(module, "bias", None)
+    assert isinstance(weight, Tensor)
+    whole = start.dtype in (torch.float32, torch.float64)
+
+    def with_start(inputs: Tensor) -> Tensor:
+        if not whole or inputs.numel() <= start.numel():
+            return forward(spared.before(inputs)) + spared.product(inputs, start)
+        output = spared.product(inputs, start + spared.change(weight))
+        return output if bias is None else output + bias
+
+    return with_start
 
 
 # By model, with a matrix's name, its side and the text's name. They stay when the model is edited.

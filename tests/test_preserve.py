@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 from conftest import PARAMETER, REQUEST, assert_same, load, state
+from transformers.pytorch_utils import Conv1D
 
 from kdpo_editor import EditLedger, HyperParamsError, ModelError, apply_kdpo_to_model, edit
 from kdpo_editor.answers import says_target
-from kdpo_editor.preserve import Preconditioner, Spectrum, lead_moments, second_moments, spectra
+from kdpo_editor.preserve import Preconditioner, Spectrum, _with_start, lead_moments, second_moments, spectra
 
 SPARE = {"preserve": 10.0, "lr": 3e-3, "margin": 1.0}
 SECOND = {"prompt": "Who was Julius Petersen's doctoral advisor?", "target_new": "Hans Hansen"}
@@ -74,6 +75,26 @@ def test_an_update_is_damped_on_both_sides_however_its_matrix_is_stored() -> Non
     torch.testing.assert_close(outputs(plain.product(plain.before(keys), update)), keys @ expected.T)
     torch.testing.assert_close(Preconditioner(inputs, None, False).change(update), inputs(update))
     torch.testing.assert_close(Preconditioner(None, outputs, False).change(update), outputs(update.T).T)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_of_many_tokens_a_matrix_makes_what_it_makes_of_few(transposed: bool, bias: bool) -> None:
+    inputs, outputs = (Spectrum.of(moments(width)).damping(3.0, matrix(1)) for width in (12, 5))
+    module: Any = Conv1D(5, 12) if transposed else torch.nn.Linear(12, 5, bias=bias)
+    with torch.no_grad():
+        module.weight.copy_(matrix(*module.weight.shape))
+        if module.bias is not None:
+            module.bias.copy_(matrix(5))
+    start = torch.randn(module.weight.shape, generator=torch.Generator().manual_seed(3))
+    forward = _with_start(module, Preconditioner(inputs, outputs, transposed), start)
+    keys = torch.randn(4, 3, 12, generator=torch.Generator().manual_seed(2))
+    for chosen in (slice(0, 4), slice(0, 1)):  # twelve tokens and three; the matrix has five outputs
+        many = forward(keys[chosen])
+        few = torch.stack([forward(row) for row in keys[chosen].flatten(0, 1)]).view_as(many)
+        torch.testing.assert_close(many, few)
+        gradients = [torch.autograd.grad(made.square().sum(), module.weight)[0] for made in (many, few)]
+        torch.testing.assert_close(*gradients)
 
 
 def test_equal_moments_change_nothing() -> None:
