@@ -5,6 +5,7 @@ from __future__ import annotations
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from typing import Any, TypeVar
 
 import torch
@@ -105,18 +106,14 @@ def answers(model: nn.Module, tok: Any, prompts: Sequence[Tensor]) -> list[list[
     """What the model says to each prompt, ``[P]`` int64, up to a mark, or its end, or the last token that is read;
     nothing where it has no room for these."""
     answers: list[list[int]] = [[] for _ in prompts]
-    for members in alike(prompts, ROWS):
-        if len(prompts[members[0]]) + ANSWER > room(model):
-            continue
-        rows = write(model, tok, torch.stack([prompts[i] for i in members]), ANSWER, greedy=True)
-        for i, row in zip(members, rows, strict=True):
-            start = len(prompts[i])
-            for token in until_end(tok, row, start)[start:]:
-                text = tok.decode([token])
-                marks = [unicodedata.category(c).startswith("P") for c in text.strip()]
-                if "\n" in text or (marks and all(marks)):
-                    break
-                answers[i].append(token)
+    written = texts_after(model, tok, prompts, 1, ANSWER, greedy=True)
+    for answer, prompt, texts in zip(answers, prompts, written, strict=True):
+        for token in chain(*(ids[len(prompt) :] for ids, _, _ in texts)):
+            text = tok.decode([token])
+            marks = [unicodedata.category(c).startswith("P") for c in text.strip()]
+            if "\n" in text or (marks and all(marks)):
+                break
+            answer.append(token)
     return answers
 
 
