@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
-
 import torch
 from torch import Tensor, nn
 
 from .batches import Batch
 from .hparams import KDPOHyperParams
+from .models import cache_name
 from .objectives import answer_logps, dpo_loss
 from .suffix import Captured, Suffix
 from .weights import restore
@@ -66,8 +65,7 @@ def greedy(model: nn.Module, prompt: Tensor, length: int) -> Tensor:
     Returns:
         ``[length]`` int64, on the same device.
     """
-    # transformers 5.24 calls it by the first name, those before by the second.
-    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    name = cache_name(model)
     step, cache, answer = prompt.unsqueeze(0), None, []
     for _ in range(length):
         output = model(input_ids=step, use_cache=True, return_dict=True, **{name: cache})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from math import inf
 from typing import Any
@@ -72,3 +73,9 @@ def load(
 def room(model: nn.Module) -> float:
     """The most tokens that ``model`` takes; infinite where its configuration does not say."""
     return getattr(model.config, "max_position_embeddings", None) or inf
+
+
+def cache_name(model: nn.Module) -> str:
+    """What ``model``'s forward, and its output, call what is kept of the tokens so far."""
+    # transformers 5.24 calls it by the first name, those before by the second.
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"

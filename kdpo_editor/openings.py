@@ -58,8 +58,8 @@ def openings(
     starts = [torch.tensor(token_ids(tok, f"{opening} {subjects[i]}")) for i, opening in tried]
     found: list[list[str]] = [[] for _ in requests]
     written = texts_after(model, tok, starts, 1, BEHIND, greedy=True)
-    for (i, _), start, texts in zip(tried, starts, written, strict=True):
-        asked = [ids for text in texts if (ids := asking(text, len(start), answers[i])) is not None]
+    for (i, _), texts in zip(tried, written, strict=True):
+        asked = [ids for text in texts if (ids := asking(text, answers[i])) is not None]
         new = [tok.decode(ids, skip_special_tokens=True) for ids in asked]
         found[i] += [text for text in new if subjects[i] in text and not text.startswith(subjects[i])]
     return [[*dict.fromkeys(texts)] for texts in found]
@@ -69,8 +69,8 @@ def _names_by_answer(model: nn.Module, tok: Any, said: Sequence[str]) -> dict[in
     """For each token that a text ends with, the openings of such texts, and of each the words that follow it there."""
     starts = [torch.tensor(token_ids(tok, text)) for text in said] * -(-TEXTS // (DRAWS * len(said)))
     ended: list[tuple[list[str], list[int]]] = []
-    for start, texts in zip(starts, texts_after(model, tok, starts, DRAWS, LENGTH, apart=True), strict=True):
-        new = [ids[len(start) :] for ids, choices, _ in texts if len(ids) - len(start) < len(choices)]
+    for texts in texts_after(model, tok, starts, DRAWS, LENGTH, apart=True):
+        new = [text.new for text in texts if text.ended]
         ended += [(tok.decode(ids, skip_special_tokens=True).split(), ids[-LAST:]) for ids in new]
     divided = [[(" ".join(words[:n]), words[n], last) for n in range(1, len(words))] for words, last in ended]
     following: dict[str, list[str]] = defaultdict(list)

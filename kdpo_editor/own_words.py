@@ -130,13 +130,13 @@ def _of_subjects(
     before = len(token_ids(tok, ""))
     found = [Own() for _ in requests]
     written = texts_after(model, tok, starts, DRAWS, LENGTH)
-    for own, request, start, answer, texts in zip(found, requests, map(len, starts), answers, written, strict=True):
-        asked = often_first(asking(text, start, answer) for text in texts)
+    for own, request, start, answer, texts in zip(found, requests, starts, answers, written, strict=True):
+        asked = often_first(asking(text, answer) for text in texts)
         words = dict.fromkeys(tok.decode(ids, skip_special_tokens=True) for ids in asked)
         own.words = [text for text in words if text.startswith(request["subject"].strip())]
         if all(of := edited[request["subject"]]):
-            others = [text for text in texts if not any(asking(text, start, one) for one in of)]
-            own.facts = [replace(fact, subject=(before, start)) for fact in facts_of(others, start)]
+            others = [text for text in texts if not any(asking(text, one) for one in of)]
+            own.facts = [replace(fact, subject=(before, len(start))) for fact in facts_of(others)]
     return found
 
 
@@ -152,9 +152,9 @@ def _of_namesakes(model: nn.Module, tok: Any, requests: Sequence[Mapping[str, An
     some = [i for i, start in enumerate(starts) if len(start) > before]
     written = texts_after(model, tok, [starts[i] for i in some], NAMESAKE_DRAWS, NAMESAKE_LENGTH)
     for i, texts in zip(some, written, strict=True):
-        said = [tok.decode(ids, skip_special_tokens=True) for ids, _, _ in texts]
+        said = [tok.decode(text.ids, skip_special_tokens=True) for text in texts]
         others = [text for text, of in zip(texts, said, strict=True) if not any(subject in of for subject in subjects)]
-        found[i] = [replace(fact, subject=(before, len(fact.prompt))) for fact in facts_of(others, len(starts[i]))]
+        found[i] = [replace(fact, subject=(before, len(fact.prompt))) for fact in facts_of(others)]
     return found
 
 

@@ -37,7 +37,7 @@ from .hparams import KDPOHyperParams
 from .patches import forward_is
 from .suffix import Captured, Suffix
 from .weights import as_found, only_training
-from .writing import until_end, write
+from .writing import write
 
 # Lines of a text that are read, and tokens of each.
 LINES = 4096
@@ -296,10 +296,9 @@ def _own_texts(model: nn.Module, tok: Any) -> list[Tensor]:
     start = tok.eos_token_id if tok.bos_token_id is None else tok.bos_token_id
     if start is None:
         raise ModelError("preserve: the tokenizer has neither a begin nor an end token; name a preserve_text")
-    first = torch.full((ROWS, 1), start)
-    written = [row for seed in range(TEXTS // ROWS) for row in write(model, tok, first, LENGTH, seed=seed)]
-    texts = [row[: len(until_end(tok, row, 1))] for row in written]
-    return [text for text in texts if len(text) > 1]
+    first = torch.tensor([[start]])
+    texts = [text for seed in range(TEXTS // ROWS) for text in write(model, tok, first, LENGTH, draws=ROWS, seed=seed)]
+    return [torch.tensor(text.ids) for text in texts if text.new]
 
 
 @torch.no_grad()

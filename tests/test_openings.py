@@ -13,10 +13,11 @@ from kdpo_editor import HyperParamsError, KDPOHyperParams, RequestError, edit, o
 from kdpo_editor.answers import says_target
 from kdpo_editor.own_words import words_and_facts
 from kdpo_editor.requests import token_ids, tokenize
+from kdpo_editor.writing import Written
 
 __all__ = ["make", "requests", "shipped"]  # fixtures
 
-Write = Callable[..., list[list[own_texts.Written]]]
+Write = Callable[..., list[list[Written]]]
 
 
 @pytest.fixture(autouse=True)
@@ -32,13 +33,14 @@ def found(model: Any, tok: Any, requests: list[dict[str, Any]], most: int = 3, *
 def writing(tok: Any, texts: list[str]) -> Write:
     """In place of ``texts_after``: these, where any are to be drawn."""
 
-    def write(*arguments: Any, apart: bool = False, **options: Any) -> list[list[own_texts.Written]]:
+    def write(*arguments: Any, apart: bool = False, **options: Any) -> list[list[Written]]:
         if not apart:
             return own_texts.texts_after(*arguments, **options)
         starts = arguments[2]
         ids = [token_ids(tok, f" {text}") for text in texts]
         most = 1 + max(map(len, ids))
-        first = [([*starts[0].tolist(), *new], [0] * most, [0.0] * most) for new in ids]
+        before = starts[0].tolist()
+        first = [Written([*before, *new], len(before), [0] * most, [0.0] * most) for new in ids]
         return [first, *([] for _ in starts[1:])]
 
     return write

@@ -28,7 +28,7 @@ from kdpo_editor.earlier import FACT, EarlierEdits
 from kdpo_editor.objectives import standing
 from kdpo_editor.requests import EditTokens, token_ids, tokenize
 from kdpo_editor.testbed import load_model, load_records
-from kdpo_editor.writing import until_end, write
+from kdpo_editor.writing import write
 
 LAYER = 3
 MARGIN = {"objective": "margin", "margin": 1.0, "optimizer": "polyak", "lr": 1.5, "stop_loss": 1e-4}
@@ -109,28 +109,21 @@ def greedy(model: Any, tok: Any, prompt: str, length: int = 8) -> str:
 def test_what_is_written_is_the_same_each_time_and_leaves_no_trace(llama: Any) -> None:
     model, tok = llama
     model.train()
-    starts = torch.tensor([token_ids(tok, "What")] * 4)
+    start = token_ids(tok, "What")
+    starts = torch.tensor([start])
     torch.manual_seed(5)
-    first = write(model, tok, starts, 8)
+    first = write(model, tok, starts, 8, draws=4)
     after = torch.rand(1)
     torch.manual_seed(5)
     assert torch.equal(after, torch.rand(1)), "the caller's random state"
     assert all(module.training for module in model.modules())
-    assert torch.equal(first, write(model, tok, starts, 8))
-    assert not torch.equal(first, write(model, tok, starts, 8, seed=1))
-    assert len({tuple(row) for row in first.tolist()}) > 1
-    assert torch.equal(first[:, : starts.shape[1]], starts)
-
-
-def test_a_greedy_text_is_the_models_first_choice_and_each_token_is_noted(llama: Any) -> None:
-    model, tok = llama
-    prompt = "What species is ZIC3 specific to?"
-    ids = torch.tensor([token_ids(tok, prompt)])
-    noted: list[int] = []
-    text = write(model, tok, ids, 6, greedy=True, noting=lambda _, logits: noted.append(int(logits.argmax())))
-    said = until_end(tok, text[0], ids.shape[1])[ids.shape[1] :]
-    assert tok.decode(said) == greedy(model, tok, prompt, 6)
-    assert noted[: len(said)] == said
+    assert first == write(model, tok, starts, 8, draws=4)
+    assert first != write(model, tok, starts, 8, draws=4, seed=1)
+    assert len({tuple(text.ids) for text in first}) > 1
+    for text in first:
+        assert text.ids[: text.start] == start
+        assert 1 <= len(text.choices) == len(text.leads) <= 8
+        assert text.ended == (len(text.new) < len(text.choices))
 
 
 def test_the_model_answers_its_own_words_as_it_does_the_prompt(shipped: Any, requests: list[dict[str, str]]) -> None:
