@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain
 from math import inf
@@ -21,7 +21,7 @@ PARTS = 4
 LEAST = 16
 
 
-@dataclass
+@dataclass(eq=False)
 class Batch:
     """``B`` edits, captured together.
 
@@ -55,40 +55,50 @@ class Batch:
         """Which edits do not win everywhere, ``[B]`` bool."""
         return ((self.negative != self.chosen) & self.mask).any(-1)
 
-    def remaining(self) -> Round | None:
-        """The edits whose new answer does not win everywhere, with their negatives; ``None`` if all do."""
+    def remaining(self) -> Batch | None:
+        """The edits whose new answer does not win everywhere, as a batch of their own; ``None`` if all do."""
         lost = self.losing
         if not lost.any():
             return None
-        hidden, rejected, chosen, mask = self.hidden, self.negative, self.chosen, self.mask
-        captured, reference, members = self.captured, self.reference, self.members
-        if not lost.all():
-            rows = lost.nonzero().flatten()
-            captured = captured.rows(rows)
-            hidden, reference = (states[rows.to(states.device)] for states in (hidden, reference))
-            rejected, chosen, mask = rejected[rows], chosen[rows], mask[rows]
-            members = [members[i] for i in rows.tolist()]
-        pair = torch.stack([chosen, rejected], -1)
-        return Round(self.suffix, members, captured, hidden, reference, pair, mask, self.margin)
+        if lost.all():
+            return self
+        rows = lost.nonzero().flatten()
+        hidden, reference = (states[rows.to(states.device)] for states in (self.hidden, self.reference))
+        mask = self.mask[rows]
+        return replace(
+            self,
+            members=[self.members[i] for i in rows.tolist()],
+            captured=self.captured.rows(rows),
+            chosen=self.chosen[rows],
+            mask=mask,
+            hidden=hidden,
+            reference=reference,
+            real=mask.flatten().nonzero().flatten(),
+            negative=self.negative[rows],
+            lead=self.lead[rows],
+        )
 
 
 @dataclass
 class Round:
-    """One cycle's work on the unfinished edits of a batch.
+    """One cycle's work on ``batch``, of unfinished edits only.
 
-    ``hidden`` and ``reference`` ``[B, T, D]``: as in :class:`Batch`. ``pair`` ``[B, T, 2]``: chosen and rejected
-    tokens. ``margin``: logits that objective "margin" asks for. ``history``: the losses ``[B]`` of each step so far.
+    ``pair`` ``[B, T, 2]``: chosen and rejected tokens. ``history``: the losses ``[B]`` of each step so far.
     """
 
-    suffix: Suffix
-    members: list[int]
-    captured: Captured
-    hidden: Tensor
-    reference: Tensor
+    batch: Batch
     pair: Tensor
-    mask: Tensor
-    margin: float
     history: list[Tensor] = field(default_factory=list)
+
+    @property
+    def suffix(self) -> Suffix:
+        """Where the batch was captured."""
+        return self.batch.suffix
+
+    @property
+    def members(self) -> list[int]:
+        """The position of each edit in the list of edits."""
+        return self.batch.members
 
     @cached_property
     def head_rows(self) -> HeadRows | None:
@@ -99,30 +109,31 @@ class Round:
     def reference_pairs(self) -> Tensor:
         """``[B, T, 2]``: the reference's logits of ``pair``."""
         with torch.no_grad():
-            return self._pairs(self.reference)
+            return self._pairs(self.batch.reference)
 
     @cached_property
     def lost(self) -> Tensor:
         """``[B, T]``: the positions that are not won yet."""
-        return self.mask & (self.pair[..., 0] != self.pair[..., 1])
+        return self.batch.mask & (self.pair[..., 0] != self.pair[..., 1])
 
     @property
     def negatives(self) -> list[list[int]]:
         """The rejected answers, without padding."""
-        return [row[kept].tolist() for row, kept in zip(self.pair[..., 1], self.mask, strict=True)]
+        return [row[kept].tolist() for row, kept in zip(self.pair[..., 1], self.batch.mask, strict=True)]
 
     def losses(self, hparams: KDPOHyperParams, use_first: bool) -> Tensor:
         """The loss of each edit, ``[B]``; ``use_first`` takes the hidden states that the negatives were read from."""
-        hidden = self.hidden if use_first else self.suffix.replay(self.captured)
+        batch = self.batch
+        hidden = batch.hidden if use_first else self.suffix.replay(batch.captured)
         if hparams.objective == "ce":
-            return ce_loss(self.suffix.logits(hidden).to(self.pair.device), self.pair[..., 0], self.mask)
+            return ce_loss(self.suffix.logits(hidden).to(self.pair.device), self.pair[..., 0], batch.mask)
         pairs = self._pairs(hidden)
         if hparams.objective == "margin":
-            return margin_loss(pairs, self.margin, self.lost)
+            return margin_loss(pairs, batch.margin, self.lost)
         if hparams.objective == "kdpo_token":
             return kdpo_token_loss(pairs, self.reference_pairs, hparams.beta, self.lost)
         loss = ipo_loss if hparams.objective == "ipo" else kdpo_loss
-        return loss(pairs, self.reference_pairs, hparams.beta, self.mask)
+        return loss(pairs, self.reference_pairs, hparams.beta, batch.mask)
 
     def _pairs(self, hidden: Tensor) -> Tensor:
         """Logits of ``pair``, ``[B, T, 2]``, of final hidden states ``[B, T, D]``."""
@@ -155,8 +166,12 @@ def look(batches: Sequence[Sequence[Batch]], graph: bool) -> None:
 
 def unfinished(batches: Sequence[Sequence[Batch]]) -> list[list[Round]]:
     """What remains to be done in each mini-batch, without those of which nothing does."""
+
+    def round_of(batch: Batch) -> Round:
+        return Round(batch, torch.stack([batch.chosen, batch.negative], -1))
+
     remaining = [[left for batch in some if (left := batch.remaining()) is not None] for some in batches]
-    return [rounds for rounds in remaining if rounds]
+    return [[round_of(batch) for batch in some] for some in remaining if some]
 
 
 def lost(batches: Sequence[Sequence[Batch]]) -> list[int]:

@@ -29,10 +29,11 @@ from .suffix import Arguments, Captured, Suffix, rows_of
 from .weights import find_matrices, only_training
 
 LOG = logging.getLogger(__name__)
-# Lengths are rounded up to a multiple of this, so that few shapes occur, and what blocks are called with is kept for
-# the last few.
+# Lengths are rounded up to a multiple of this, so that few occur, and what blocks are called with is kept for the last
+# few. It is taken from so many rows: a prime number, which hardly anything but rows is a multiple of.
 ROUND = 4
-SHAPES = 64
+LENGTHS = 64
+ROWS = 13
 # An earlier edit is trained again once it leads by less than this share of the margin, and then up to all of it.
 # Trained at every touch, some would be for each new edit.
 HELD = 0.5
@@ -72,7 +73,7 @@ class EarlierEdits:
         self.dropped = 0
         self.repaired = 0
         self._seen = 0
-        self._arguments: dict[tuple[int, int, torch.device], list[Arguments]] = {}
+        self._arguments: dict[tuple[int, torch.device], list[Arguments]] = {}
 
     @classmethod
     def of(cls, model: nn.Module, weights: dict[str, nn.Parameter]) -> EarlierEdits:
@@ -191,13 +192,12 @@ class EarlierEdits:
     def _stack(self, suffix: Suffix, edits: Sequence[Kept], positions: Tensor) -> Captured:
         """One capture of them all; what else blocks are told is the same for any tokens."""
         length = int(min(-(-max(len(one.hidden) for one in edits) // ROUND) * ROUND, room(suffix.model)))
-        # Taken from as many rows as a power of two.
-        shape = (1 << (len(edits) - 1).bit_length(), length, suffix.place)
-        if shape not in self._arguments:
-            if len(self._arguments) == SHAPES:
+        key = length, suffix.place
+        if key not in self._arguments:
+            if len(self._arguments) == LENGTHS:
                 del self._arguments[next(iter(self._arguments))]
-            anything = torch.zeros(shape[:2], dtype=torch.int64)
-            self._arguments[shape] = suffix.capture(anything, anything[:, :1])[0].arguments
+            anything = torch.zeros(ROWS, length, dtype=torch.int64)
+            self._arguments[key] = suffix.capture(anything, anything[:, :1])[0].arguments
 
         def stack(rows: list[Tensor]) -> Tensor:
             return torch.stack([nn.functional.pad(r.to(suffix.store), (0, 0, 0, length - len(r))) for r in rows])
@@ -205,7 +205,7 @@ class EarlierEdits:
         inner = [one.inner for one in edits if one.inner is not None]
         hidden = stack([one.hidden for one in edits])
         where = subjects([one.tokens for one in edits], suffix, length)
-        arguments = rows_of(self._arguments[shape], shape[0], torch.arange(len(edits)))
+        arguments = rows_of(self._arguments[key], ROWS, torch.zeros(len(edits), dtype=torch.int64))
         return Captured(hidden, stack(inner) if inner else None, arguments, positions, where)
 
 
@@ -229,7 +229,6 @@ class Review:
         self._facts = range(len(self.kept), len(self.kept) + len(facts))
         self.kept += earlier.capture(suffix, facts, hparams)
         self._looked: list[list[Batch]] = []
-        self._held: list[list[Batch]] = []
 
     def batches(self) -> list[list[Batch]]:
         """Mini-batches of the edits themselves."""
@@ -252,13 +251,8 @@ class Review:
         return self.earlier.batches(self.suffix, self.kept, self.hparams, again, adapted)
 
     def facts(self, adapted: Callable[[Captured], Captured]) -> list[list[Batch]]:
-        """Mini-batches of the facts as they stand, held by less. ``adapted``: see
-        :func:`~kdpo_editor.preserve.sparing`."""
-        if self._held:
-            look(self._held, graph=False)
-        else:
-            self._held = self.earlier.batches(self.suffix, self.kept, self.hparams, self._facts, adapted, FACT)
-        return self._held
+        """Mini-batches of the facts, held by less. ``adapted``: see :func:`~kdpo_editor.preserve.sparing`."""
+        return self.earlier.batches(self.suffix, self.kept, self.hparams, self._facts, adapted, FACT)
 
     def look(self) -> None:
         """Bring what is known of the earlier edits up to date with the weights."""

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from .ablation import OwnAnswerRound
-from .batches import Round, look, lost, make_batches, unfinished
+from .batches import Batch, Round, look, lost, make_batches, unfinished
 from .earlier import EarlierEdits, Review
 from .errors import EditDiverged, ModelError, RequestError
 from .hparams import OWN, KDPOHyperParams
@@ -39,6 +39,8 @@ LOG = logging.getLogger(__name__)
 # A matrix that changes by more than so many times its own norm is not edited but destroyed. Sixty edits of the shipped
 # model by KDPO-L make its matrices' norms grow by 7 to 26%.
 LARGEST = 10.0
+# Of so many edits those that are won are not looked at until the others are won too; a look at few is cheap.
+MANY = 16
 
 
 @dataclass
@@ -161,10 +163,10 @@ def optimise(
     """Optimise ``weights`` in place until the model answers each prompt of ``edits`` with its chosen answer.
 
     One edit is the paper's procedure. Several share the optimiser and its steps, in mini-batches; those that are won
-    are skipped for the cycle and looked at again in the next. Whenever all are won, ``facts`` are looked at, answers
-    that the model gives and is to keep, if that can be had within half the cycles. When these hold, some of the
-    ``earlier`` edits are looked at, and those that were harmed join ``edits``, which are added to the earlier ones in
-    the end. ``spared``: a preconditioner for each matrix, or none at all.
+    are skipped for the cycle and looked at again in the next, or, of many, once the others are won too. When all are
+    won, ``facts`` join them, answers that the model gives and is to keep, for half the cycles at most. When these hold
+    too, some of the ``earlier`` edits are looked at, and those that were harmed join ``edits``, which are added to the
+    earlier ones in the end. ``spared``: a preconditioner for each matrix, or none at all.
     """
     if earlier is None and facts:
         earlier = EarlierEdits()
@@ -181,16 +183,28 @@ def optimise(
         active = list(batches)
         if spared:
             active = [[replace(b, captured=adapted(b.captured)) for b in some] for some in batches]
+        looked = active
+        held: list[list[Batch]] | None = None
         for number in range(hparams.cycles):
+            if held and 2 * number >= hparams.cycles:
+                active = looked = [some for some in active if some not in held]
+                held = []
             if number > 0:
+                look(looked, graph=alone)
+            rounds: Sequence[Sequence[Round | OwnAnswerRound]] = unfinished(looked)
+            if not rounds and looked != active:
                 look(active, graph=alone)
-            rounds: Sequence[Sequence[Round | OwnAnswerRound]] = unfinished(active)
-            if not rounds and review is not None and 2 * number < hparams.cycles:
-                rounds = unfinished(review.facts(adapted))
+                rounds = unfinished(active)
+            if not rounds and review is not None and held is None and 2 * number < hparams.cycles:
+                held = review.facts(adapted)
+                active += held
+                rounds = unfinished(held)
             if not rounds and review is not None:
                 harmed = review.harmed(active, adapted)
                 active += harmed
                 rounds = unfinished(harmed)
+            if len(edits) >= MANY:
+                looked = [[current.batch for current in some] for some in rounds]
             if not rounds:
                 break
             if hparams.objective == "dpo":
@@ -202,6 +216,7 @@ def optimise(
                 _record(current, traces, hparams)
             if hparams.shrink and number < hparams.shrink_cycles:
                 optimizer.pull(hparams.shrink, start.values())
+                looked = active
         if hparams.update_scale != 1.0:
             with torch.no_grad():
                 for name, w in weights.items():

@@ -13,7 +13,8 @@ from conftest import PARAMETER, REQUEST, assert_same, load, state
 from tokenizers import processors
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from kdpo_editor import EditDiverged, apply_kdpo_to_model, edit
+from kdpo_editor import EditDiverged, apply_kdpo_to_model, edit, kdpo
+from kdpo_editor.batches import Batch
 from kdpo_editor.compare.memory import peak_bytes
 from kdpo_editor.objectives import competitors, dpo_loss, kdpo_loss, standing
 from kdpo_editor.optimizers import Adam
@@ -460,8 +461,35 @@ def test_a_won_edit_is_left_out_and_looked_at_again(llama: Any, settings: Any) -
     assert len(traces[1].cycles) >= 1
 
 
-def test_an_edit_that_held_at_first_is_trained_once_another_breaks_it(llama: Any, settings: Any) -> None:
+@pytest.mark.parametrize(("many", "last"), [(1, [1, 2]), (2, [1, 2]), (3, [2])])
+def test_of_many_those_that_are_won_wait_for_the_others(
+    llama: Any, settings: Any, monkeypatch: pytest.MonkeyPatch, many: int, last: list[int]
+) -> None:
     model, tok = llama
+    known = {**REQUEST, "target_new": answer(model, tok, {**REQUEST, "target_new": "human"})}
+    seen: list[int] = []
+    look = Batch.look
+
+    def counted(batch: Batch) -> None:
+        seen.append(len(batch.members))
+        look(batch)
+
+    monkeypatch.setattr(kdpo, "MANY", many)
+    monkeypatch.setattr(Batch, "look", counted)
+    hparams = settings(schedule="breadth_first", num_steps=1, stop_loss=0.0)
+    _, _, traces = edit(model, tok, [known, SECOND], hparams)
+    assert all(trace.converged for trace in traces)
+    cycles = len(traces[1].cycles)
+    assert cycles > 3
+    assert seen == last[:1] * cycles + last[1:]
+
+
+@pytest.mark.parametrize("many", [1, 16])
+def test_an_edit_that_held_at_first_is_trained_once_another_breaks_it(
+    llama: Any, settings: Any, monkeypatch: pytest.MonkeyPatch, many: int
+) -> None:
+    model, tok = llama
+    monkeypatch.setattr(kdpo, "MANY", many)
     near = {"prompt": "Which family does it belong to?", "target_new": "Aspidoceratidae"}
     hparams = settings(schedule="breadth_first", lr=3e-3)
     _, _, (known,) = edit(model, tok, [near], hparams)

@@ -263,9 +263,12 @@ def test_a_namesake_that_is_edited_too_is_not_held(shipped: Any) -> None:
         assert all(name not in tok.decode([*fact.prompt, *fact.chosen]) for fact in facts)
 
 
-@pytest.mark.parametrize("replay", [True, False])
-def test_facts_are_held(shipped: Any, make: Callable[..., KDPOHyperParams], replay: bool) -> None:
+@pytest.mark.parametrize(("replay", "many"), [(True, 16), (False, 16), (True, 1)])
+def test_facts_are_held(
+    shipped: Any, make: Callable[..., KDPOHyperParams], monkeypatch: pytest.MonkeyPatch, replay: bool, many: int
+) -> None:
     model, tok = shipped
+    monkeypatch.setattr(kdpo, "MANY", many)
     requests = some_requests(12)
     wide = {"layers": [0, LAYER], "subject_layers": [0], "margin": 2.0, "schedule": "breadth_first", "replay": replay}
     facts = [fact for some in facts_of(model, tok, requests, 3) for fact in some]
@@ -284,13 +287,16 @@ def test_namesakes_are_held(shipped: Any, make: Callable[..., KDPOHyperParams]) 
     assert_held(model, tok, requests, facts, make(**wide), make(own_namesakes=3, **wide))
 
 
+@pytest.mark.parametrize("many", [1, 16])
 def test_an_edit_comes_before_what_cannot_be_held_beside_it(
     shipped: Any,
     requests: list[dict[str, str]],
     make: Callable[..., KDPOHyperParams],
     monkeypatch: pytest.MonkeyPatch,
+    many: int,
 ) -> None:
     model, tok = shipped
+    monkeypatch.setattr(kdpo, "MANY", many)
     (request,) = requests[:1]
     ((against,),) = tokenize(tok, [{**request, "target_new": greedy(model, tok, request["prompt"]).strip()}])
     monkeypatch.setattr(kdpo, "words_and_facts", lambda *_, **__: ([request], [[against]]))

@@ -54,9 +54,9 @@ def test_a_step_reads_and_writes_the_same_memory_each_time(
 
     def memory() -> list[int]:
         (current,) = rounds
-        assert current.captured.inner is not None
+        assert current.batch.captured.inner is not None
         held = [weight, *optimizer.masters, *optimizer.means, *optimizer.squares, *optimizer.steps]
-        held += [current.captured.hidden, current.captured.inner, current.pair, current.mask]
+        held += [current.batch.captured.hidden, current.batch.captured.inner, current.pair, current.batch.mask]
         if options.get("objective") != "ce":
             assert current.head_rows is not None
             held += [current.head_rows.weight, current.lost, current.reference_pairs]

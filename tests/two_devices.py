@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -75,7 +76,7 @@ def check(name: str, layer: int, inside: bool) -> None:
     assert next(last.parameters()).device == torch.device(SECOND)
     assert suffix.head_rows(chosen.unsqueeze(-1)) is not None, "the head is not divided"
     pair = torch.stack([chosen, batch.negative], -1)
-    rows = Round(suffix, batch.members, captured.rows(ids[0, :3]), batch.hidden, batch.reference, pair, mask, 0.0)
+    rows = Round(replace(batch, captured=captured.rows(ids[0, :3])), pair)
     settings = {"model_name": name, "layers": [layer], "rewrite_module_tmp": "{}", "margin": 1.0}
     for objective in OBJECTIVES:
         if objective != "dpo":
