@@ -181,18 +181,26 @@ def _after(module: nn.Module, spared: Preconditioner) -> Callable[[Tensor], Tens
 def _with_start(module: nn.Module, spared: Preconditioner, start: Tensor) -> Callable[[Tensor], Tensor]:
     """What ``W_0 + Q D P`` makes of an input, where ``module`` holds ``D``.
 
-    For more tokens than it has outputs that matrix itself is made, which takes less than ``P k`` of each; not in half
-    precision, in which it would lose small changes.
+    For more tokens than it has outputs that matrix itself is made, once for each step, which takes less than ``P k`` of
+    each; not in half precision, in which it would lose small changes.
     """
     forward = _after(module, spared)
     weight, bias = module.weight, getattr(module, "bias", None)
     assert isinstance(weight, Tensor)
     whole = start.dtype in (torch.float32, torch.float64)
+    made: dict[tuple[int, bool], Tensor] = {}
+
+    def matrix() -> Tensor:
+        key = weight._version, torch.is_grad_enabled()
+        if key not in made:
+            made.clear()
+            made[key] = start + spared.change(weight)
+        return made[key]
 
     def with_start(inputs: Tensor) -> Tensor:
         if not whole or inputs.numel() <= start.numel():
             return forward(spared.before(inputs)) + spared.product(inputs, start)
-        output = spared.product(inputs, start + spared.change(weight))
+        output = spared.product(inputs, matrix())
         return output if bias is None else output + bias
 
     return with_start

@@ -68,16 +68,19 @@ def write(
                 use_cache=True,
                 **{name: past, **last},
             )
-            logits, past = output.logits[:, -1].float(), getattr(output, name, None)
+            logits = output.logits[:, -1].to(device, torch.float32)
+            past = getattr(output, name, None)
             past = past if isinstance(past, Cache) else None  # else all is read again
             if step == 0:
                 logits = logits.repeat_interleave(draws, 0)
                 odds = torch.ones_like(logits)
                 _select(past, [i // draws for i in going])
             (leading, second), (first, _) = (best.T for best in logits.topk(2))
-            # Drawn for all texts, those with an end too, so that none depends on when the others end.
-            odds[going] = logits.softmax(-1)
-            drawn = first if greedy else odds.multinomial(1).flatten()[going]
+            drawn = first
+            if not greedy:
+                # Drawn for all texts, those with an end too, so that none depends on when the others end.
+                odds[going] = logits.softmax(-1)
+                drawn = odds.multinomial(1).flatten()[going]
             kept = []
             for row, (token, choice, lead) in enumerate(
                 zip(drawn.tolist(), first.tolist(), (leading - second).tolist(), strict=True)

@@ -79,7 +79,9 @@ def test_an_update_is_damped_on_both_sides_however_its_matrix_is_stored() -> Non
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("transposed", [False, True])
-def test_of_many_tokens_a_matrix_makes_what_it_makes_of_few(transposed: bool, bias: bool) -> None:
+def test_of_many_tokens_a_matrix_makes_what_it_makes_of_few(
+    monkeypatch: pytest.MonkeyPatch, transposed: bool, bias: bool
+) -> None:
     inputs, outputs = (Spectrum.of(moments(width)).damping(3.0, matrix(1)) for width in (12, 5))
     module: Any = Conv1D(5, 12) if transposed else torch.nn.Linear(12, 5, bias=bias)
     with torch.no_grad():
@@ -89,12 +91,20 @@ def test_of_many_tokens_a_matrix_makes_what_it_makes_of_few(transposed: bool, bi
     start = torch.randn(module.weight.shape, generator=torch.Generator().manual_seed(3))
     forward = _with_start(module, Preconditioner(inputs, outputs, transposed), start)
     keys = torch.randn(4, 3, 12, generator=torch.Generator().manual_seed(2))
-    for chosen in (slice(0, 4), slice(0, 1)):  # twelve tokens and three; the matrix has five outputs
-        many = forward(keys[chosen])
-        few = torch.stack([forward(row) for row in keys[chosen].flatten(0, 1)]).view_as(many)
+    made: list[int] = []
+    change = Preconditioner.change
+    monkeypatch.setattr(Preconditioner, "change", lambda *args: made.append(1) or change(*args))
+    for step in (1, 2):
+        # Six tokens at a time, and each alone; the matrix has five outputs.
+        many = torch.cat([forward(keys[:2]), forward(keys[2:])])
+        few = torch.stack([forward(row) for row in keys.flatten(0, 1)]).view_as(many)
         torch.testing.assert_close(many, few)
-        gradients = [torch.autograd.grad(made.square().sum(), module.weight)[0] for made in (many, few)]
-        torch.testing.assert_close(*gradients)
+        gradients = [torch.autograd.grad(output.square().sum(), module.weight)[0] for output in (many, few)]
+        torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-4)
+        with torch.no_grad():
+            torch.testing.assert_close(forward(keys), many)
+            assert len(made) == 2 * step, "with gradient and without"
+            module.weight.sub_(0.01 * gradients[0])
 
 
 def test_equal_moments_change_nothing() -> None:
