@@ -183,8 +183,8 @@ def optimise(
         active = list(batches)
         if spared:
             active = [[replace(b, captured=adapted(b.captured)) for b in some] for some in batches]
-        looked = active
-        held: list[list[Batch]] | None = None
+        looked = active  # what the next cycle looks at
+        held: list[list[Batch]] | None = None  # the facts, once they have joined
         for number in range(hparams.cycles):
             if held and 2 * number >= hparams.cycles:
                 active = looked = [some for some in active if some not in held]

@@ -69,10 +69,10 @@ def asking(text: Written, answer: Sequence[int]) -> tuple[int, ...] | None:
 def _fact(text: Written) -> tuple[tuple[int, ...], tuple[int, ...]] | None:
     """A text that came to its end, divided where all that follows is what the model would say by all means; not right
     after its start."""
-    ids, start = text.ids, text.start
-    at = len(ids)
     if not text.ended:
         return None
+    ids, start = text.ids, text.start
+    at = len(ids)
     while at > start + 1 and ids[at - 1] == text.choices[at - 1 - start] and text.leads[at - 1 - start] >= LEAD:
         at -= 1
     return (tuple(ids[:at]), tuple(ids[at:])) if at < len(ids) else None
