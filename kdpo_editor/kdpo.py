@@ -39,8 +39,10 @@ LOG = logging.getLogger(__name__)
 # A matrix that changes by more than so many times its own norm is not edited but destroyed. Sixty edits of the shipped
 # model by KDPO-L make its matrices' norms grow by 7 to 26%.
 LARGEST = 10.0
-# Of so many edits those that are won are not looked at until the others are won too; a look at few is cheap.
+# Of so many edits those that are won are not looked at until the others are won too, or for this share of the cycles; a
+# look at few is cheap.
 MANY = 16
+UNSEEN = 0.25
 
 
 @dataclass
@@ -184,6 +186,7 @@ def optimise(
         if spared:
             active = [[replace(b, captured=adapted(b.captured)) for b in some] for some in batches]
         looked = active  # what the next cycle looks at
+        seen = 0  # the last that looked at all
         held: list[list[Batch]] | None = None  # the facts, once they have joined
         for number in range(hparams.cycles):
             if held and 2 * number >= hparams.cycles:
@@ -193,8 +196,9 @@ def optimise(
                 look(looked, graph=alone)
             rounds: Sequence[Sequence[Round | OwnAnswerRound]] = unfinished(looked)
             if not rounds and looked != active:
-                look(active, graph=alone)
-                rounds = unfinished(active)
+                looked = active
+                look(looked, graph=alone)
+                rounds = unfinished(looked)
             if not rounds and review is not None and held is None and 2 * number < hparams.cycles:
                 held = review.facts(adapted)
                 active += held
@@ -203,8 +207,12 @@ def optimise(
                 harmed = review.harmed(active, adapted)
                 active += harmed
                 rounds = unfinished(harmed)
-            if len(edits) >= MANY:
+            if looked == active:
+                seen = number
+            if len(edits) >= MANY and number + 1 - seen < UNSEEN * hparams.cycles:
                 looked = [[current.batch for current in some] for some in rounds]
+            else:
+                looked = active
             if not rounds:
                 break
             if hparams.objective == "dpo":

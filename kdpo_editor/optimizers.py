@@ -46,6 +46,8 @@ class Optimizer(ABC):
             for master, (low, high) in zip(self.masters, self.bounds, strict=False):
                 master.clamp_(low, high)
             self._round()
+            for weight in self.weights:
+                torch.autograd.graph.increment_version(weight)  # Adam's fused kernel does not
 
     @torch.no_grad()
     def pull(self, share: float, towards: Iterable[Tensor]) -> None:

@@ -476,12 +476,31 @@ def test_of_many_those_that_are_won_wait_for_the_others(
 
     monkeypatch.setattr(kdpo, "MANY", many)
     monkeypatch.setattr(Batch, "look", counted)
-    hparams = settings(schedule="breadth_first", num_steps=1, stop_loss=0.0)
+    hparams = settings(schedule="breadth_first", num_steps=1, stop_loss=0.0, cycles=80)
     _, _, traces = edit(model, tok, [known, SECOND], hparams)
     assert all(trace.converged for trace in traces)
     cycles = len(traces[1].cycles)
     assert cycles > 3
     assert seen == last[:1] * cycles + last[1:]
+
+
+def test_the_won_ones_do_not_wait_for_ever(llama: Any, settings: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tok = llama
+    known = {**REQUEST, "target_new": answer(model, tok, {**REQUEST, "target_new": "human"})}
+    against = [{**SECOND, "target_new": target} for target in ("Noctuidae", "Hydrangea")]
+    seen: list[int] = []
+    look = Batch.look
+
+    def counted(batch: Batch) -> None:
+        seen.append(len(batch.members))
+        look(batch)
+
+    monkeypatch.setattr(kdpo, "MANY", 1)
+    monkeypatch.setattr(Batch, "look", counted)
+    _, _, traces = edit(model, tok, [known, *against], settings(schedule="breadth_first", cycles=20))
+    assert not all(trace.converged for trace in traces)
+    assert seen[0] < 3
+    assert [seen[number - 1] for number in (5, 10, 15)] == [3, 3, 3]
 
 
 @pytest.mark.parametrize("many", [1, 16])

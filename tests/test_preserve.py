@@ -107,6 +107,19 @@ def test_of_many_tokens_a_matrix_makes_what_it_makes_of_few(
             module.weight.sub_(0.01 * gradients[0])
 
 
+@pytest.mark.parametrize(
+    "optimizer", [{"lr": 3e-3, "stop_loss": 0.0}, {"optimizer": "polyak", "lr": 1.2}], ids=["adam", "polyak"]
+)
+def test_a_matrix_is_made_anew_after_each_step(llama: Any, settings: Any, optimizer: dict[str, Any]) -> None:
+    """Of so many tokens that it is made at all; what is edited then holds without it."""
+    model, tok = llama
+    requests = [{**REQUEST, "prompt": f"What species is ZIC{n} specific to?"} for n in range(40)]
+    hparams = settings(**{**SPARE, **optimizer, "layers": [2, 4], "schedule": "breadth_first", "margin": 1.0})
+    _, _, traces = edit(model, tok, requests, hparams)
+    assert all(trace.converged and trace.steps > 1 for trace in traces)
+    assert says_target(model, tok, requests) == [True] * len(requests)
+
+
 def test_equal_moments_change_nothing() -> None:
     same = Spectrum.of(2.0 * torch.eye(6)).damping(3.0, matrix(1))
     torch.testing.assert_close(same(matrix(4, 6)), matrix(4, 6) / 2)  # 1 / sqrt(1 + 3)
