@@ -87,8 +87,11 @@ class Round:
     """
 
     batch: Batch
-    pair: Tensor
+    pair: Tensor = field(init=False)
     history: list[Tensor] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.pair = torch.stack([self.batch.chosen, self.batch.negative], -1)
 
     @property
     def suffix(self) -> Suffix:
@@ -166,12 +169,8 @@ def look(batches: Sequence[Sequence[Batch]], graph: bool) -> None:
 
 def unfinished(batches: Sequence[Sequence[Batch]]) -> list[list[Round]]:
     """What remains to be done in each mini-batch, without those of which nothing does."""
-
-    def round_of(batch: Batch) -> Round:
-        return Round(batch, torch.stack([batch.chosen, batch.negative], -1))
-
-    remaining = [[left for batch in some if (left := batch.remaining()) is not None] for some in batches]
-    return [[round_of(batch) for batch in some] for some in remaining if some]
+    rounds = [[Round(left) for batch in some if (left := batch.remaining()) is not None] for some in batches]
+    return [some for some in rounds if some]
 
 
 def lost(batches: Sequence[Sequence[Batch]]) -> list[int]:

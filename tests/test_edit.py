@@ -461,12 +461,8 @@ def test_a_won_edit_is_left_out_and_looked_at_again(llama: Any, settings: Any) -
     assert len(traces[1].cycles) >= 1
 
 
-@pytest.mark.parametrize(("many", "last"), [(1, [1, 2]), (2, [1, 2]), (3, [2])])
-def test_of_many_those_that_are_won_wait_for_the_others(
-    llama: Any, settings: Any, monkeypatch: pytest.MonkeyPatch, many: int, last: list[int]
-) -> None:
-    model, tok = llama
-    known = {**REQUEST, "target_new": answer(model, tok, {**REQUEST, "target_new": "human"})}
+def looks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """To how many edits each look goes, from now on."""
     seen: list[int] = []
     look = Batch.look
 
@@ -474,8 +470,18 @@ def test_of_many_those_that_are_won_wait_for_the_others(
         seen.append(len(batch.members))
         look(batch)
 
-    monkeypatch.setattr(kdpo, "MANY", many)
     monkeypatch.setattr(Batch, "look", counted)
+    return seen
+
+
+@pytest.mark.parametrize(("many", "last"), [(1, [1, 2]), (2, [1, 2]), (3, [2])])
+def test_of_many_those_that_are_won_wait_for_the_others(
+    llama: Any, settings: Any, monkeypatch: pytest.MonkeyPatch, many: int, last: list[int]
+) -> None:
+    model, tok = llama
+    known = {**REQUEST, "target_new": answer(model, tok, {**REQUEST, "target_new": "human"})}
+    monkeypatch.setattr(kdpo, "MANY", many)
+    seen = looks(monkeypatch)
     hparams = settings(schedule="breadth_first", num_steps=1, stop_loss=0.0, cycles=80)
     _, _, traces = edit(model, tok, [known, SECOND], hparams)
     assert all(trace.converged for trace in traces)
@@ -488,15 +494,8 @@ def test_the_won_ones_do_not_wait_for_ever(llama: Any, settings: Any, monkeypatc
     model, tok = llama
     known = {**REQUEST, "target_new": answer(model, tok, {**REQUEST, "target_new": "human"})}
     against = [{**SECOND, "target_new": target} for target in ("Noctuidae", "Hydrangea")]
-    seen: list[int] = []
-    look = Batch.look
-
-    def counted(batch: Batch) -> None:
-        seen.append(len(batch.members))
-        look(batch)
-
     monkeypatch.setattr(kdpo, "MANY", 1)
-    monkeypatch.setattr(Batch, "look", counted)
+    seen = looks(monkeypatch)
     _, _, traces = edit(model, tok, [known, *against], settings(schedule="breadth_first", cycles=20))
     assert not all(trace.converged for trace in traces)
     assert seen[0] < 3

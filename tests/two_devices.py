@@ -75,8 +75,7 @@ def check(name: str, layer: int, inside: bool) -> None:
     batch.look()
     assert next(last.parameters()).device == torch.device(SECOND)
     assert suffix.head_rows(chosen.unsqueeze(-1)) is not None, "the head is not divided"
-    pair = torch.stack([chosen, batch.negative], -1)
-    rows = Round(replace(batch, captured=captured.rows(ids[0, :3])), pair)
+    rows = Round(replace(batch, captured=captured.rows(ids[0, :3])))
     settings = {"model_name": name, "layers": [layer], "rewrite_module_tmp": "{}", "margin": 1.0}
     for objective in OBJECTIVES:
         if objective != "dpo":
