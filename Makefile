@@ -23,7 +23,7 @@ RESULTS ?= results/$(EXPERIMENT)
 METHODS ?= kdpo kdpo_dpo ft_l ft_m lora rome memit
 
 demo: $(VENV)/.installed
-	$(BIN)/python -m kdpo_editor.demo
+	$(BIN)/python -m kdpo_editor.cli.demo
 
 test: $(VENV)/.installed
 	$(BIN)/ruff check .

@@ -30,9 +30,9 @@ import yaml
 from tqdm import tqdm
 
 from kdpo_editor import SHIPPED_MODEL, KDPOHyperParams, easyedit, edit
-from kdpo_editor.compare.datasets import Record
-from kdpo_editor.compare.editing import Editing
-from kdpo_editor.compare.memory import peak_bytes
+from kdpo_editor.compare.run.datasets import Record
+from kdpo_editor.compare.run.editing import Editing
+from kdpo_editor.compare.run.memory import peak_bytes
 from kdpo_editor.easyedit import quietly
 from kdpo_editor.hparams import settings_folder
 from kdpo_editor.testbed import load_model, load_records

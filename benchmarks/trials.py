@@ -16,8 +16,8 @@ from typing import Any
 import pandas as pd
 import yaml
 
-from kdpo_editor.compare.cell import RATES
-from kdpo_editor.compare.tune import figures
+from kdpo_editor.compare.run.cell import RATES
+from kdpo_editor.compare.run.tune import figures
 
 SETTINGS = (
     *("layers", "subject_layers", "subject_rate", "objective", "optimizer", "num_steps", "margin", "own_words"),

@@ -22,8 +22,8 @@ from typing import Any
 import yaml
 
 from kdpo_editor import easyedit
-from kdpo_editor.compare.cell import RATES
-from kdpo_editor.compare.tune import figures
+from kdpo_editor.compare.run.cell import RATES
+from kdpo_editor.compare.run.tune import figures
 
 HERE = Path(__file__).parent
 FIGURES = ("edits", "rewrite", "rephrase", "locality", "mean")
@@ -47,7 +47,7 @@ def main() -> None:
 
 
 def compare(*arguments: str) -> None:
-    subprocess.run([sys.executable, "-m", "kdpo_editor.compare.app", *arguments], check=True)
+    subprocess.run([sys.executable, "-m", "kdpo_editor.compare.run.app", *arguments], check=True)
 
 
 def trials(out: Path, method: str, form: str) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ import random
 from pathlib import Path
 from typing import Any
 
-from kdpo_editor.compare.datasets import in_validation, load
+from kdpo_editor.compare.run.datasets import in_validation, load
 from kdpo_editor.testbed import HERE, load_records
 
 OUT = Path(__file__).parent / "tuning" / "validation.json"

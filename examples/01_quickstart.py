@@ -11,12 +11,12 @@ import torch
 from IPython.display import display
 
 from kdpo_editor import KDPOHyperParams, apply_kdpo_to_model, original  # before easyeditor: registers KDPO with it
-from kdpo_editor.answers import generate
-from kdpo_editor.compare.evaluate import fingerprint
+from kdpo_editor.compare.run.evaluate import fingerprint
 from kdpo_editor.easyedit import is_upstream, quietly
+from kdpo_editor.engine.generation import generate
+from kdpo_editor.engine.weights import find_matrices, restore
 from kdpo_editor.hparams import settings_folder
 from kdpo_editor.testbed import load_records
-from kdpo_editor.weights import find_matrices, restore
 
 from easyeditor import BaseEditor  # isort: skip
 

@@ -20,13 +20,13 @@ import torch
 from IPython.display import display
 
 from kdpo_editor import KDPOHyperParams, edit
+from kdpo_editor.engine.cached_forward import Suffix
+from kdpo_editor.engine.weights import blocks_name, find_matrices, restore
 from kdpo_editor.hparams import settings_folder
 from kdpo_editor.models import load
 from kdpo_editor.objectives import answer_logps, ce_loss, competitors, kdpo_loss
 from kdpo_editor.requests import tokenize
-from kdpo_editor.suffix import Suffix
 from kdpo_editor.testbed import load_records
-from kdpo_editor.weights import blocks_name, find_matrices, restore
 
 BLUE, RED, GREEN = "#0072B2", "#D55E00", "#009E73"  # Okabe and Ito's, told apart by most eyes
 plt.rcParams.update({"figure.dpi": 90, "axes.spines.top": False, "axes.spines.right": False})

@@ -18,9 +18,9 @@ from hydra import compose, initialize_config_module
 from IPython.display import Image, display
 from omegaconf import OmegaConf
 
-import kdpo_editor.compare.app  # noqa: F401  (registers the settings' types with Hydra)
-from kdpo_editor.compare.cell import run
-from kdpo_editor.compare.report import report
+import kdpo_editor.compare.run.app  # noqa: F401  (registers the settings' types with Hydra)
+from kdpo_editor.compare.report.report import report
+from kdpo_editor.compare.run.cell import run
 
 # %% [markdown]
 # **On a real model:** change this line to the name of a file in `kdpo_editor/compare/conf/model`, such as

@@ -23,11 +23,11 @@ import yaml
 from IPython.display import display
 
 from kdpo_editor import KDPOHyperParams, edit
-from kdpo_editor.compare.datasets import load as load_facts
-from kdpo_editor.compare.evaluate import Evaluator, accuracy
+from kdpo_editor.compare.run.datasets import load as load_facts
+from kdpo_editor.compare.run.evaluate import Evaluator, accuracy
+from kdpo_editor.engine.weights import find_matrices, restore
 from kdpo_editor.hparams import settings_folder
 from kdpo_editor.models import load
-from kdpo_editor.weights import find_matrices, restore
 
 pd.options.display.max_colwidth = None
 plt.rcParams.update({"figure.dpi": 90, "axes.spines.top": False, "axes.spines.right": False})

@@ -18,8 +18,8 @@ from pathlib import Path
 from peft import PeftModel
 
 from kdpo_editor import CompressionError, EditDelta, EditLedger, FingerprintError, KDPOHyperParams, edited, original
-from kdpo_editor.answers import generate
-from kdpo_editor.compare.evaluate import fingerprint
+from kdpo_editor.compare.run.evaluate import fingerprint
+from kdpo_editor.engine.generation import generate
 from kdpo_editor.hparams import settings_folder
 from kdpo_editor.models import load
 from kdpo_editor.testbed import load_records

@@ -3,6 +3,7 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from .easyedit.import_hook import install as _install
 from .errors import (
     CompressionError,
     DamagedFileError,
@@ -17,15 +18,14 @@ from .errors import (
     StorageError,
 )
 from .hparams import KDPOHyperParams
-from .import_hook import install as _install
 from .testbed import SHIPPED_MODEL
 
 if TYPE_CHECKING:
-    from .contexts import edited, original
-    from .delta import EditDelta
-    from .earlier import EarlierEdits
+    from .edits.delta import EditDelta
+    from .edits.ledger import EditLedger
+    from .edits.switching import edited, original
     from .kdpo import EditTrace, apply_kdpo_to_model, edit
-    from .ledger import EditLedger
+    from .lifelong.replay import EarlierEdits
 
 __version__ = "0.1.0"
 __all__ = [
@@ -54,14 +54,14 @@ __all__ = [
 
 # Names whose modules need torch and transformers, which take seconds to import: loaded when they are used.
 _LATER = {
-    "EarlierEdits": "earlier",
-    "EditDelta": "delta",
-    "EditLedger": "ledger",
+    "EarlierEdits": "lifelong.replay",
+    "EditDelta": "edits.delta",
+    "EditLedger": "edits.ledger",
     "EditTrace": "kdpo",
     "apply_kdpo_to_model": "kdpo",
     "edit": "kdpo",
-    "edited": "contexts",
-    "original": "contexts",
+    "edited": "edits.switching",
+    "original": "edits.switching",
 }
 
 

@@ -5,16 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .batches import Batch
+from .engine.batches import Batch
+from .engine.cached_forward import Captured, Suffix
+from .engine.weights import restore
 from .hparams import KDPOHyperParams
 from .models import cache_name
 from .objectives import answer_logps, dpo_loss
-from .suffix import Captured, Suffix
-from .weights import restore
 
 
 class OwnAnswerRound:
-    """One cycle's work on one edit under ``objective: dpo``; stands where :class:`~kdpo_editor.batches.Round` does.
+    """One cycle's work on one edit under ``objective: dpo``; stands where
+    :class:`~kdpo_editor.engine.batches.Round` does.
 
     Args:
         suffix: of the model.

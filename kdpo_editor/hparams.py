@@ -71,7 +71,7 @@ class KDPOHyperParams:
 
     optimizer: str = "adam"
     """"adam", the paper's, or "polyak": gradient steps as long as would bring the loss to zero if it were linear
-    (:class:`kdpo_editor.optimizers.Polyak`)."""
+    (:class:`kdpo_editor.engine.optimizers.Polyak`)."""
     objective: str = "kdpo"
     """What is minimised (:mod:`kdpo_editor.objectives`): "kdpo" as published; "kdpo_token", one sigmoid per token;
     "margin", a hinge without reference; "ipo"; "ce", cross-entropy, as plain fine-tuning does; or "dpo" for the
@@ -116,7 +116,7 @@ class KDPOHyperParams:
     """Bytes of captured inputs that "replay" may hold; beyond it the edits that lead by most are dropped."""
 
     preserve: float = 0.0
-    """How much updates are kept away from inputs that the edited matrix usually sees (:mod:`kdpo_editor.preserve`).
+    """How much updates are kept away from inputs that the edited matrix usually sees (:mod:`~.lifelong.preserve`).
     Above 0 ``lr`` has another meaning and is to be chosen anew."""
     preserve_outputs: float = 0.0
     """How much updates are kept away from what the model's usual predictions hang on, among the directions in which the

@@ -22,18 +22,18 @@ import torch
 from torch import Tensor, nn
 
 from .ablation import OwnAnswerRound
-from .batches import Batch, Round, look, lost, make_batches, unfinished
-from .earlier import EarlierEdits, Review
+from .engine.batches import Batch, Round, look, lost, make_batches, unfinished
+from .engine.cached_forward import Suffix
+from .engine.optimizers import make_optimizer
+from .engine.steps import Steps, check_finite, recording
+from .engine.weights import find_blocks, find_matrices, only_training
 from .errors import EditDiverged, ModelError, RequestError
 from .hparams import OWN, KDPOHyperParams
+from .lifelong.preserve import Preconditioner, preconditioners, sparing
+from .lifelong.replay import EarlierEdits, Review
 from .models import room
-from .optimizers import make_optimizer
 from .own_words import words_and_facts
-from .preserve import Preconditioner, preconditioners, sparing
 from .requests import PHRASINGS, EditTokens, tokenize
-from .steps import Steps, check_finite, recording
-from .suffix import Suffix
-from .weights import find_blocks, find_matrices, only_training
 
 LOG = logging.getLogger(__name__)
 # A matrix that changes by more than so many times its own norm is not edited but destroyed. Sixty edits of the shipped
@@ -104,7 +104,7 @@ def apply_kdpo_to_model(
     if hparams.ledger is None:
         model, originals, _ = edit(model, tok, requests, hparams, copy=copy)
     else:
-        from .ledger import writing
+        from .edits.ledger import writing
 
         with writing(hparams.ledger) as ledger:
             model, originals, _ = ledger.edit(model, tok, requests, hparams, copy=copy)

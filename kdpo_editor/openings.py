@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .engine.weights import as_found
 from .own_texts import ROWS, alike, asking, texts_after
 from .requests import token_ids
-from .weights import as_found
 
 # Texts that are written behind each prompt, and at least in all, and their tokens; of these, those that may hold what a
 # text comes to are the last.

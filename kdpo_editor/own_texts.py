@@ -11,9 +11,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from .engine.writing import Written, write
 from .models import room
 from .requests import EditTokens
-from .writing import Written, write
 
 # Texts that are written at a time.
 ROWS = 128

@@ -14,11 +14,11 @@ import torch
 import yaml
 
 from kdpo_editor import SHIPPED_MODEL, easyedit
-from kdpo_editor.compare import statistics
-from kdpo_editor.compare.datasets import Record, in_validation, load
-from kdpo_editor.compare.editing import Editing, available
-from kdpo_editor.compare.evaluate import Evaluator, accuracy, fingerprint
-from kdpo_editor.compare.scores import observe, rows
+from kdpo_editor.compare.run import statistics
+from kdpo_editor.compare.run.datasets import Record, in_validation, load
+from kdpo_editor.compare.run.editing import Editing, available
+from kdpo_editor.compare.run.evaluate import Evaluator, accuracy, fingerprint
+from kdpo_editor.compare.run.scores import observe, rows
 from kdpo_editor.errors import HyperParamsError
 from kdpo_editor.hparams import settings_folder
 from kdpo_editor.models import load as load_model

@@ -30,8 +30,8 @@ from easyeditor import BaseEditor  # noqa: E402
 from easyeditor.util.alg_dict import ALG_DICT  # noqa: E402
 
 from kdpo_editor import SHIPPED_MODEL, KDPOHyperParams, easyedit  # noqa: E402
+from kdpo_editor.engine.weights import find_matrices  # noqa: E402
 from kdpo_editor.testbed import load_records  # noqa: E402
-from kdpo_editor.weights import find_matrices  # noqa: E402
 
 HPARAMS = Path(__file__).parents[1] / "hparams"
 UPSTREAM = easyedit.is_upstream()

@@ -11,10 +11,12 @@ from pathlib import Path
 
 import atheris
 
-with atheris.instrument_imports(include=["kdpo_editor.storage", "kdpo_editor.manifest", "kdpo_editor.request_file"]):
+with atheris.instrument_imports(
+    include=["kdpo_editor.edits.storage", "kdpo_editor.edits.manifest", "kdpo_editor.cli.request_file"]
+):
     from test_fuzz import Samples, use_delta, use_ledger
 
-    from kdpo_editor.request_file import read_lines
+    from kdpo_editor.cli.request_file import read_lines
 
 SAMPLES = Samples(Path(tempfile.mkdtemp()))
 FILES = [SAMPLES.manifest, SAMPLES.tensors, SAMPLES.journal]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from kdpo_editor import EditLedger
-from kdpo_editor.manifest import EditInfo
+from kdpo_editor.edits.manifest import EditInfo
 
 NAME = "a.weight"
 

@@ -17,9 +17,9 @@ from conftest import assert_same, state
 from small import make
 
 from kdpo_editor import SHIPPED_MODEL, EditDelta, EditLedger
-from kdpo_editor.answers import generate
-from kdpo_editor.command import main
-from kdpo_editor.command_line import EXAMPLES
+from kdpo_editor.cli.arguments import EXAMPLES
+from kdpo_editor.cli.main import main
+from kdpo_editor.engine.generation import generate
 from kdpo_editor.testbed import load_model, load_records
 
 MODEL = ["--model", SHIPPED_MODEL]
@@ -49,7 +49,7 @@ def edits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(
     ("program", "arguments", "code"),
-    [("command", ["--help"], 0), ("command", ["edit", "--modell", "x"], 2), ("compare.report", ["--help"], 0)],
+    [("cli.main", ["--help"], 0), ("cli.main", ["edit", "--modell", "x"], 2), ("compare.report.report", ["--help"], 0)],
 )
 def test_help_and_typos_are_answered_before_torch_is_loaded(program: str, arguments: list[str], code: int) -> None:
     script = (
@@ -163,7 +163,7 @@ def test_interrupted_it_leaves_a_ledger_to_go_on_from(tmp_path: Path, capsys: An
     command = [
         sys.executable,
         "-m",
-        "kdpo_editor.command",
+        "kdpo_editor.cli.main",
         "edit",
         *MODEL,
         "--file",

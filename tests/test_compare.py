@@ -19,14 +19,15 @@ import pytest
 import yaml
 
 from kdpo_editor import SHIPPED_MODEL
-from kdpo_editor.compare.reading import read_cells
+from kdpo_editor.compare.report.reading import read_cells
+from kdpo_editor.easyedit.import_hook import VARIABLE
 from kdpo_editor.errors import CellBusy, DataError, HyperParamsError, ResultsError
 from kdpo_editor.hparams import settings_folder
-from kdpo_editor.import_hook import VARIABLE
 from kdpo_editor.testbed import SECOND_MODEL
 
 CHECKOUT = os.environ.get(VARIABLE)
 HAS_PYPI = importlib.util.find_spec("easyeditor") is not None
+APP = [sys.executable, "-m", "kdpo_editor.compare.run.app"]
 SCENARIOS = Path(__file__).parent / "compare_scenarios.py"
 # In a single process on a small model: enough to be a comparison.
 SMALL = ["n_edits=4", "protocol.eval_at=[2]", "protocol.unrelated=5", "protocol.perplexity=false", "report=false"]
@@ -62,7 +63,14 @@ def environment(form: str, **more: str) -> dict[str, str]:
 
 def compare(folder: Path, *arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
     form = "pypi" if HAS_PYPI else "upstream"
-    command = [sys.executable, "-m", "kdpo_editor.compare.app", *arguments, f"out={folder}", f"cache={folder}/cache"]
+    command = [
+        sys.executable,
+        "-m",
+        "kdpo_editor.compare.run.app",
+        *arguments,
+        f"out={folder}",
+        f"cache={folder}/cache",
+    ]
     return subprocess.run(command, capture_output=True, text=True, env=environment(form, **more), check=False)
 
 
@@ -144,7 +152,7 @@ def test_a_method_works_on_the_shipped_model(scenarios: dict[str, Any], method: 
 )
 def test_settings_fit_the_frameworks_classes(file: Path) -> None:
     from kdpo_editor import easyedit
-    from kdpo_editor.compare.editing import available
+    from kdpo_editor.compare.run.editing import available
 
     config = {**yaml.safe_load(file.read_text("utf-8")), "device": 0}
     if config["alg_name"] not in easyedit.methods():
@@ -172,7 +180,7 @@ def composed(folder: Path, *overrides: str) -> Any:
     from hydra import compose, initialize_config_module
     from omegaconf import OmegaConf
 
-    import kdpo_editor.compare.app  # noqa: F401  (registers the schema)
+    import kdpo_editor.compare.run.app  # noqa: F401  (registers the schema)
 
     with initialize_config_module("kdpo_editor.compare.conf", version_base="1.3"):
         config = compose("config", [f"out={folder}", f"cache={folder}/cache", *SMALL, *overrides])
@@ -182,7 +190,7 @@ def composed(folder: Path, *overrides: str) -> Any:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with one complete sequence of KDPO."""
-    from kdpo_editor.compare.cell import run
+    from kdpo_editor.compare.run.cell import run
 
     folder = tmp_path_factory.mktemp("finished")
     cell = run(composed(folder))
@@ -211,7 +219,7 @@ def test_a_cell_holds_its_settings_versions_figures_and_generations(finished: Pa
 
 
 def test_a_complete_cell_is_left_alone(finished: Path) -> None:
-    from kdpo_editor.compare.cell import run
+    from kdpo_editor.compare.run.cell import run
 
     (cell,) = cells(finished).values()
     before = (cell / "rows.parquet").stat().st_mtime_ns
@@ -220,14 +228,14 @@ def test_a_complete_cell_is_left_alone(finished: Path) -> None:
 
 
 def test_another_setting_is_another_cell(finished: Path) -> None:
-    from kdpo_editor.compare.cell import _cell, _records
+    from kdpo_editor.compare.run.cell import _cell, _records
 
     here, there = (composed(finished, *more) for more in ([], ["method.hparams.lr=5e-3"]))
     assert _cell(here, _records(here)[0]).hash != _cell(there, _records(there)[0]).hash
 
 
 def test_a_half_written_cell_is_named_and_computed_only_when_asked(tmp_path: Path) -> None:
-    from kdpo_editor.compare.cell import run
+    from kdpo_editor.compare.run.cell import run
 
     short = ["n_edits=1", "protocol.eval_at=[]"]
     cell = run(composed(tmp_path, *short)).folder
@@ -238,7 +246,7 @@ def test_a_half_written_cell_is_named_and_computed_only_when_asked(tmp_path: Pat
 
 
 def test_two_processes_do_not_compute_the_same_cell(finished: Path) -> None:
-    from kdpo_editor.compare.cell import _cell, _records, run
+    from kdpo_editor.compare.run.cell import _cell, _records, run
 
     config = composed(finished)
     with (
@@ -249,7 +257,7 @@ def test_two_processes_do_not_compute_the_same_cell(finished: Path) -> None:
 
 
 def test_single_edits_are_undone_exactly(tmp_path: Path) -> None:
-    from kdpo_editor.compare.cell import run
+    from kdpo_editor.compare.run.cell import run
 
     cell = run(composed(tmp_path, "protocol=single", "n_edits=2"))
     assert cell.manifest()["status"] == "complete"
@@ -258,7 +266,7 @@ def test_single_edits_are_undone_exactly(tmp_path: Path) -> None:
 
 
 def test_outputs_before_any_edit_are_computed_once(finished: Path) -> None:
-    from kdpo_editor.compare.cell import run
+    from kdpo_editor.compare.run.cell import run
 
     files = {f: f.stat().st_mtime_ns for f in (finished / "cache" / "before").iterdir()}
     assert len(files) == 1
@@ -267,7 +275,7 @@ def test_outputs_before_any_edit_are_computed_once(finished: Path) -> None:
 
 
 def test_the_unedited_model_scores_as_before(finished: Path) -> None:
-    from kdpo_editor.compare.cell import run
+    from kdpo_editor.compare.run.cell import run
 
     rows = figures(run(composed(finished, "method=unedited")).folder)
     locality = rows[(rows["when"] == "checkpoint") & rows["metric"].str.startswith("locality")]
@@ -278,7 +286,7 @@ def test_the_unedited_model_scores_as_before(finished: Path) -> None:
 
 
 def test_more_requests_at_a_time_end_at_every_checkpoint() -> None:
-    from kdpo_editor.compare.cell import _calls
+    from kdpo_editor.compare.run.cell import _calls
 
     assert _calls(10, 4, [1, 10]) == [(0, 1), (1, 5), (5, 9), (9, 10)]
 
@@ -296,7 +304,7 @@ def test_more_requests_at_a_time_end_at_every_checkpoint() -> None:
 def test_what_cannot_be_met_is_named_before_anything_is_written(
     tmp_path: Path, overrides: Sequence[str], error: type[Exception], words: str
 ) -> None:
-    from kdpo_editor.compare.cell import run
+    from kdpo_editor.compare.run.cell import run
 
     with pytest.raises(error, match=words):
         run(composed(tmp_path, *overrides))
@@ -304,7 +312,7 @@ def test_what_cannot_be_met_is_named_before_anything_is_written(
 
 
 def test_a_record_without_a_target_is_named(tmp_path: Path) -> None:
-    from kdpo_editor.compare.cell import run
+    from kdpo_editor.compare.run.cell import run
 
     file = tmp_path / "mine.json"
     good = {"subject": "A", "prompt": "A is", "target_new": "b", "ground_truth": "c", "rephrase_prompt": "What is A?"}
@@ -376,7 +384,7 @@ def test_a_full_disk_is_said_and_leaves_no_half_results(tmp_path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 
-    command = [sys.executable, "-m", "kdpo_editor.compare.app", f"out={tmp_path}", f"cache={tmp_path}/c", *SMALL]
+    command = [*APP, f"out={tmp_path}", f"cache={tmp_path}/c", *SMALL]
     run = subprocess.run(
         command, capture_output=True, text=True, env=environment("pypi" if HAS_PYPI else "upstream"),
         preexec_fn=small_files, check=False,
@@ -392,7 +400,14 @@ def test_a_killed_run_goes_on_and_ends_as_an_undisturbed_one(tmp_path: Path) -> 
     assert undisturbed.returncode == 0, undisturbed.stderr
     form = "pypi" if HAS_PYPI else "upstream"
     folder = tmp_path / "killed"
-    command = [sys.executable, "-m", "kdpo_editor.compare.app", f"out={folder}", f"cache={folder}/cache", *arguments]
+    command = [
+        sys.executable,
+        "-m",
+        "kdpo_editor.compare.run.app",
+        f"out={folder}",
+        f"cache={folder}/cache",
+        *arguments,
+    ]
     process = subprocess.Popen(command, env=environment(form), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 300
     while process.poll() is None and not list(folder.glob("*/checkpoint-[4-9]")) and time.monotonic() < deadline:

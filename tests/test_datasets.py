@@ -11,7 +11,7 @@ from typing import Any
 import huggingface_hub.constants
 import pytest
 
-from kdpo_editor.compare.datasets import KNOWN, Probe, Record, content_hash, load
+from kdpo_editor.compare.run.datasets import KNOWN, Probe, Record, content_hash, load
 from kdpo_editor.errors import DataError, KDPOError
 
 DATA = Path(__file__).parent / "data"

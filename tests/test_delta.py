@@ -29,7 +29,7 @@ from kdpo_editor import (
     edited,
     original,
 )
-from kdpo_editor.answers import generate, says_target
+from kdpo_editor.engine.generation import generate, says_target
 from kdpo_editor.hparams import settings_folder
 from kdpo_editor.testbed import load_model, load_records
 

@@ -24,8 +24,8 @@ import yaml
 
 import kdpo_editor
 from kdpo_editor import KDPOHyperParams
-from kdpo_editor.command import COMMANDS
-from kdpo_editor.command_line import check_options, make_parser
+from kdpo_editor.cli.arguments import check_options, make_parser
+from kdpo_editor.cli.main import COMMANDS
 
 ROOT = Path(__file__).parents[1]
 HERE = Path(__file__).parent
@@ -105,7 +105,9 @@ def test_python_blocks_compile(block: Block) -> None:
 
 def test_python_blocks_of_readme_and_docs_run_on_the_shipped_model(tmp_path: Path) -> None:
     runnable: dict[str, list[str]] = {}
-    framework = importlib.util.find_spec("easyeditor") is not None or kdpo_editor.import_hook.VARIABLE in os.environ
+    framework = (
+        importlib.util.find_spec("easyeditor") is not None or kdpo_editor.easyedit.import_hook.VARIABLE in os.environ
+    )
     for block in ALL:
         needs = "easyeditor" in block.code and not framework
         if block.language == "python" and not (block.skipped or needs or block.page == "CONTRIBUTING.md"):
@@ -185,7 +187,7 @@ def check_compare(arguments: list[str], folder: Path) -> None:
     pytest.importorskip("hydra")
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
-    from kdpo_editor.compare import app
+    from kdpo_editor.compare.run import app
 
     own = arguments[arguments.index("--config-dir") + 1] if "--config-dir" in arguments else None
     if own is not None:
@@ -236,15 +238,15 @@ def composed(app: Any, overrides: list[str], own: Path | None, folder: Path) -> 
 
 
 def check_report(arguments: list[str], folder: Path) -> None:
-    from kdpo_editor.compare import report
+    from kdpo_editor.compare.report import report
 
     words = [str(folder / a) if i == 0 else a for i, a in enumerate(arguments)]
     assert report.main(words) == 1  # there are no results here; wrong usage would exit
 
 
 def check_figures(arguments: list[str], folder: Path) -> None:
-    from kdpo_editor.command import settings
-    from kdpo_editor.compare import paper_figures
+    from kdpo_editor.cli.main import settings
+    from kdpo_editor.compare.report import paper_figures
 
     if arguments[0] == "cycle":
         settings(paper_figures.make_parser().parse_args(arguments))
@@ -254,7 +256,7 @@ def check_figures(arguments: list[str], folder: Path) -> None:
 
 
 def check_statistics(arguments: list[str], folder: Path) -> None:
-    from kdpo_editor.compare import statistics
+    from kdpo_editor.compare.run import statistics
 
     hidden = [str(folder / "none.yaml") if a.startswith("hparams/") else a for a in arguments]
     assert statistics.main(hidden) == 1  # the settings are not there; wrong usage would exit
@@ -351,7 +353,7 @@ def test_every_setting_is_explained() -> None:
 
 
 def test_every_schema_and_source_is_listed() -> None:
-    from kdpo_editor.compare.datasets import KNOWN, SCHEMAS
+    from kdpo_editor.compare.run.datasets import KNOWN, SCHEMAS
 
     text = (ROOT / "docs/datasets.md").read_text("utf-8")
     assert all(f"| `{name}` |" in text for name in KNOWN)

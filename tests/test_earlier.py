@@ -15,10 +15,10 @@ import torch
 from conftest import PARAMETER, REQUEST, assert_same, load, state
 
 from kdpo_editor import EarlierEdits, EditDiverged, apply_kdpo_to_model, edit
-from kdpo_editor.earlier import ROWS, Kept, Review
+from kdpo_editor.engine.cached_forward import Suffix
+from kdpo_editor.lifelong.replay import ROWS, Kept, Review
 from kdpo_editor.objectives import standing
 from kdpo_editor.requests import EditTokens, tokenize
-from kdpo_editor.suffix import Suffix
 
 SECOND = {"prompt": "Which family does Epaspidoceras belong to?", "target_new": "Noctuidae"}
 THIRD = {"prompt": "What is the capital of the old country by the sea?", "target_new": "Noctuidae of the north"}

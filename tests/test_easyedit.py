@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from kdpo_editor.easyedit.lending import GONE, lent
-from kdpo_editor.import_hook import VARIABLE
+from kdpo_editor.easyedit.import_hook import VARIABLE
+from kdpo_editor.easyedit.placeholders import GONE, lent
 
 SCENARIOS = Path(__file__).parent / "framework_scenarios.py"
 MATRIX = "model.layers.{}.mlp.down_proj.weight"

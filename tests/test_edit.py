@@ -14,11 +14,11 @@ from tokenizers import processors
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from kdpo_editor import EditDiverged, apply_kdpo_to_model, edit, kdpo
-from kdpo_editor.batches import Batch
-from kdpo_editor.compare.memory import peak_bytes
+from kdpo_editor.compare.run.memory import peak_bytes
+from kdpo_editor.engine.batches import Batch
+from kdpo_editor.engine.cached_forward import Captured, Suffix
+from kdpo_editor.engine.optimizers import Adam
 from kdpo_editor.objectives import competitors, dpo_loss, kdpo_loss, standing
-from kdpo_editor.optimizers import Adam
-from kdpo_editor.suffix import Captured, Suffix
 
 SECOND = {"prompt": "Which family does Epaspidoceras belong to?", "target_new": "Noctuidae"}
 
@@ -441,7 +441,7 @@ def test_a_mini_batch_divided_by_length_takes_the_same_steps(
     taken = len(steps)
     assert max(rows) == 3
     rows.clear()
-    monkeypatch.setattr("kdpo_editor.batches.LEAST", 1)
+    monkeypatch.setattr("kdpo_editor.engine.batches.LEAST", 1)
     divided, _, second = edit(copy.deepcopy(model), tok, requests, hparams)
     assert max(rows) == 1
     assert len(steps) == 2 * taken > 0, "a step for each part"

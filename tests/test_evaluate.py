@@ -14,14 +14,14 @@ import torch
 import yaml
 
 from kdpo_editor import SHIPPED_MODEL, KDPOHyperParams, apply_kdpo_to_model
-from kdpo_editor.compare import statistics
-from kdpo_editor.compare.evaluate import Evaluator, Generation, accuracy, fingerprint, ngram_entropy, normalised
-from kdpo_editor.compare.memory import peak_bytes
-from kdpo_editor.compare.prefixes import Prefixes
+from kdpo_editor.compare.run import statistics
+from kdpo_editor.compare.run.evaluate import Evaluator, Generation, accuracy, fingerprint, ngram_entropy, normalised
+from kdpo_editor.compare.run.memory import peak_bytes
+from kdpo_editor.compare.run.prefixes import Prefixes
 from kdpo_editor.errors import DataError, ModelError
 from kdpo_editor.hparams import settings_folder
+from kdpo_editor.lifelong.preserve import second_moments
 from kdpo_editor.models import load
-from kdpo_editor.preserve import second_moments
 from kdpo_editor.testbed import load_records
 
 RECORDS = load_records()[:12]
@@ -62,7 +62,7 @@ def test_blocks_below_an_edit_are_run_once(shipped: tuple[Any, Any], monkeypatch
     assert run == [], "the first block was run again"
     assert fast.predict(pairs[5:1:-1]) == after[5:1:-1]
     assert len(run) <= 1, "a batch of another shape needs what blocks are told of it, once"
-    monkeypatch.setattr("kdpo_editor.compare.prefixes.BUDGET", prefixes.held)
+    monkeypatch.setattr("kdpo_editor.compare.run.prefixes.BUDGET", prefixes.held)
     new = [(RECORDS[0]["rephrase_prompt"], RECORDS[0]["target_new"])]
     expected = whole.predict(new)
     assert fast.predict(new) == expected

@@ -18,11 +18,11 @@ from conftest import REQUEST, assert_same, state
 from result_folders import TWO_EDITS, Row, write_cell
 
 from kdpo_editor import edit
-from kdpo_editor.compare.edit_figures import Answer, Question, example, optimisation
-from kdpo_editor.compare.frontier import points
-from kdpo_editor.compare.paper_figures import main
-from kdpo_editor.compare.reading import read_cells
-from kdpo_editor.compare.watch import WatchedCycle, WatchedEdit, watch
+from kdpo_editor.compare.report.edit_figures import Answer, Question, example, optimisation
+from kdpo_editor.compare.report.frontier import points
+from kdpo_editor.compare.report.paper_figures import main
+from kdpo_editor.compare.report.reading import read_cells
+from kdpo_editor.compare.run.watch import WatchedCycle, WatchedEdit, watch
 from kdpo_editor.errors import HyperParamsError, RequestError
 from kdpo_editor.requests import tokenize
 
@@ -79,7 +79,7 @@ def test_steps_that_a_gpu_masks_are_not_shown(llama: Any, settings: Any, monkeyp
     hparams = settings(lr=1e-3, stop_loss=0.5)  # reached within the first cycle's steps
     plain = watch(*llama, REQUEST, hparams)
     assert any(cycle.steps < hparams.num_steps for cycle in plain.cycles)
-    monkeypatch.setattr("kdpo_editor.steps.host_waits", lambda device, optimizer: False)
+    monkeypatch.setattr("kdpo_editor.engine.steps.host_waits", lambda device, optimizer: False)
     masked = watch(*llama, REQUEST, hparams)
     assert [cycle.rejected for cycle in masked.cycles] == [cycle.rejected for cycle in plain.cycles]
     for one, other in zip(masked.cycles, plain.cycles, strict=True):
@@ -179,7 +179,7 @@ def results(tmp_path: Path) -> Path:
 
 
 def test_the_example_shows_each_method_before_and_after(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from kdpo_editor.compare import edit_figures
+    from kdpo_editor.compare.report import edit_figures
 
     drawn: list[Question] = []
     monkeypatch.setattr(edit_figures, "example", lambda title, questions: drawn.extend(questions) or example(title, []))
@@ -198,7 +198,7 @@ def test_the_example_shows_each_method_before_and_after(results: Path, monkeypat
 
 
 def test_the_unedited_model_s_run_says_what_was_before(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from kdpo_editor.compare import edit_figures
+    from kdpo_editor.compare.report import edit_figures
 
     drawn: list[Question] = []
     monkeypatch.setattr(edit_figures, "example", lambda title, questions: drawn.extend(questions) or example(title, []))
@@ -322,7 +322,7 @@ def test_a_folder_without_results(figure: str, tmp_path: Path, capsys: pytest.Ca
 def test_methods_are_told_apart_without_colour() -> None:
     from itertools import cycle, islice
 
-    from kdpo_editor.compare.figures import COLOURS, LINES, MARKERS
+    from kdpo_editor.compare.report.figures import COLOURS, LINES, MARKERS
 
     looks = list(islice(zip(cycle(MARKERS), cycle(LINES), strict=False), 40))
     assert len(set(looks)) == 40

@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 from small import Small, add, change, make
 
 from kdpo_editor import EditDelta, EditLedger, KDPOError
-from kdpo_editor.journal import line_of
-from kdpo_editor.request_file import read_lines
+from kdpo_editor.cli.request_file import read_lines
+from kdpo_editor.edits.journal import line_of
 
 TARGETS = 6
 fuzz = settings(

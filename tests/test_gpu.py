@@ -11,11 +11,11 @@ from conftest import PARAMETER, REQUEST, assert_same, state
 from test_own_words import some_requests
 
 from kdpo_editor import EditDiverged, KDPOHyperParams, apply_kdpo_to_model, edit
-from kdpo_editor.answers import says_target
-from kdpo_editor.earlier import EarlierEdits
+from kdpo_editor.engine.generation import says_target
+from kdpo_editor.engine.weights import find_matrices, restore
 from kdpo_editor.hparams import settings_folder
+from kdpo_editor.lifelong.replay import EarlierEdits
 from kdpo_editor.testbed import load_model, load_records
-from kdpo_editor.weights import find_matrices, restore
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 

@@ -10,10 +10,10 @@ import torch
 from test_own_words import greedy, make, requests, shipped
 
 from kdpo_editor import HyperParamsError, KDPOHyperParams, RequestError, edit, openings, own_texts
-from kdpo_editor.answers import says_target
+from kdpo_editor.engine.generation import says_target
+from kdpo_editor.engine.writing import Written
 from kdpo_editor.own_words import words_and_facts
 from kdpo_editor.requests import token_ids, tokenize
-from kdpo_editor.writing import Written
 
 __all__ = ["make", "requests", "shipped"]  # fixtures
 

@@ -10,7 +10,7 @@ from conftest import PARAMETER, REQUEST
 from torch import nn
 
 from kdpo_editor import HyperParamsError, edit
-from kdpo_editor.optimizers import Adam, Optimizer, Polyak
+from kdpo_editor.engine.optimizers import Adam, Optimizer, Polyak
 from kdpo_editor.testbed import load_model, load_records
 
 

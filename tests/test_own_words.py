@@ -23,12 +23,12 @@ from kdpo_editor import (
     own_texts,
     own_words,
 )
-from kdpo_editor.answers import says_target
-from kdpo_editor.earlier import FACT, EarlierEdits
+from kdpo_editor.engine.generation import says_target
+from kdpo_editor.engine.writing import write
+from kdpo_editor.lifelong.replay import FACT, EarlierEdits
 from kdpo_editor.objectives import standing
 from kdpo_editor.requests import EditTokens, token_ids, tokenize
 from kdpo_editor.testbed import load_model, load_records
-from kdpo_editor.writing import write
 
 LAYER = 3
 MARGIN = {"objective": "margin", "margin": 1.0, "optimizer": "polyak", "lr": 1.5, "stop_loss": 1e-4}

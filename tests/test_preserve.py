@@ -12,8 +12,8 @@ from conftest import PARAMETER, REQUEST, assert_same, load, state
 from transformers.pytorch_utils import Conv1D
 
 from kdpo_editor import EditLedger, HyperParamsError, ModelError, apply_kdpo_to_model, edit
-from kdpo_editor.answers import says_target
-from kdpo_editor.preserve import Preconditioner, Spectrum, _with_start, lead_moments, second_moments, spectra
+from kdpo_editor.engine.generation import says_target
+from kdpo_editor.lifelong.preserve import Preconditioner, Spectrum, _with_start, lead_moments, second_moments, spectra
 
 SPARE = {"preserve": 10.0, "lr": 3e-3, "margin": 1.0}
 SECOND = {"prompt": "Who was Julius Petersen's doctoral advisor?", "target_new": "Hans Hansen"}
@@ -53,7 +53,7 @@ def test_with_all_directions_it_is_the_inverse_root() -> None:
 
 
 def test_few_directions_are_a_low_rank_change(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kdpo_editor.preserve.RANK", 4)
+    monkeypatch.setattr("kdpo_editor.lifelong.preserve.RANK", 4)
     found = Spectrum.of(moments(12))
     few = found.damping(3.0, matrix(1))
     assert few.right is not None

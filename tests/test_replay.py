@@ -12,8 +12,8 @@ from torch import nn
 
 from kdpo_editor import EarlierEdits, KDPOHyperParams, ModelError, edit
 from kdpo_editor.ablation import greedy
+from kdpo_editor.engine.cached_forward import Suffix
 from kdpo_editor.requests import EditTokens
-from kdpo_editor.suffix import Suffix
 
 LLAMA_LIKE = {
     "vocab_size": 97,
@@ -121,7 +121,7 @@ def change(weight: torch.Tensor) -> None:
 @pytest.fixture(params=[0, 10**9], ids=["narrow", "whole"])
 def worth(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """The last block computed where logits are read only, and everywhere."""
-    monkeypatch.setattr("kdpo_editor.suffix.WORTH", request.param)
+    monkeypatch.setattr("kdpo_editor.engine.cached_forward.WORTH", request.param)
 
 
 @pytest.mark.parametrize(
@@ -205,8 +205,8 @@ def test_edits_captured_one_by_one_are_replayed_together(
     earlier = EarlierEdits()
     kept = [one for tokens in edits for one in earlier.capture(suffix, [tokens], hparams)]
     change(weight)
-    monkeypatch.setattr("kdpo_editor.batches.PARTS", parts)
-    monkeypatch.setattr("kdpo_editor.batches.LEAST", 1)
+    monkeypatch.setattr("kdpo_editor.engine.batches.PARTS", parts)
+    monkeypatch.setattr("kdpo_editor.engine.batches.LEAST", 1)
     (batches,) = earlier.batches(suffix, kept, hparams)
     assert [batch.members for batch in batches] == groups
     for member, hidden in ((m, row) for b in batches for m, row in zip(b.members, b.hidden, strict=True)):

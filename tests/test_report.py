@@ -23,10 +23,10 @@ pytest.importorskip("matplotlib")
 
 from result_folders import TWO_EDITS, Row, write_cell  # noqa: E402
 
-from kdpo_editor.compare.means import tidy, wide  # noqa: E402
-from kdpo_editor.compare.reading import read_cells  # noqa: E402
-from kdpo_editor.compare.report import main, report, slug  # noqa: E402
-from kdpo_editor.compare.tables import as_latex, as_markdown, tables  # noqa: E402
+from kdpo_editor.compare.report.means import tidy, wide  # noqa: E402
+from kdpo_editor.compare.report.reading import read_cells  # noqa: E402
+from kdpo_editor.compare.report.report import main, report, slug  # noqa: E402
+from kdpo_editor.compare.report.tables import as_latex, as_markdown, tables  # noqa: E402
 from kdpo_editor.errors import ResultsError  # noqa: E402
 
 WriteCell = Callable[..., Path]
@@ -407,5 +407,5 @@ def test_an_unknown_format_is_wrong_usage(capsys: pytest.CaptureFixture[str]) ->
 
 def test_importing_the_package_does_not_load_the_reports_libraries() -> None:
     heavy = "{'matplotlib', 'pandas', 'pyarrow'}"
-    code = f"import sys, kdpo_editor, kdpo_editor.compare.report; sys.exit(bool({heavy} & set(sys.modules)))"
+    code = f"import sys, kdpo_editor, kdpo_editor.compare.report.report; sys.exit(bool({heavy} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

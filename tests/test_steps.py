@@ -9,12 +9,13 @@ import pytest
 import torch
 from conftest import PARAMETER, REQUEST, assert_same, state
 
-from kdpo_editor import edit, steps
-from kdpo_editor.batches import make_batches, unfinished
-from kdpo_editor.optimizers import Adam
+from kdpo_editor import edit
+from kdpo_editor.engine import steps
+from kdpo_editor.engine.batches import make_batches, unfinished
+from kdpo_editor.engine.cached_forward import Suffix
+from kdpo_editor.engine.optimizers import Adam
+from kdpo_editor.engine.steps import Steps
 from kdpo_editor.requests import tokenize
-from kdpo_editor.steps import Steps
-from kdpo_editor.suffix import Suffix
 
 SECOND = {"prompt": "Which family does Epaspidoceras belong to?", "target_new": "Noctuidae"}
 OPTIONS = [{}, {"objective": "margin", "margin": 2.0}, {"objective": "ipo"}, {"objective": "ce"}]

@@ -20,7 +20,7 @@ from kdpo_editor import (
     apply_kdpo_to_model,
     edit,
 )
-from kdpo_editor.answers import says_target
+from kdpo_editor.engine.generation import says_target
 from kdpo_editor.requests import tokenize
 
 GENE = {**REQUEST, "subject": "ZIC3"}

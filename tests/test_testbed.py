@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from kdpo_editor import SHIPPED_MODEL, models, testbed
-from kdpo_editor.compare import datasets, statistics
+from kdpo_editor.compare.run import datasets, statistics
 from kdpo_editor.errors import ModelError
 from kdpo_editor.testbed import facts, pararel, train
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from test_replay import ARCHITECTURES, tiny
 
-from kdpo_editor.writing import Written, write
+from kdpo_editor.engine.writing import Written, write
 
 END = 2
 TOK = SimpleNamespace(eos_token_id=END)

@@ -24,10 +24,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 from kdpo_editor import KDPOHyperParams
-from kdpo_editor.batches import Batch, Round
+from kdpo_editor.engine.batches import Batch, Round
+from kdpo_editor.engine.cached_forward import Suffix
+from kdpo_editor.engine.optimizers import Polyak
 from kdpo_editor.hparams import OBJECTIVES
-from kdpo_editor.optimizers import Polyak
-from kdpo_editor.suffix import Suffix
 
 FIRST, SECOND = "privateuseone:0", "privateuseone:1"
 

@@ -33,25 +33,39 @@ PyPI's MEMIT         Expects blocks to return tuples, as they did before transfo
 AdaLoRA              The PyPI form's LoRA and upstream's default. Current peft refuses it without the number of steps;
                      it is told. The PyPI form's settings lack an attribute that its own code reads; they get it. Can go
                      when upstream passes the number.
-:func:`settings`     A method's settings in whichever class the installed form reads, whose fields differ.
-:func:`quietly`      Both forms print every step and write logs into the working directory. Can go when they stop.
-:func:`forget`       Methods keep state in their modules (context templates, covariances, null spaces, histories) that
+``settings``         A method's settings in whichever class the installed form reads, whose fields differ.
+``quietly``          Both forms print every step and write logs into the working directory. Can go when they stop.
+``forget``           Methods keep state in their modules (context templates, covariances, null spaces, histories) that
                      belongs to one model; the comparison clears it between models. Can go when the framework ties it
                      to the model.
 ===================  ==================================================================================================
 
-Modules: ``registering`` puts KDPO into the framework; ``lending`` has placeholders and moved names; ``loading``,
+Modules: ``registering`` puts KDPO into the framework; ``placeholders`` has what is lent at import; ``import_hook``
+waits for it; ``loading``,
 ``ledgers`` and ``adalora`` what they are called after; ``pypi`` devices and the PyPI form's contract and MEMIT;
 ``comparing`` the last three, which comparing methods needs. ``finding``, below them, imports the framework and tells
 its form.
 """
 
-from .comparing import forget, forget_history, memory, methods, quietly, remember, save_null_space, settings
-from .finding import form, is_upstream, require
-from .lending import MOVED
-from .loading import RIGHT_PADDED
-from .pypi import on_device
+import importlib
+from typing import TYPE_CHECKING, Any
 
+if TYPE_CHECKING:
+    from .comparing import forget, forget_history, memory, methods, quietly, remember, save_null_space, settings
+    from .finding import form, is_upstream, require
+    from .loading import RIGHT_PADDED
+    from .placeholders import MOVED
+    from .pypi import on_device
+
+# Where each name is. They are loaded when they are used: the import hook, in this folder too, must cost nothing.
+_MODULES = {
+    "comparing": "forget forget_history memory methods quietly remember save_null_space settings",
+    "finding": "form is_upstream require",
+    "loading": "RIGHT_PADDED",
+    "placeholders": "MOVED",
+    "pypi": "on_device",
+}
+_PLACES = {name: module for module, names in _MODULES.items() for name in names.split()}
 __all__ = [
     "MOVED",
     "RIGHT_PADDED",
@@ -68,3 +82,11 @@ __all__ = [
     "save_null_space",
     "settings",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PLACES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_PLACES[name]}", __name__), name)
+    globals()[name] = value
+    return value

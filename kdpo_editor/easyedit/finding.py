@@ -7,7 +7,7 @@ import inspect
 from types import ModuleType
 from typing import Any
 
-from ..import_hook import VARIABLE
+from .import_hook import VARIABLE
 
 HOW_TO_GET_IT = (
     "EasyEdit was not found. Either install its PyPI release with its needs,\n"

@@ -20,7 +20,7 @@ def resumed(init: Callable[..., None]) -> Callable[..., None]:
         init(self, hparams)
         folder = _ledger_of(hparams)
         if folder is not None:
-            from ..ledger import writing
+            from ..edits.ledger import writing
 
             with writing(folder) as ledger:
                 head = ledger.restore(self.model)
@@ -38,7 +38,7 @@ def followed(method: Callable[..., Any]) -> Callable[..., Any]:
         result = method(self, *args, **kwargs)
         folder = _ledger_of(self.hparams)
         if folder is not None:
-            from ..ledger import writing
+            from ..edits.ledger import writing
 
             with writing(folder) as ledger:
                 ledger.follow(self.model)

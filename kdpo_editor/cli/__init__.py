@@ -1,0 +1,1 @@
+"""The command ``kdpo``, and the demo."""

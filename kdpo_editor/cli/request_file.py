@@ -1,0 +1,55 @@
+"""Edits in a JSON Lines file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from ..edits.manifest import texts_of
+from ..edits.storage import MAX_JSON, parse_json
+from ..errors import DamagedFileError, RequestError
+
+ALIASES = {"target": "target_new"}
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line: its number, from 1, and the request, or what is wrong with it."""
+
+    number: int
+    request: dict[str, Any] | None
+    error: str | None
+
+
+def read_lines(lines: Iterable[bytes], name: str) -> list[Line]:
+    """Read ``{"prompt": ..., "target_new": ...}`` from each line that is not blank.
+
+    ``target`` is understood as ``target_new``; other texts and lists of texts are kept, anything else is left out. Bad
+    lines do not raise: each has an error that begins with ``name`` and the line's number.
+    """
+    found = []
+    for number, data in enumerate(lines, 1):
+        if not data.strip():
+            continue
+        what = f"{name}, line {number}"
+        try:
+            found.append(Line(number, _request(parse_json(data[: MAX_JSON + 1], what), what), None))
+        except (DamagedFileError, RequestError) as error:
+            found.append(Line(number, None, str(error)))
+    return found
+
+
+def _request(record: Any, what: str) -> dict[str, Any]:
+    if not isinstance(record, dict):
+        raise RequestError(f'{what} is a {type(record).__name__}; it must be {{"prompt": ..., "target_new": ...}}')
+    record = {ALIASES.get(key, key): value for key, value in record.items()}
+    for key in ("prompt", "target_new"):
+        if key not in record:
+            keys = ", ".join(map(repr, record))[:200]
+            raise RequestError(f"{what} has no {key!r}; it has {keys or 'nothing'}")
+        if not isinstance(record[key], str):
+            raise RequestError(f"{what}: {key!r} is a {type(record[key]).__name__}; it must be text")
+        if not record[key].strip():
+            raise RequestError(f"{what}: {key!r} is empty")
+    return texts_of(record)

@@ -1,0 +1,1 @@
+"""Shows a comparison: tables, figures, a page."""

@@ -1,0 +1,179 @@
+"""Figures about one edit: what each method says before and after it, and KDPO's way to it, cycle by cycle."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from ..run.watch import WatchedEdit
+from .figures import COLOURS, LINES, MARKERS, wrapped_title
+
+WIDTH, MARGIN = 7.0, 0.15  # inches
+LINE, SPACE = 0.17, 0.09
+CHARACTER, BOLD = 0.078, 0.09  # width of one, on average
+SIZE = 9
+SHADE, LOST = "#f0f0f0", "#d8d8d8"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What was generated: by whom, whether it is the wanted answer and stopped, and whether it stopped at all."""
+
+    label: str
+    text: str
+    right: bool
+    stopped: bool
+
+
+@dataclass(frozen=True)
+class Question:
+    """One of an edit's prompts. ``answers``: the unedited model's, then each method's."""
+
+    kind: str
+    prompt: str
+    wanted: Sequence[str]
+    answers: Sequence[Answer]
+
+
+@dataclass(frozen=True)
+class _Line:
+    """Texts beside each other: where they begin (inches), what they say, and how they look."""
+
+    parts: Sequence[tuple[float, str, dict[str, Any]]]
+    fill: str | None = None
+    above: float = 0.0
+
+    @property
+    def height(self) -> float:
+        """Inches, without the space above."""
+        return LINE * max(text.count("\n") + 1 for _, text, _ in self.parts) + SPACE
+
+
+def example(title: str, questions: Sequence[Question]) -> Figure:
+    """Below ``title``, a table per question: what the model said before the edit, and after it by method.
+
+    Right answers are bold and ticked.
+    """
+    room = 2.2  # inches for labels
+    lines = []
+    for question in questions:
+        heading = _wrapped(f"{question.kind}: {question.prompt}", WIDTH - 2 * MARGIN, bold=True)
+        lines.append(_Line([(MARGIN, heading, {"weight": "bold"})], above=0.1))
+        wanted = _wrapped(f"wanted: {' or '.join(question.wanted)}", WIDTH - 2 * MARGIN)
+        lines.append(_Line([(MARGIN, wanted, {"color": "#444444"})]))
+        for i, answer in enumerate(question.answers):
+            text = answer.text + ("" if answer.stopped else " … (did not stop)")
+            parts = [
+                (MARGIN + 0.1, _wrapped(answer.label, room - 0.2), {}),
+                (MARGIN + room, "✓" if answer.right else "✗", {"color": COLOURS[2] if answer.right else COLOURS[1]}),
+                (
+                    MARGIN + room + 0.25,
+                    _wrapped(text, WIDTH - 2 * MARGIN - room - 0.4, bold=answer.right),
+                    {"weight": "bold"} if answer.right else {},
+                ),
+            ]
+            lines.append(_Line(parts, fill=SHADE if i % 2 == 0 else None))
+    note = "✓: the wanted answer, complete and stopped"
+    lines.append(_Line([(MARGIN, note, {"color": "#444444", "fontsize": SIZE - 1})], above=0.05))
+    return _sheet(title, lines, below=MARGIN)
+
+
+def optimisation(title: str, edit: WatchedEdit) -> Figure:
+    """Below ``title``, the tokens of ``y_w`` and of each cycle's ``y_l``, above what both are worth from step to step.
+
+    Tokens by which a ``y_l`` differs are framed; where a new one is taken there is a dotted line.
+    """
+    rows = [("y_w, the new answer", edit.chosen)]
+    for rejected_answer, same in groupby(enumerate(edit.cycles, 1), key=lambda numbered: numbered[1].rejected):
+        numbers = [number for number, _ in same]
+        of = f"cycle {numbers[0]}" if len(numbers) == 1 else f"cycles {numbers[0]} to {numbers[-1]}"
+        rows.append((f"y_l of {of}", rejected_answer))
+    rows.append(("the model at the end", edit.final))
+    lines = [_Line([(MARGIN, _wrapped(edit.prompt, WIDTH - 2 * MARGIN, bold=True), {"weight": "bold"})])]
+    lines += _token_lines(rows)
+    note = "framed: where it is not y_w. ␣: a space"
+    lines.append(_Line([(MARGIN, note, {"color": "#444444", "fontsize": SIZE - 1})]))
+    left, above, plot, below = 0.75, 0.35, 2.6, 0.85
+    figure = _sheet(title, lines, above + plot + below)
+    height = figure.get_figheight()
+    axes: Any = figure.add_axes((left / WIDTH, below / height, (WIDTH - left - MARGIN) / WIDTH, plot / height))
+    chosen = {"color": COLOURS[0], "marker": MARKERS[0], "linestyle": LINES[0]}
+    rejected = {"color": COLOURS[1], "marker": MARKERS[1], "linestyle": LINES[1], "markerfacecolor": "white"}
+    few, total = len(edit.cycles) <= 8, sum(cycle.steps for cycle in edit.cycles)
+    first, named = 0, -total
+    for number, cycle in enumerate(edit.cycles, 1):
+        steps = range(first, first + cycle.steps + 1)
+        names = ("chosen, y_w", "rejected, y_l") if number == 1 else (None, None)
+        axes.plot(steps, cycle.chosen_logps, label=names[0], linewidth=1.5, markersize=4, **chosen)
+        axes.plot(steps, cycle.rejected_logps, label=names[1], linewidth=1.5, markersize=5, **rejected)
+        axes.axvline(first, color="#666666", linestyle=":", linewidth=1, zorder=0)
+        if first - named > total / (12 if few else 25):  # names would overlap otherwise
+            axes.annotate(
+                f"y_l {number}" if few else str(number), (first, 1), xycoords=axes.get_xaxis_transform(),
+                xytext=(2, 3), textcoords="offset points", fontsize=SIZE - 1,
+            )  # fmt: skip
+            named = first
+        first += cycle.steps
+    axes.set_xlabel("optimiser steps taken; dotted: a new y_l is read off the model", fontsize=SIZE)
+    axes.set_ylabel("log-probability (nats)", fontsize=SIZE)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.tick_params(labelsize=SIZE)
+    axes.grid(axis="y", color="#eeeeee")
+    figure.legend(loc="lower center", ncols=2, fontsize=SIZE, frameon=False, handlelength=4)
+    return figure
+
+
+def _token_lines(rows: Sequence[tuple[str, Sequence[str]]]) -> list[_Line]:
+    """The rows' tokens below each other; positions that do not fit beside each other follow below."""
+    chosen = rows[0][1]
+    room = 1.6
+    widths = [max(len(tokens[t]) for _, tokens in rows) * BOLD + 0.2 for t in range(len(chosen))]
+    pieces: list[list[int]] = [[]]
+    for t, width in enumerate(widths):
+        if pieces[-1] and room + sum(widths[k] for k in pieces[-1]) + width > WIDTH - 2 * MARGIN:
+            pieces.append([])
+        pieces[-1].append(t)
+    lines = []
+    for piece in pieces:
+        for i, (label, tokens) in enumerate(rows):
+            parts: list[tuple[float, str, dict[str, Any]]] = [(MARGIN, label, {})]
+            x = MARGIN + room
+            for t in piece:
+                look: dict[str, Any] = {"weight": "bold"} if i == 0 else {}
+                if tokens[t] != chosen[t]:
+                    look["bbox"] = {"boxstyle": "square,pad=0.25", "facecolor": LOST, "edgecolor": "black", "lw": 0.7}
+                parts.append((x, tokens[t], look))
+                x += widths[t]
+            lines.append(_Line(parts, above=0.12 if i in (0, len(rows) - 1) else 0.02))
+    return lines
+
+
+def _sheet(title: str, lines: Sequence[_Line], below: float) -> Figure:
+    """A figure with ``lines`` between the room for ``title`` and as many inches as are wanted ``below``."""
+    top = 0.25 + 0.2 * (wrapped_title(title, WIDTH).count("\n") + 1)
+    height = sum(line.above + line.height for line in lines)
+    whole = top + height + below
+    figure = Figure(figsize=(WIDTH, whole))
+    axes = figure.add_axes((0, below / whole, 1, height / whole))
+    axes.set(xlim=(0, WIDTH), ylim=(height, 0))
+    axes.axis("off")
+    y = 0.0
+    for line in lines:
+        y += line.above
+        if line.fill:
+            axes.add_patch(Rectangle((MARGIN, y), WIDTH - 2 * MARGIN, line.height, facecolor=line.fill, linewidth=0))
+        for x, text, look in line.parts:
+            for number, single in enumerate(text.split("\n"), 1):
+                axes.text(x, y + number * LINE, single, **{"fontsize": SIZE, **look})
+        y += line.height
+    return figure
+
+
+def _wrapped(text: str, inches: float, bold: bool = False) -> str:
+    return textwrap.fill(text, int(inches / (BOLD if bold else CHARACTER)))

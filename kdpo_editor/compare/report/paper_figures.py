@@ -1,0 +1,269 @@
+"""The command ``kdpo-figures``: each kind of figure of the KDPO paper from a folder of results, or from an edit."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ...errors import DataError, ResultsError
+from .report import exit_status, say, slug, write
+
+if TYPE_CHECKING:
+    from .edit_figures import Question
+    from .figures import Picture
+    from .reading import Cell
+
+EPILOG = """\
+examples:
+  kdpo-figures example results --edit 3          what each method wrote, before and after
+  kdpo-figures cycle --record 24                 one edit of the shipped model, step by step
+  kdpo-figures cycle --model gpt2-xl --prompt "The capital of Australia is" --target Melbourne
+  kdpo-figures radar results                     a radar plot for each model and data set
+  kdpo-figures mean-radar results --after 500    a radar plot averaged over data sets
+  kdpo-figures frontier results                  success against what else changed, over learning rates
+
+Every figure is written as PNG and SVG. Exit status: 0 when it was, 1 when there is nothing to draw, 2 for wrong usage.
+"""
+CHOICES = ("model", "dataset", "protocol", "n_edits")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command ``kdpo-figures``; returns the exit status."""
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    if args.draw is _cycle and (args.prompt is None) != (args.target is None):
+        parser.error("cycle: give --prompt and --target, or --record alone")
+
+    def act() -> None:
+        for picture in args.draw(args):
+            name = "-".join(map(slug, picture.name))
+            out = args.out or (args.folder / "report" / "figures" if args.draw is not _cycle else Path("figures"))
+            write(out / f"{name}.svg", picture.svg)
+            say(f"wrote {write(out / f'{name}.png', picture.png)}")
+
+    return exit_status("kdpo-figures", act)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Of the command line; ``draw`` is what makes the pictures."""
+    parser = argparse.ArgumentParser(
+        prog="kdpo-figures",
+        description="The figures of the KDPO paper, from the results of a comparison or from an edit.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    figures = parser.add_subparsers(metavar="FIGURE", required=True)
+
+    def figure(name: str, draw: Any, text: str) -> argparse.ArgumentParser:
+        sub = figures.add_parser(name, help=text, description=text)
+        sub.set_defaults(draw=draw)
+        return sub
+
+    def of_results(name: str, draw: Any, text: str) -> argparse.ArgumentParser:
+        sub = figure(name, draw, text)
+        sub.add_argument("folder", type=Path, metavar="RESULTS", help="where the results are")
+        for key in CHOICES:
+            kind, metavar = (int, "N") if key == "n_edits" else (str, "NAME")
+            sub.add_argument(f"--{key.replace('_', '-')}", type=kind, metavar=metavar, help="only runs with this one")
+        sub.add_argument("--out", type=Path, metavar="DIR", help="where to write (default RESULTS/report/figures)")
+        when = sub.add_mutually_exclusive_group()
+        when.add_argument("--after", type=int, metavar="T", help="after T edits (default: the last checkpoint)")
+        if name == "example":
+            when.add_argument("--right-after", action="store_true", help="right after the edit, before those after it")
+        return sub
+
+    sub = of_results("example", _example, "What the model wrote before an edit, and after it by method.")
+    sub.add_argument("--edit", type=int, default=0, metavar="K", help="which edit, from 0 (default 0)")
+    sub.add_argument("--seed", type=int, metavar="S", help="of the runs (default: the lowest; it orders the edits)")
+    of_results("radar", _radar, "A radar plot of the methods for each model and data set.")
+    of_results("mean-radar", _mean_radar, "A radar plot of the methods for each model, averaged over data sets.")
+
+    sub = of_results("frontier", _frontier, "Two metrics against each other, a curve for each method over its rates.")
+    sub.add_argument("--x", default="rewrite_gen", metavar="METRIC", help="across (default rewrite_gen)")
+    sub.add_argument("--y", default="unrelated_gen", metavar="METRIC", help="upwards (default unrelated_gen)")
+
+    sub = figure("cycle", _cycle, "One KDPO edit: its negatives cycle by cycle, log-probabilities step by step.")
+    which = sub.add_mutually_exclusive_group(required=True)
+    which.add_argument("--prompt", help="what the model is asked; with --target")
+    which.add_argument(
+        "--record", type=int, metavar="N", help="a record of the data set instead, from 0 as in its file"
+    )
+    sub.add_argument("--target", help="what it shall answer")
+    sub.add_argument("--dataset", default="shipped", metavar="SOURCE", help="a name, a file (default shipped)")
+    sub.add_argument(
+        "--model", default="kdpo-llama-knowedit", metavar="ID", help="Hugging Face id or folder (default: the shipped)"
+    )
+    sub.add_argument("--device", help='"cpu" or "cuda:1" (default: the GPU where there is one)')
+    sub.add_argument("--hparams", metavar="FILE", help="settings: a YAML file or the name of a ready-made one")
+    sub.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="one setting; can be repeated")
+    sub.add_argument("--out", type=Path, metavar="DIR", help="where to write (default figures)")
+    return parser
+
+
+# Of results -----------------------------------------------------------------------------------------------------
+
+
+def _chosen(args: argparse.Namespace) -> list[Cell]:
+    """The cells that the options leave. Raises ResultsError naming the option that leaves none."""
+    from .reading import read_cells
+
+    cells, left_out = read_cells(args.folder)
+    for name, reason in left_out:
+        sys.stderr.write(f"Left out {name}: {reason}\n")
+    for key in CHOICES:
+        wanted = getattr(args, key)
+        if wanted is not None:
+            found = [cell for cell in cells if cell.manifest[key] == wanted]
+            if not found:
+                there = _listed(cell.manifest[key] for cell in cells)
+                raise ResultsError(f"--{key.replace('_', '-')} {wanted}: {args.folder} has {there}")
+            cells = found
+    return cells
+
+
+def _alike(args: argparse.Namespace) -> list[Cell]:
+    """As :func:`_chosen`, of one model, data set, protocol and number of edits, or ResultsError naming the option."""
+    cells = _chosen(args)
+    for key in CHOICES:
+        several = {cell.manifest[key] for cell in cells}
+        if len(several) > 1:
+            raise ResultsError(
+                f"{args.folder} has results of {_listed(several)}: choose with --{key.replace('_', '-')}"
+            )
+    return cells
+
+
+def _frontier(args: argparse.Namespace) -> Iterator[Picture]:
+    from . import frontier
+
+    cells = _alike(args)
+    made = max(int(cell.means["T"].max()) for cell in cells) if args.after is None else args.after
+    yield from frontier.pictures(cells, args.x, args.y, made)
+
+
+def _radar(args: argparse.Namespace, kind: str = "radar") -> list[Picture]:
+    from .figures import pictures
+    from .means import tidy
+
+    means = tidy(_chosen(args))
+    last = means.groupby(["model", "dataset", "protocol", "n_edits"])["T"].transform("max")
+    shown = means[means["T"] == (last if args.after is None else args.after)]
+    if shown.empty:
+        raise ResultsError(f"--after {args.after}: {args.folder} has checkpoints after {_listed(means['T'])} edits")
+    drawn = pictures(shown, [kind])
+    if not drawn and kind == "mean":
+        raise ResultsError(
+            f"{args.folder}: a mean needs two data sets of the same model, protocol, number of edits and checkpoint; "
+            f"there is {_listed(shown['dataset'])}"
+        )
+    if not drawn:
+        raise ResultsError(f"{args.folder}: a radar needs three metrics; there are {_listed(shown['metric'])}")
+    return drawn
+
+
+def _mean_radar(args: argparse.Namespace) -> list[Picture]:
+    return _radar(args, "mean")
+
+
+def _example(args: argparse.Namespace) -> Iterator[Picture]:
+    import matplotlib as mpl
+
+    from . import edit_figures
+    from .figures import SETTINGS, picture
+    from .tables import after
+
+    cells = _alike(args)
+    seeds = {cell.manifest["seed"] for cell in cells}
+    seed = min(seeds) if args.seed is None else args.seed
+    if seed not in seeds:
+        raise ResultsError(f"--seed {seed}: {args.folder} has runs of seed {_listed(seeds)}")
+    cells = [cell for cell in cells if cell.manifest["seed"] == seed]
+    model, dataset, protocol, n_edits = cells[0].group
+    made = max(int(cell.means["T"].max()) for cell in cells) if args.after is None else args.after
+    questions = _questions(cells, args.edit, "right_after" if args.right_after else "checkpoint", made)
+    when = f"right after edit {args.edit}" if args.right_after else after(protocol, n_edits, made)
+    moment = "right-after" if args.right_after else f"T{made}"
+    name = ("example", model, dataset, protocol, str(n_edits), f"s{seed}", f"edit{args.edit}", moment)
+    with mpl.rc_context(SETTINGS):
+        title = f"{model}, {dataset}, edit {args.edit}\n{when}"
+        yield from picture(name, title, None, edit_figures.example(title, questions))
+
+
+def _questions(cells: Sequence[Cell], edit: int, when: str, made: int) -> list[Question]:
+    """What was asked about ``edit``, with the answer of the unedited model and of each method."""
+    from ..run.evaluate import Generation
+    from .edit_figures import Answer, Question
+    from .means import UNEDITED
+    from .reading import read_texts
+
+    texts = [(cell, text) for cell in cells for text in read_texts(cell)]
+    edits = {text["edit"] for _, text in texts}
+    if not edits:
+        raise ResultsError(f"{cells[0].folder.parent}: nothing that was generated is recorded there")
+    if edit not in edits:
+        raise ResultsError(f"--edit {edit}: there is no such edit; there are {min(edits)} to {max(edits)}")
+    questions: dict[tuple[str, str], Question] = {}
+    before: dict[tuple[str, str], Answer] = {}
+    for cell, text in sorted(texts, key=lambda pair: pair[0].label.casefold()):
+        if text["edit"] != edit:
+            continue
+        place = (text["kind"], text["prompt"])
+        said = Generation(text["text"], bool(text["stopped"]))
+        label, unedited = cell.label, cell.manifest["method"] == UNEDITED
+        answer = Answer(label, said.text, said.answers(text["wanted"]), said.stopped)
+        if text["when"] == "pre" or unedited:
+            before.setdefault(place, dataclasses.replace(answer, label="before editing"))
+        elif text["when"] == when and (when == "right_after" or text["checkpoint"] == made):
+            question = questions.setdefault(place, Question(*place, text["wanted"], []))
+            questions[place] = dataclasses.replace(question, answers=[*question.answers, answer])
+    if not questions:
+        option = "--right-after" if when == "right_after" else f"--after {made}"
+        seen = _listed(t["checkpoint"] for _, t in texts if (t["when"], t["edit"]) == (when, edit))
+        raise ResultsError(f"{option}: edit {edit} was not looked at then" + f", but after {seen} edits" * bool(seen))
+    unknown = Answer("before editing", "(not recorded; a run of method=unedited would)", False, True)
+    return [
+        dataclasses.replace(question, answers=[before.get(place, unknown), *question.answers])
+        for place, question in sorted(questions.items(), key=lambda item: item[0][0] != "rewrite")
+    ]
+
+
+def _listed(values: Iterable[Any]) -> str:
+    return ", ".join(map(str, sorted(set(values))))
+
+
+# Of an edit -----------------------------------------------------------------------------------------------------
+
+
+def _cycle(args: argparse.Namespace) -> Iterator[Picture]:
+    import matplotlib as mpl
+
+    from ...cli.main import settings
+    from ...models import load
+    from ..run.datasets import load as load_records
+    from ..run.watch import watch
+    from . import edit_figures
+    from .figures import SETTINGS, picture
+
+    request, of = {"prompt": args.prompt, "target_new": args.target}, args.prompt
+    if args.record is not None:
+        records = load_records(args.dataset, shuffle=False, unique_subjects=False)
+        if not 0 <= args.record < len(records):
+            raise DataError(f"--record {args.record}: {args.dataset} has records 0 to {len(records) - 1}")
+        record = records[args.record]
+        request, of = {"prompt": record.prompt, "target_new": record.target_new}, f"{args.dataset}-{args.record}"
+    hparams = settings(args)
+    model, tok = load(args.model, device=args.device)
+    watched = watch(model, tok, request, hparams)
+    steps = sum(cycle.steps for cycle in watched.cycles)
+    end = f"{len(watched.cycles)} cycles, {steps} steps, {'won' if watched.converged else 'not won'}"
+    with mpl.rc_context(SETTINGS):
+        title = f"{args.model}: {end}"
+        yield from picture(("cycle", args.model, of), title, None, edit_figures.optimisation(title, watched))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

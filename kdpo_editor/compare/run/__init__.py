@@ -1,0 +1,1 @@
+"""Computes a comparison: cells, protocol, evaluation, data sets, methods."""

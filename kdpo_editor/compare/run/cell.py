@@ -1,0 +1,348 @@
+"""One cell of a comparison: one method on one model and data set, from the first edit to figures on disk."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from omegaconf import OmegaConf
+from tqdm import tqdm
+
+from ... import easyedit, models
+from ...edits.storage import write_file
+from ...errors import DataError, HyperParamsError, KDPOError
+from ...hparams import settings_folder
+from ...requests import tokenize
+from ...testbed import taught_texts
+from . import statistics
+from .config import PROTOCOLS, SPLITS, Compare
+from .datasets import Record, content_hash, in_validation, load
+from .editing import Editing, available
+from .evaluate import fingerprint
+from .memory import peak_bytes
+from .results import Cell, Log, slug, versions
+from .scores import Outputs, observe, rows, texts
+
+LOG = logging.getLogger(__name__)
+RATES = ("lr", "v_lr", "edit_lr")
+HELD_OUT = Path(__file__).parent / "held_out.txt"
+SAVE_EVERY = 60.0  # seconds between checkpoints, beside those at `eval_at`
+# What a cell's figures do not depend on.
+ELSEWHERE = ("out", "cache", "overwrite", "threads", "report", "stats_dir")
+
+
+def run(config: Compare) -> Cell:
+    """Compute a cell, go on with one that was killed, or leave a complete one as it is.
+
+    Whatever goes wrong with the method or its data ends up in the cell's manifest and log (status "failed"), not in an
+    exception, so that the cells after it are computed. A method that the installed form of EasyEdit lacks gives a
+    cell of status "skipped".
+
+    Raises:
+        CellBusy: another process computes it.
+        ResultsError: its folder is damaged and ``overwrite`` was not asked for.
+        KDPOError: an unknown data set, protocol or model, or a bad record; found before anything is written.
+    """
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    edited, unrelated = _records(config)
+    cell = _cell(config, edited)
+    with cell.locked():
+        if config.overwrite:
+            cell.clear()
+        if cell.manifest().get("status") in ("complete", "skipped"):
+            LOG.info("%s is there already", cell.folder)
+            return cell
+        started = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        form = easyedit.form().lower()
+        cell.note(status="running", started=started, form=form, versions=versions(), error=None, notes=[])
+        write_file(cell.folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(config)).encode())
+        with _log_to(cell.folder / "run.log"):
+            try:
+                _compute(config, cell, edited, unrelated)
+                finished = datetime.now(timezone.utc).isoformat(timespec="seconds")
+                if cell.manifest()["status"] == "running":
+                    cell.note(status="complete", finished=finished)
+            except Exception as error:
+                LOG.error("%s failed: %s", cell.folder.name, error)
+                with open(cell.folder / "run.log", "a", encoding="utf-8") as stream:
+                    stream.write(traceback.format_exc())
+                cell.note(status="failed", error=f"{type(error).__name__}: {error}")
+    return cell
+
+
+def _compute(config: Compare, cell: Cell, edited: Sequence[Record], unrelated: Sequence[Record]) -> None:
+    settings, notes = _settings(config)
+    if notes and settings is None:
+        cell.note(status="skipped", notes=notes)
+        LOG.warning("%s: %s", config.method.label, notes[0])
+        return
+    model, tok = models.load(config.model.name, dtype=config.model.dtype, device=config.model.device)
+    model.requires_grad_(False)
+    before = fingerprint(model)
+    stats = Path(config.stats_dir or Path(config.cache) / "stats" / before[:16]).absolute()
+    if settings is not None:
+        statistics.ensure(model, tok, settings, config.model.text, config.model.characters, stats)
+        stats.mkdir(parents=True, exist_ok=True)
+    single = config.protocol.name == "single"
+    prompts = [record.prompt for record in unrelated]
+    editing = Editing(model, tok, settings, seed=config.seed, folder=stats, unrelated=prompts, sequence=not single)
+    if editing.ignored:
+        notes.append(f"of no use to EasyEdit's installed form and left out: {', '.join(editing.ignored)}")
+    scorer = Scorer(config, editing, list(edited), list(unrelated), before)
+    cell.note(model_fingerprint=before, notes=notes)
+    count, log, state = cell.load_checkpoint()
+    if count == 0:
+        scorer.before(log)
+        if settings is not None:
+            log.rows.append((-1, 1, "right_after", "peak_memory", peak_bytes(lambda: editing.edit(edited[:1]))))
+            editing.undo()
+    else:
+        LOG.info("going on after %d of %d edits", count, len(edited))
+    (_alone if single else _in_sequence)(config, cell, editing, scorer, list(edited), count, log, state)
+    if single and fingerprint(model) != before:
+        raise KDPOError(f"{config.method.label} left the model changed after its edits were undone")
+    cell.save(log)
+    cell.drop_checkpoints()
+
+
+def _alone(
+    config: Compare, cell: Cell, editing: Editing, scorer: Scorer, edited: list[Record], done: int, log: Log, state: Any
+) -> None:
+    """Each edit by itself, undone before the next."""
+    saved = time.monotonic()
+    for i in _progress(config, range(done, len(edited)), done):
+        editing.count = i  # for the seed
+        seconds = _timed_edit(editing, edited[i : i + 1])
+        log.rows.append((i, 1, "right_after", "seconds", seconds))
+        scorer.score(log, [i], "checkpoint", 1)
+        editing.undo()
+        if time.monotonic() - saved > SAVE_EVERY:
+            cell.save_checkpoint(i + 1, log, {})
+            saved = time.monotonic()
+
+
+def _in_sequence(
+    config: Compare, cell: Cell, editing: Editing, scorer: Scorer, edited: list[Record], done: int, log: Log, state: Any
+) -> None:
+    """One edit after the other, all kept."""
+    scored_at = sorted({t for t in config.protocol.eval_at if 0 < t < len(edited)} | {len(edited)})
+    calls = _calls(len(edited), config.method.requests_per_call, scored_at)
+    if done and editing.resumable:
+        editing.load_state(state, count=done)
+    elif done:
+        for first, last in calls[:done]:
+            editing.edit(edited[first:last])
+    saved = time.monotonic()
+    for number in _progress(config, range(done, len(calls)), done):
+        first, last = calls[number]
+        seconds = _timed_edit(editing, edited[first:last])
+        log.rows += [(i, last, "right_after", "seconds", seconds / (last - first)) for i in range(first, last)]
+        if config.protocol.right_after:
+            scorer.score(log, range(first, last), "right_after", last)
+        if last in scored_at:
+            scorer.score(log, range(last), "checkpoint", last)
+            scorer.score_rest(log, last)
+        if last in scored_at or time.monotonic() - saved > SAVE_EVERY:
+            cell.save_checkpoint(number + 1, log, editing.state())
+            saved = time.monotonic()
+
+
+def _calls(total: int, size: int, stops: Sequence[int]) -> list[tuple[int, int]]:
+    """Ranges of at most ``size`` edits that together are all of them and end at every stop."""
+    calls, first = [], 0
+    while first < total:
+        last = min([first + size, total, *(t for t in stops if t > first)])
+        calls.append((first, last))
+        first = last
+    return calls
+
+
+def _timed_edit(editing: Editing, records: Sequence[Record]) -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    editing.edit(records)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+@dataclass
+class Scorer:
+    """Asks the edited model everything and compares with what it said before any edit."""
+
+    config: Compare
+    editing: Editing
+    edited: list[Record]
+    unrelated: list[Record]
+    model_fingerprint: str
+
+    def before(self, log: Log) -> None:
+        """Rows and generations of the model as it is before any edit."""
+        for i, (record, output) in enumerate(zip(self.edited, self.pre, strict=True)):
+            log.rows += [(i, 0, "pre", metric, value) for metric, value in rows(record, output, output)]
+            place = {"edit": i, "checkpoint": 0, "when": "pre"}
+            log.generations += [{**place, **entry} for entry in texts(record, output)]
+        if self.config.protocol.perplexity:
+            log.rows.append((-1, 0, "pre", "perplexity", self._perplexity()))
+
+    def score(self, log: Log, which: Sequence[int], when: str, checkpoint: int) -> None:
+        """Rows and generations of the edits ``which``."""
+        now = observe(self._evaluator(), [self.edited[i] for i in which], self.longest, self.config.protocol.fluency)
+        for i, output in zip(which, now, strict=True):
+            record = self.edited[i]
+            log.rows += [(i, checkpoint, when, m, v) for m, v in rows(record, self.pre[i], output)]
+            place = {"edit": i, "checkpoint": checkpoint, "when": when}
+            log.generations += [{**place, **entry} for entry in texts(record, output)]
+
+    def score_rest(self, log: Log, checkpoint: int) -> None:
+        """What edits should have left alone: unrelated answers, and text in general."""
+        if self.unrelated:
+            said = self._evaluator().generate([r.prompt for r in self.unrelated], self.longest)
+            same = [now.text == before for now, before in zip(said, self.unrelated_pre, strict=True)]
+            log.rows.append((-1, checkpoint, "checkpoint", "unrelated_gen", sum(same) / len(same)))
+        if self.config.protocol.perplexity:
+            log.rows.append((-1, checkpoint, "checkpoint", "perplexity", self._perplexity()))
+
+    def _evaluator(self) -> Any:
+        evaluator = self.editing.evaluator()
+        evaluator.batch_size = self.config.protocol.batch_size
+        return evaluator
+
+    def _perplexity(self) -> float:
+        name = self.config.model.held_out_text
+        if name == "shipped":
+            documents = taught_texts("recent")[::9]  # facts that no record is about, a phrasing or two of each
+        else:
+            documents = statistics.read_text(name or HELD_OUT)
+        return float(self._evaluator().perplexity(documents))
+
+    def __post_init__(self) -> None:
+        """Outputs before any edit are the same for every method and are kept in the cache."""
+        tok, protocol = self.editing.tok, self.config.protocol
+        targets = [{"prompt": r.prompt, "target_new": r.target_new} for r in self.edited]
+        self.longest = protocol.longest or max(len(e.chosen) for e, *_ in tokenize(tok, targets)) + 8
+        key = {
+            "model": self.model_fingerprint,
+            "name": self.config.model.name,
+            "edited": content_hash(self.edited),
+            "unrelated": content_hash(self.unrelated),
+            "longest": self.longest,
+            "fluency": protocol.fluency,
+            "versions": versions(),
+        }
+        name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
+        file = Path(self.config.cache) / "before" / f"{name}.json"
+        try:
+            found = json.loads(file.read_text("utf-8"))
+            self.pre = [Outputs.from_json(entry) for entry in found["edited"]]
+            self.unrelated_pre = [str(text) for text in found["unrelated"]]
+        except (OSError, ValueError, KeyError, TypeError):
+            evaluator = self._evaluator()
+            self.pre = observe(evaluator, self.edited, self.longest, protocol.fluency)
+            said = evaluator.generate([r.prompt for r in self.unrelated], self.longest)
+            self.unrelated_pre = [generation.text for generation in said]
+            file.parent.mkdir(parents=True, exist_ok=True)
+            entries = {"edited": [o.to_json() for o in self.pre], "unrelated": self.unrelated_pre}
+            write_file(file, json.dumps(entries, ensure_ascii=False).encode())
+
+
+def _records(config: Compare) -> tuple[list[Record], list[Record]]:
+    """The records to edit, and others whose answers should stay; the latter from the order's end, whatever is edited.
+
+    Raises :class:`~kdpo_editor.errors.KDPOError` for settings that cannot be met.
+    """
+    data, protocol = config.dataset, config.protocol
+    for key, value, allowed in (("protocol.name", protocol.name, PROTOCOLS), ("dataset.split", data.split, SPLITS)):
+        if value not in allowed:
+            raise HyperParamsError(f"{key}: {value!r} is not one of {', '.join(allowed)}")
+    for key, number in (("n_edits", config.n_edits), ("method.requests_per_call", config.method.requests_per_call)):
+        if number < 1:
+            raise HyperParamsError(f"{key}: {number} is not allowed; it must be at least 1")
+    pool = load(data.source, seed=config.seed, shuffle=data.shuffle, drop_bad=data.drop_bad)
+    if data.split != "all":
+        pool = [record for record in pool if in_validation(record) == (data.split == "validation")]
+    last = data.offset + config.n_edits
+    if data.offset < 0 or last > len(pool):
+        raise DataError(
+            f"n_edits: {data.source} has {len(pool)} records of different subjects in its split {data.split!r}; "
+            f"{config.n_edits} from the {data.offset}th on are too many"
+        )
+    rest = pool[last:]
+    return pool[data.offset : last], rest[max(0, len(rest) - protocol.unrelated) :]
+
+
+def _cell(config: Compare, edited: Sequence[Record]) -> Cell:
+    easyedit.require()
+    settings, notes = _settings(config)
+    label = config.method.label
+    if notes and settings is not None:
+        label += " (own CE)" if config.method.without == "ce" else f" ({config.method.without})"
+    told = {k: v for k, v in asdict(config).items() if k not in ELSEWHERE}
+    del told["model"]["device"]
+    told |= {"settings": settings, "records": content_hash(edited), "form": easyedit.form().lower()}
+    code = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:12]
+    identity = {
+        "method": config.method.name,
+        "label": label,
+        "model": config.model.name,
+        "dataset": config.dataset.name,
+        "protocol": config.protocol.name,
+        "seed": config.seed,
+        "n_edits": config.n_edits,
+    }
+    name = slug([*(identity[k] for k in ("method", "model", "dataset", "protocol", "n_edits")), f"s{config.seed}"])
+    return Cell(Path(config.out) / f"{name}-{code}", code, identity)
+
+
+def _settings(config: Compare) -> tuple[dict[str, Any] | None, list[str]]:
+    """The method's settings, or what stands in for it, or ``None`` for none; and what is to be said about it."""
+    settings = config.method.hparams
+    if settings is not None and config.method.rate_factor != 1:
+        rate = next(key for key in RATES if key in settings)
+        settings = {**settings, rate: settings[rate] * config.method.rate_factor}
+    if settings is None or available(settings):
+        return settings, []
+    form, without = easyedit.form(), config.method.without
+    other = settings_folder() / without / f"{config.model.settings}.yaml"
+    if without == "ce":
+        own = {
+            k: settings[k] for k in ("model_name", "layers", "rewrite_module_tmp", "num_steps", "lr", "weight_decay")
+        }
+        # One round of as many steps; FT-M stops below this loss as well.
+        own |= {"alg_name": "KDPO", "objective": "ce", "cycles": 1, "stop_loss": 1e-2}
+        return own, [f"EasyEdit's {form} form lacks FT-M: this package's cross-entropy over the whole target stands in"]
+    if without and other.exists():
+        taken: dict[str, Any] = yaml.safe_load(other.read_text("utf-8"))
+        return taken, [f"EasyEdit's {form} form knows {without} instead; settings are those of hparams/{without}"]
+    return None, [f"EasyEdit's {form} form does not have this method"]
+
+
+def _progress(config: Compare, numbers: range, done: int) -> Iterator[int]:
+    label = f"{config.method.label} ({config.dataset.name}, seed {config.seed})"
+    return iter(tqdm(numbers, desc=label, unit="edit", initial=done, total=numbers.stop, disable=None, leave=False))
+
+
+@contextlib.contextmanager
+def _log_to(file: Path) -> Iterator[None]:
+    handler = logging.FileHandler(file, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    ours = logging.getLogger("kdpo_editor")
+    ours.addHandler(handler)
+    try:
+        yield
+    finally:
+        ours.removeHandler(handler)
+        handler.close()

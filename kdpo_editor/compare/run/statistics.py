@@ -1,0 +1,131 @@
+"""Second moments of the edited matrices' inputs, which MEMIT, AlphaEdit and (optionally) ROME weigh a change by.
+
+    kdpo-statistics --model gpt2-xl --text corpus.txt.xz --hparams hparams/MEMIT/gpt2-xl.yaml --out data/stats
+
+EasyEdit computes them from Wikipedia's dump, which it downloads. Here any text serves; the results lie where
+both forms of the framework look and have the form that they read (Meng et al. 2022, MEMIT, section 4.2: the moments
+``C0 = E[k k^T]`` of the inputs ``k``, here over all tokens of the text).
+"""
+
+from __future__ import annotations
+
+import argparse
+import bz2
+import gzip
+import lzma
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ...errors import DataError, KDPOError
+from ...lifelong.preserve import second_moments
+from ...testbed import taught_texts
+
+OPENERS: dict[str, Any] = {".xz": lzma.open, ".gz": gzip.open, ".bz2": bz2.open}
+WINDOW = 256
+
+
+def ensure(
+    model: nn.Module, tok: Any, config: dict[str, Any], text: str | None, characters: int | None, folder: Path
+) -> bool:
+    """Compute the moments that the method settings ``config`` ask for, unless they lie in ``folder``.
+
+    ``text``: a file for :func:`read_text`, at most ``characters`` of it, or "shipped": what the shipped model
+    was taught.
+
+    Returns whether any had to be computed. Raises :class:`~kdpo_editor.errors.DataError` if some are missing and
+    there is no text to compute them from.
+    """
+    if not config.get("mom2_adjustment"):
+        return False
+    modules = [config["rewrite_module_tmp"].removesuffix(".weight").format(n) for n in config["layers"]]
+    wanted = {module: _files(model, config, module, folder) for module in modules}
+    missing = {module: files for module, files in wanted.items() if not all(file.exists() for file in files)}
+    if not missing:
+        return False
+    if text is None:
+        raise DataError(
+            f"{config['alg_name']} needs second moments, and {next(iter(missing.values()))[0]} does not exist. Compute "
+            "them with kdpo-statistics, or name a text in model.text"
+        )
+    documents = taught_texts() if text == "shipped" else read_text(text, characters)
+    windows = [
+        w for d in documents for w in torch.tensor(tok(d)["input_ids"], dtype=torch.int64).split(WINDOW) if len(w)
+    ]
+    if not windows:
+        raise DataError("the text for the second moments is empty")
+    bar = tqdm(windows, desc="second moments", disable=None, leave=False)
+    for name, (moment, count) in second_moments(model, list(missing), bar).items():
+        for file in missing[name]:
+            _save(file, moment, count, config["mom2_n_samples"])
+    return True
+
+
+def read_text(path: str | Path, most: int | None = None) -> list[str]:
+    """Documents of a plain or compressed (xz, gz, bz2) text file: what blank lines or ``</doc>`` separate.
+
+    ``most``: characters to read at most. Raises :class:`~kdpo_editor.errors.DataError` naming the file.
+    """
+    file = Path(path)
+    try:
+        with OPENERS.get(file.suffix, open)(file, "rt", encoding="utf-8") as stream:
+            text = stream.read() if most is None else stream.read(most)
+    except (OSError, EOFError, lzma.LZMAError, UnicodeDecodeError) as error:
+        raise DataError(f"{file}: {error}") from error
+    separator = "</doc>" if "</doc>" in text else "\n\n"
+    documents = [d.partition(">")[2] if d.lstrip().startswith("<doc") else d for d in text.split(separator)]
+    return [d.strip() for d in documents if d.strip()]
+
+
+def _files(model: nn.Module, config: dict[str, Any], module: str, folder: Path) -> list[Path]:
+    """Where either form of the framework looks for a module's moments."""
+    path: str = model.config._name_or_path  # type: ignore[union-attr, assignment]
+    data = f"{config['mom2_dataset']}_stats/{module}_{config['mom2_dtype']}_mom2_{config['mom2_n_samples']}.npz"
+    return [folder / name / data for name in dict.fromkeys((path.rsplit("/")[-1], path.replace("/", "_")))]
+
+
+def _save(file: Path, moment: Tensor, count: int, samples: int) -> None:
+    import numpy as np
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f"{file.name}.partial.npz")
+    arrays: dict[str, Any] = {
+        "mom2.constructor": np.array("util.runningstats.SecondMoment()"),
+        "mom2.count": np.array(count),
+        "mom2.mom2": moment.float().cpu().numpy(),
+        "sample_size": np.array(samples),
+    }
+    np.savez(partial, **arrays)
+    partial.replace(file)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command ``kdpo-statistics``."""
+    parser = argparse.ArgumentParser(prog="kdpo-statistics", description=__doc__.partition("\n")[0])
+    parser.add_argument("--model", required=True, help="Hugging Face id, folder, or the shipped model's name")
+    parser.add_argument("--text", required=True, help='a text file (plain, .xz, .gz, .bz2), or "shipped"')
+    parser.add_argument("--hparams", required=True, help="a MEMIT, AlphaEdit or ROME settings file: layers and names")
+    parser.add_argument("--out", default="data/stats", help="the stats_dir of those settings (default data/stats)")
+    parser.add_argument("--characters", type=int, default=20_000_000, help="of the text, at most (default 20 million)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args(argv)
+    from ...models import load
+
+    try:
+        config = {**yaml.safe_load(Path(args.hparams).read_text("utf-8")), "mom2_adjustment": True}
+        model, tok = load(args.model, device=args.device)
+        fresh = ensure(model, tok, config, args.text, args.characters, Path(args.out))
+    except (OSError, KeyError, KDPOError) as error:
+        sys.stderr.write(f"kdpo-statistics: {error}\n")
+        return 1
+    sys.stdout.write(f"{'computed' if fresh else 'already'} in {args.out}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,133 @@
+"""An edit as a PEFT LoRA adapter, for every program that loads those."""
+
+from __future__ import annotations
+
+import errno
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from ..engine.generation import generate
+from ..errors import CompressionError, StorageError
+from .low_rank import decompose, pair_of
+from .storage import make_folder, storage_error
+
+if TYPE_CHECKING:
+    from .delta import EditDelta
+
+
+def save_lora(delta: EditDelta, path: Path, model: nn.Module, tok: Any, rank: int | None = None) -> int:
+    """Write ``delta`` to the folder ``path`` as an adapter for the unedited model.
+
+    It is loaded with PEFT before it is kept: the free answers to the edit's prompts must be those of the edited model.
+
+    Args:
+        delta: in either form.
+        path: must not exist, or be empty.
+        model: the model that the delta fits, before or after it; it is left as found.
+        tok: its tokenizer.
+        rank: of the adapter; by default the smallest of 1, 2, 4, ... and the full rank that keeps the answers.
+
+    Returns:
+        The adapter's rank.
+
+    Raises:
+        CompressionError: an answer differs, and its prompt is named; or the edits changed nothing.
+        ModuleNotFoundError: PEFT is not installed.
+        StorageError: the folder is not empty, or cannot be written.
+        FingerprintError: the model is neither as before the edit nor as after it.
+    """
+    from peft import PeftModel
+
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise StorageError(errno.EEXIST, f"{path} exists and is not an empty folder")
+    if not delta.changes:
+        raise CompressionError("the edits changed no weight; there is nothing for an adapter to hold")
+    make_folder(path.parent)
+    weights = dict(model.named_parameters())
+    parts = {name: decompose(change, weights[name]) for name, change in delta.change().items()}
+    full = max(len(scale) for _, scale, _ in parts.values())
+    ranks = [rank] if rank is not None else [*(2**i for i in range(full.bit_length()) if 2**i < full), full]
+    if rank is None and not delta.info.requests:
+        ranks = [full]  # nothing tells when a smaller one would do
+    with delta.before(model):
+        wanted = [said for _, said in delta.behaviour(model, tok)]
+        for r in ranks:
+            folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+            try:
+                _write(folder, model, parts, r)
+                with _left_alone(model):
+                    adapted = PeftModel.from_pretrained(model, str(folder))
+                    try:
+                        said = [generate(adapted, tok, request["prompt"]) for request in delta.info.requests]
+                    finally:
+                        adapted.unload()
+                if said == wanted:
+                    folder.chmod(0o755)
+                    folder.replace(path)
+                    return r
+            except OSError as error:
+                raise storage_error("write", path, error) from error
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
+    wrong = next(i for i, (a, b) in enumerate(zip(said, wanted, strict=True)) if a != b)
+    raise CompressionError(
+        f"an adapter of rank {ranks[-1]} does not hold the edit: after {delta.info.requests[wrong]['prompt']!r} the "
+        f"model says {said[wrong]!r}, not {wanted[wrong]!r}"
+    )
+
+
+def _write(folder: Path, model: nn.Module, parts: dict[str, tuple[Tensor, Tensor, Tensor]], rank: int) -> None:
+    from peft import LoraConfig
+    from transformers.pytorch_utils import Conv1D
+
+    modules = [name.rpartition(".")[0] for name in parts]
+    transposed = [isinstance(model.get_submodule(module), Conv1D) for module in modules]  # GPT-2's [in, out]
+    tensors = {}
+    for (_, svd), module, turned in zip(parts.items(), modules, transposed, strict=True):
+        up, down = pair_of(svd, rank)
+        if turned:
+            up, down = down.T, up.T
+        # PEFT wants one rank for all; a smaller matrix fills up with zeros.
+        missing = rank - up.shape[1]
+        up, down = nn.functional.pad(up, (0, missing)), nn.functional.pad(down, (0, 0, 0, missing))
+        tensors[f"base_model.model.{module}.lora_A.weight"] = down.contiguous()
+        tensors[f"base_model.model.{module}.lora_B.weight"] = up.contiguous()
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=rank,
+        lora_dropout=0.0,
+        target_modules=modules,
+        fan_in_fan_out=any(transposed),
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=getattr(model, "name_or_path", None),
+        inference_mode=True,
+    )
+    config.save_pretrained(str(folder))
+    data = safetensors.torch.save(tensors, metadata={"format": "pt"})
+    (folder / "adapter_model.safetensors").write_bytes(data)
+
+
+@contextmanager
+def _left_alone(model: nn.Module) -> Iterator[None]:
+    """Afterwards nothing remains on ``model`` of what PEFT does to one, and the random state is as before."""
+    flags = [(p, p.requires_grad) for p in model.parameters()]
+    modes = [(m, m.training) for m in model.modules()]
+    own = set(model.__dict__)
+    with torch.random.fork_rng(devices=[]):
+        try:
+            yield
+        finally:
+            for name in model.__dict__.keys() - own:
+                del model.__dict__[name]
+            for p, required in flags:
+                p.requires_grad_(required)
+            for module, training in modes:
+                module.training = training

@@ -1,0 +1,236 @@
+"""Files that are written whole or not at all, and read without trusting what they say.
+
+Only JSON and safetensors are read. How much is read is bounded beforehand: JSON by its size, tensors by the shapes that
+the caller expects, which the file's header must declare.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import re
+import stat
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from ..errors import DamagedFileError, StorageError
+
+MAX_JSON = 1 << 24
+"""Bytes of one JSON document or journal line (16 MiB)."""
+MAX_HEADER = 1 << 20
+"""Bytes of a safetensors header (1 MiB)."""
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""The dtypes that matrices may have, by safetensors' names."""
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class Spec:
+    """Shape and dtype (safetensors' name, such as ``F16``) of a tensor in a file."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that a tensor of this kind takes."""
+        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+
+    def __str__(self) -> str:
+        return f"{' x '.join(map(str, self.shape))} {self.dtype}"
+
+
+def spec_of(tensor: Tensor) -> Spec:
+    """The spec of a floating-point tensor of any shape."""
+    return Spec(tuple(tensor.shape), NAMES[tensor.dtype])
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write ``data`` to ``path`` so that, whatever happens, the file is as before or holds all of it, on the disk.
+
+    Raises :class:`~kdpo_editor.StorageError`, which names the file and why.
+    """
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        try:
+            with open(part, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(part, path)
+            sync_folder(path.parent)
+        except BaseException:
+            with suppress(OSError):
+                part.unlink()
+            raise
+    except OSError as error:
+        raise storage_error("write", path, error) from error
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the renames in ``folder`` durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def make_folder(folder: Path) -> None:
+    """Make ``folder`` where there is none; raises :class:`~kdpo_editor.StorageError`."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise storage_error("make", folder, error) from error
+
+
+def storage_error(verb: str, path: Path, error: OSError) -> StorageError:
+    """The error to raise for ``error``, with its ``errno``."""
+    return StorageError(error.errno or errno.EIO, f"cannot {verb} {path}: {error.strerror or error}")
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a plain file for reading; links, pipes and devices are refused, so that nothing leads elsewhere or waits.
+
+    Raises :class:`~kdpo_editor.StorageError` or :class:`~kdpo_editor.DamagedFileError`.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise DamagedFileError(f"{path} is a link; only plain files are read") from None
+        raise storage_error("read", path, error) from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise DamagedFileError(f"{path} is not a plain file")
+    return os.fdopen(descriptor, "rb")
+
+
+def dump_json(value: Any) -> bytes:
+    """``value`` on one line, always the same way; :class:`~kdpo_editor.DamagedFileError` if it is nested too deep."""
+    try:
+        return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode("ascii")
+    except RecursionError:
+        raise DamagedFileError("a record is nested too deep") from None
+
+
+def parse_json(data: bytes, what: str) -> Any:
+    """Read a JSON document.
+
+    Raises :class:`~kdpo_editor.DamagedFileError`, beginning with ``what``: not UTF-8, not JSON, NaN or infinite
+    numbers, half surrogate pairs, nested too deep, or more than :data:`MAX_JSON` bytes.
+    """
+    if len(data) > MAX_JSON:
+        raise DamagedFileError(f"{what} is longer than {MAX_JSON} bytes")
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is not allowed")
+
+    try:
+        value = json.loads(data.decode("utf-8"), parse_constant=refuse, parse_float=_finite)
+        if re.search(rb"\\u[dD][89a-fA-F]", data):
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except (ValueError, RecursionError) as error:
+        raise DamagedFileError(f"{what} is not JSON: {error}") from None
+    return value
+
+
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{text} is out of range")
+    return number
+
+
+def field(record: Any, key: str, kind: type | tuple[type, ...], what: str) -> Any:
+    """``record[key]``, of type ``kind``, or :class:`~kdpo_editor.DamagedFileError`, beginning with ``what``."""
+    if not isinstance(record, dict):
+        raise DamagedFileError(f"{what} is a {type(record).__name__}; it must be an object")
+    kinds = kind if isinstance(kind, tuple) else (kind,)
+    if key not in record:
+        raise DamagedFileError(f"{what} has no {key!r}")
+    if type(record[key]) not in kinds:
+        names = " or ".join("null" if k is type(None) else k.__name__ for k in kinds)
+        raise DamagedFileError(f"{what}: {key!r} is a {type(record[key]).__name__}; it must be {names}")
+    return record[key]
+
+
+def spec_from(record: Any, what: str) -> Spec:
+    """A :class:`Spec` of its JSON form; raises :class:`~kdpo_editor.DamagedFileError`."""
+    shape, dtype = field(record, "shape", list, what), field(record, "dtype", str, what)
+    if not 1 <= len(shape) <= 2 or any(type(n) is not int or not 1 <= n < 1 << 31 for n in shape):
+        raise DamagedFileError(f"{what}: 'shape' is not that of a matrix")
+    if dtype not in DTYPES:
+        raise DamagedFileError(f"{what}: {dtype!r:.60} is not one of {', '.join(DTYPES)}")
+    return Spec(tuple(shape), dtype)
+
+
+def hash_from(record: Any, key: str, what: str) -> str:
+    """A SHA-256 in hexadecimal; raises :class:`~kdpo_editor.DamagedFileError`."""
+    value: str = field(record, key, str, what)
+    if not re.fullmatch(r"[0-9a-f]{64}", value):
+        raise DamagedFileError(f"{what}: {key!r} is {value!r:.80}, not 64 hexadecimal digits")
+    return value
+
+
+def read_json(path: Path) -> Any:
+    """Read a file that holds one JSON document; errors as in :func:`parse_json` and :func:`open_regular`."""
+    with open_regular(path) as file:
+        return parse_json(file.read(MAX_JSON + 1), str(path))
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a safetensors file as :func:`write_file` does."""
+    write_file(path, safetensors.torch.save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}))
+
+
+def check_tensors(path: Path, expected: Mapping[str, Spec]) -> None:
+    """Raise :class:`~kdpo_editor.DamagedFileError` unless a safetensors file holds just the tensors ``expected``.
+
+    Only its header is read.
+    """
+    with open_regular(path) as file:
+        _check_header(file, path, expected)
+
+
+def read_tensors(path: Path, expected: Mapping[str, Spec]) -> dict[str, Tensor]:
+    """Read the tensors of a safetensors file, on the CPU, after :func:`check_tensors`."""
+    with open_regular(path) as file:
+        size = _check_header(file, path, expected)
+        file.seek(0)
+        data = file.read(size)
+    try:
+        return safetensors.torch.load(data)
+    except (SafetensorError, ValueError, RuntimeError) as error:
+        raise DamagedFileError(f"{path} is damaged: {error}") from None
+
+
+def _check_header(file: BinaryIO, path: Path, expected: Mapping[str, Spec]) -> int:
+    """The file's size in bytes, once its header is as it should be."""
+    size = os.fstat(file.fileno()).st_size
+    length = int.from_bytes(file.read(8), "little")
+    if size < 8 or not 2 <= length <= min(MAX_HEADER, size - 8):
+        raise DamagedFileError(f"{path} is damaged: no safetensors header")
+    header = parse_json(file.read(length), f"{path}: its header")
+    if not isinstance(header, dict):
+        raise DamagedFileError(f"{path} is damaged: its header is not an object")
+    header.pop("__metadata__", None)
+    if header.keys() != expected.keys():
+        raise DamagedFileError(f"{path} holds {', '.join(header) or 'nothing'}, not {', '.join(expected)}"[:400])
+    for name, spec in expected.items():
+        found = spec_from(header[name], f"{path}: {name}")
+        if found != spec:
+            raise DamagedFileError(f"{path}: {name} is {found}; it must be {spec}")
+    if size != 8 + length + sum(spec.nbytes for spec in expected.values()):
+        raise DamagedFileError(f"{path} is damaged: {size} bytes do not match its header")
+    return size

@@ -1,0 +1,99 @@
+"""``with edited(model, delta):`` and ``with original(model):``, and what it takes to know what a model was before."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
+
+from torch import Tensor, nn
+
+from ..engine.weights import restore
+from ..errors import FingerprintError
+from .manifest import Value, matrices_of, value_of
+from .storage import spec_of
+
+if TYPE_CHECKING:
+    from .delta import EditDelta
+
+
+@dataclass
+class _Applied:
+    """A matrix that was changed here: its value before the first change and after the last, and the former's source."""
+
+    before: Value
+    after: Value
+    read: Callable[[], Tensor]
+
+
+# By model, for as long as it lives: the matrices that deltas and ledgers changed, by name.
+_APPLIED: WeakKeyDictionary[nn.Module, dict[str, _Applied]] = WeakKeyDictionary()
+
+
+def note(
+    model: nn.Module,
+    name: str,
+    before: Value,
+    after: Value,
+    read: Callable[[], Tensor],
+    first: Value | None = None,
+) -> None:
+    """Remember that a matrix of ``model`` went from ``before`` to ``after``.
+
+    ``read`` gives back what it was before any change, which is ``first``, or ``before`` where nothing else is known.
+    """
+    known = _APPLIED.setdefault(model, {})
+    if name in known and known[name].after == before:
+        known[name].after = after
+    else:
+        known[name] = _Applied(first or before, after, read)
+
+
+@contextmanager
+def edited(model: nn.Module, delta: EditDelta, *, force: bool = False) -> Iterator[nn.Module]:
+    """Inside, ``model`` has the change ``delta``; afterwards, also on exceptions, it is bit for bit as before.
+
+    Errors as those of :meth:`EditDelta.apply`, before anything is changed.
+    """
+    known = {name: _Applied(a.before, a.after, a.read) for name, a in _APPLIED.get(model, {}).items()}
+    originals = delta.apply(model, force=force)
+    try:
+        yield model
+    finally:
+        restore(dict(model.named_parameters()), originals)
+        _APPLIED[model] = known
+
+
+@contextmanager
+def original(model: nn.Module, weights: Mapping[str, Tensor] | None = None) -> Iterator[nn.Module]:
+    """Inside, ``model`` is as it was before it was edited; afterwards, also on exceptions, bit for bit as found.
+
+    Args:
+        model: a model that an :class:`EditDelta` or an :class:`EditLedger` of this process changed, or any model if
+            ``weights`` are given.
+        weights: ``{parameter name: original tensor}``, such as ``apply_kdpo_to_model`` and EasyEdit return.
+
+    Raises:
+        FingerprintError: the original weights are not known, or something else changed them since.
+    """
+    if weights is None:
+        known = _APPLIED.get(model)
+        if known is None:
+            raise FingerprintError(
+                "nothing is known of this model before it was edited: no EditDelta or EditLedger of this process "
+                "changed it; give the original weights as the second argument"
+            )
+        parameters = dict(model.named_parameters())
+        for name, applied in known.items():
+            if value_of(parameters[name]) not in (applied.after, applied.before):
+                raise FingerprintError(f"{name} was changed by something else since it was edited")
+        weights = {name: applied.read() for name, applied in known.items()}
+    matrices = matrices_of(model, {name: spec_of(w) for name, w in weights.items()}, "weights")
+    found = {name: w.detach().clone() for name, w in matrices.items()}
+    try:
+        restore(matrices, dict(weights))
+        yield model
+    finally:
+        restore(matrices, found)

@@ -1,0 +1,1 @@
+"""What an edit runs on: the cached forward, batches, steps, optimisers and the matrices themselves."""

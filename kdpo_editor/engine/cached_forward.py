@@ -1,0 +1,407 @@
+"""Run a model once, then only the part of it that an edit can change.
+
+What comes before the first edited matrix never changes, and under teacher forcing neither does what it is fed. So one
+forward pass captures the input of that matrix, what its block adds its output to, and the arguments of every block
+above; later passes compute one matrix product, those blocks, the final norm, and of the head only what is asked
+for: all logits of the answer positions, or just two of each. In the last block other positions matter only by their
+keys and values, so all else is computed at the answer positions alone. Where a block does more with the matrix's output
+than add it (Gemma-2 normalises it first), replay begins at that block instead.
+
+Nothing here knows the name of an architecture. What follows the last block inside the module that holds the
+blocks is seen by watching one pass; logit scaling and soft-capping are the model's own, because where logits are more
+than what the head gives, its own ``forward`` is called with that module's result put in. All this is tried once per
+model, by disturbing the edited matrix's output and comparing with the full forward; a model for which it does not hold
+is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
+
+from ..errors import ModelError
+from ..hparams import KDPOHyperParams
+from .patches import Places, forward_is, narrowed, trained_only_at
+from .weights import blocks_name
+
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+"""What a block is called with besides its hidden states."""
+
+# Multiplications that a module of the last block must be spared for it to pay.
+WORTH = 2_000_000
+
+
+@dataclass(frozen=True)
+class Examined:
+    """What was found out about a model and one edited module.
+
+    ``inside``: replay may begin at the matrix, not only at its block. ``head_alone``: logits are what the head gives,
+    and nothing else follows. ``narrow``: names of the modules in the last block that are needed only where logits are
+    read.
+    """
+
+    inside: bool
+    head_alone: bool
+    narrow: tuple[str, ...] = ()
+
+
+_EXAMINED: WeakKeyDictionary[nn.Module, dict[str, Examined]] = WeakKeyDictionary()
+
+
+@dataclass
+class Captured:
+    """What one pass over ``[B, L]`` token ids left behind.
+
+    ``hidden``: ``[B, L, D]``, model dtype, without gradient: what the first edited block adds its matrix's output to,
+    or, where ``inner`` is ``None``, that block's input.
+    ``inner``: ``[B, L, F]``, the matrix's input.
+    ``arguments``: the other positional and keyword arguments of each block that remains to be run.
+    ``positions``: ``[B, T]`` int64, where logits are read.
+    ``subject``: ``[B, L]`` bool, where the modules named ``at_subject`` are trained, or ``None``.
+    """
+
+    hidden: Tensor
+    inner: Tensor | None
+    arguments: list[Arguments]
+    positions: Tensor
+    subject: Tensor | None = None
+
+    @cached_property
+    def places(self) -> Places:
+        """``positions`` in rows of this length."""
+        return Places(self.positions, self.hidden.shape[1])
+
+    def rows(self, kept: Tensor) -> Captured:
+        """Those rows of the batch whose indices, int64, are in ``kept``."""
+        size = len(self.hidden)
+        hidden, inner, arguments, positions, subject = (
+            rows_of(v, size, kept) for v in (self.hidden, self.inner, self.arguments, self.positions, self.subject)
+        )
+        return Captured(hidden, inner, arguments, positions, subject)
+
+    def to(self, device: torch.device | str) -> Captured:
+        """The same with the large tensors, ``hidden`` and ``inner``, on ``device``; replaying brings them back."""
+        return replace(self, hidden=self.hidden.to(device), inner=None if self.inner is None else self.inner.to(device))
+
+
+def rows_of(value: Any, size: int, kept: Tensor) -> Any:
+    """What belongs to the rows ``kept``, ``[K]`` int64, of a batch of ``size``, in tensors and whatever holds them."""
+    if isinstance(value, tuple):
+        return tuple(rows_of(v, size, kept) for v in value)
+    if isinstance(value, list):
+        return [rows_of(v, size, kept) for v in value]
+    if isinstance(value, dict):
+        return {k: rows_of(v, size, kept) for k, v in value.items()}
+    # Anything per row is at least a matrix; some (ALiBi) hold rows times heads.
+    if not isinstance(value, Tensor) or value.ndim < 2 or value.shape[0] % size or size == 1:
+        return value
+    if value.shape[0] == size:
+        return value[kept.to(value.device)]
+    return value.unflatten(0, (size, -1))[kept.to(value.device)].flatten(0, 1)
+
+
+@dataclass
+class HeadRows:
+    """The head's rows for some tokens: ``weight`` ``[B, T, K, D]`` and ``bias`` ``[B, T, K]`` or ``None``."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """Logits ``[B, T, K]`` of hidden states ``[B, T, D]``."""
+        logits = (self.weight @ hidden.to(self.weight.device).unsqueeze(-1)).squeeze(-1)
+        return logits if self.bias is None else logits + self.bias
+
+
+class Suffix:
+    """The part of a causal language model from one matrix up, to be captured once and replayed often.
+
+    Args:
+        model: a decoder-only ``transformers`` model with a language-model head, in evaluation mode.
+        blocks_name: dotted name of its list of blocks, such as ``model.layers``.
+        first: index of the first block that may change.
+        module_name: dotted name of the module whose weight is edited in that block.
+        at_subject: dotted names of edited modules whose gradient comes from the subject's tokens alone.
+        on_host: keep what is captured in the host's memory.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        blocks_name: str,
+        first: int,
+        module_name: str,
+        at_subject: Sequence[str] = (),
+        on_host: bool = False,
+    ) -> None:
+        self.model, self.on_host = model, on_host
+        blocks = model.get_submodule(blocks_name)
+        assert isinstance(blocks, nn.ModuleList)
+        self.holder = model.get_submodule(blocks_name.rpartition(".")[0])
+        self.blocks = list(blocks)[first:]
+        self.module_name = module_name
+        self.module = model.get_submodule(module_name)
+        self.at_subject = [model.get_submodule(name) for name in at_subject]
+        self._after: list[nn.Module] = []
+        self._narrow: list[tuple[nn.Module, int]] = []  # with their number of parameters
+        self._head_alone = False
+
+    @classmethod
+    def above(cls, model: nn.Module, weights: Iterable[str], hparams: KDPOHyperParams) -> Suffix:
+        """From the first of the edited matrices up; ``weights``: their names, in the order of ``hparams.layers``."""
+        modules = {layer: name.rpartition(".")[0] for layer, name in zip(hparams.layers, weights, strict=True)}
+        first = min(modules)
+        at_subject = [modules[layer] for layer in hparams.subject_layers or ()]
+        return cls(model, blocks_name(hparams), first, modules[first], at_subject, hparams.captured_on_host)
+
+    @property
+    def place(self) -> torch.device:
+        """Where the edited matrix is, and replay begins."""
+        return next(self.module.parameters()).device
+
+    @property
+    def store(self) -> torch.device:
+        """Where what is captured is kept."""
+        return torch.device("cpu") if self.on_host else self.place
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids go."""
+        embeddings = self.model.get_input_embeddings()  # type: ignore[operator]
+        device: torch.device = embeddings.weight.device
+        return device
+
+    def capture(self, ids: Tensor, positions: Tensor, subject: Tensor | None = None) -> tuple[Captured, Tensor]:
+        """Run the whole model over ``ids`` once.
+
+        With gradients enabled and only edited matrices requiring them, the graph begins at the first edited
+        matrix, so this pass serves as the first optimiser step's forward too. Rows may be padded on the right with
+        any token: under a causal mask nothing before it sees it.
+
+        Args:
+            ids: ``[B, L]`` int64.
+            positions: ``[B, T]`` int64; logits are read there.
+            subject: ``[B, L]`` bool, or ``None``; see :class:`Captured`.
+
+        Returns:
+            What was captured, and the final hidden states there, ``[B, T, D]``, for :meth:`logits`.
+
+        Raises:
+            ModelError: replaying does not give what the full forward gives.
+        """
+        ids, positions = ids.to(self.device), positions.to(self.device)
+        known = _EXAMINED.setdefault(self.model, {})
+        if self.module_name not in known:
+            found = self._examine(ids[:1])
+            if found is None:
+                return self._run(ids, positions, inside=False)
+            known[self.module_name] = replace(found, narrow=tuple(self._find_narrow(ids[:1], found.inside)))
+        examined = known[self.module_name]
+        narrow = [self.blocks[-1].get_submodule(name) for name in examined.narrow]
+        self._narrow = [(module, sum(p.numel() for p in module.parameters())) for module in narrow]
+        self._head_alone = examined.head_alone
+        subject = None if subject is None else subject.to(self.device)
+        with self._trained_at(subject):
+            captured, hidden = self._run(ids, positions, examined.inside)
+        return replace(captured, subject=subject).to(self.store), hidden
+
+    def replay(self, captured: Captured) -> Tensor:
+        """The final hidden states, ``[B, T, D]``, that the whole model would give with its weights as they are now."""
+        blocks = self.blocks
+        hidden = captured.hidden.to(self.place)
+        with self._trained_at(captured.subject):
+            if captured.inner is not None:
+                hidden = hidden + self.module(captured.inner.to(self.place)).view(hidden.shape)
+                blocks = blocks[1:]
+            for block, (args, kwargs) in zip(blocks, captured.arguments, strict=True):
+                with ExitStack() as patches:
+                    if block is self.blocks[-1]:
+                        spared = len(hidden) * (hidden.shape[1] - captured.positions.shape[1])
+                        for module, parameters in self._narrow:
+                            if spared * parameters >= WORTH:
+                                patches.enter_context(narrowed(module, captured.places))
+                    hidden = _hidden(block(hidden, *args, **kwargs))
+        hidden = captured.places.read(hidden)
+        for module in self._after:
+            hidden = module(hidden)
+        return hidden
+
+    def logits(self, hidden: Tensor, head_rows: HeadRows | None = None) -> Tensor:
+        """Logits of final hidden states, in fp32, through whatever the model's own forward does after its blocks.
+
+        ``[B, T, V]``, or ``[B, T, K]`` where :meth:`head_rows` chose ``K`` tokens of each position.
+        """
+        head = self.model.get_output_embeddings()  # type: ignore[operator]
+        with ExitStack() as patches:
+            if head_rows is not None:
+                patches.enter_context(forward_is(head, head_rows))
+            if self._head_alone:
+                logits: Tensor = head(hidden)
+            else:
+                output = BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden)
+                patches.enter_context(forward_is(self.holder, lambda *args, **kwargs: output))
+                logits = self.model(inputs_embeds=hidden, use_cache=False, return_dict=True).logits
+        return logits.float()
+
+    def head_rows(self, tokens: Tensor) -> HeadRows | None:
+        """The part of the head that scores ``tokens`` ``[B, T, K]``, or ``None`` if this head cannot be divided."""
+        head = self.model.get_output_embeddings()  # type: ignore[operator]
+        # A forward of its own is unknown, unless it is accelerate's, which moves inputs to the head's device.
+        if type(head) is not nn.Linear or ("forward" in head.__dict__ and not hasattr(head, "_hf_hook")):
+            return None
+        tokens = tokens.to(head.weight.device)
+        return HeadRows(head.weight[tokens], None if head.bias is None else head.bias[tokens])
+
+    @contextmanager
+    def _trained_at(self, subject: Tensor | None) -> Iterator[None]:
+        """Inside, the weights of :attr:`at_subject` get gradients from the tokens in ``subject`` only."""
+        with ExitStack() as patches:
+            if subject is not None:
+                for module in self.at_subject:
+                    patches.enter_context(forward_is(module, trained_only_at(module.forward, subject)))
+            yield
+
+    def _run(self, ids: Tensor, positions: Tensor, inside: bool) -> tuple[Captured, Tensor]:
+        calls: list[Arguments] = []
+        after: list[nn.Module] = []
+        kept: dict[str, Tensor] = {}
+        with ExitStack() as hooks:
+
+            def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                calls.append((args, dict(kwargs)))
+
+            def note(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+                if len(calls) == len(self.blocks):
+                    after.append(module)
+
+            def set_aside(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+                kept["inner"], kept["output"] = args[0].detach(), output
+                return torch.zeros_like(output)
+
+            def put_back(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+                if "output" not in kept:
+                    return output  # the matrix was not called as a module
+                rest = _hidden(output).detach()
+                # Some blocks (OPT) flatten rows and positions for their matrices.
+                kept["rest"], kept["inner"] = rest, kept["inner"].reshape(*rest.shape[:2], -1)
+                whole = rest + kept["output"].view(rest.shape)
+                return (whole, *output[1:]) if isinstance(output, tuple) else whole
+
+            for block in self.blocks:
+                hooks.callback(block.register_forward_pre_hook(keep, with_kwargs=True).remove)
+            for child in self.holder.children():
+                if not isinstance(child, nn.ModuleList):
+                    hooks.callback(child.register_forward_hook(note).remove)
+            if inside:
+                hooks.callback(self.module.register_forward_hook(set_aside).remove)
+                hooks.callback(self.blocks[0].register_forward_hook(put_back).remove)
+            output = self.holder(input_ids=ids, use_cache=False, return_dict=True).last_hidden_state
+        if len(calls) != len(self.blocks) or (inside and "rest" not in kept):
+            raise ModelError(f"{len(self.blocks)} blocks were to run once each, but {len(calls)} calls were seen")
+        self._after = after
+        inputs, arguments = [], []
+        for args, kwargs in calls:
+            inputs.append(args[0] if args else kwargs.pop("hidden_states"))
+            arguments.append((args[1:], kwargs))
+        if inside:
+            captured = Captured(kept["rest"], kept["inner"], arguments[1:], positions)
+        else:
+            captured = Captured(inputs[0].detach(), None, arguments, positions)
+        return captured, captured.places.read(output)
+
+    @torch.no_grad()
+    def _examine(self, ids: Tensor) -> Examined | None:
+        """Where replay may begin and what follows it; :class:`ModelError` if it is exact from neither place.
+
+        ``None`` where logits are NaN or infinite and nothing can be told; the loss will be, too.
+        The matrix's output is disturbed after the capture, so that everything it feeds must answer for itself.
+        """
+        positions = torch.arange(ids.shape[1], device=ids.device).unsqueeze(0)
+        disturbance: list[Tensor] = []
+
+        def disturb(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+            if not disturbance:
+                noise = torch.randn(output.shape, generator=torch.Generator().manual_seed(0))
+                scale = output.detach().float().std().nan_to_num(1.0, 1.0, 1.0).item() + 1e-6
+                disturbance.append((3 * scale * noise).to(output))
+            return output + disturbance[0].view(output.shape)
+
+        worst = float("inf")
+        for inside in (True, False):
+            try:
+                captured, before = self._run(ids, positions, inside)
+            except ModelError:
+                if inside:
+                    continue
+                raise
+            handle = self.module.register_forward_hook(disturb)
+            try:
+                full = self.model(input_ids=ids, use_cache=False, return_dict=True).logits.float()
+                hidden = self.replay(captured)
+                replayed = self.logits(hidden).to(full.device)
+                head = self.model.get_output_embeddings()(hidden).float()  # type: ignore[operator]
+                pair = torch.stack([positions % full.shape[-1], full.argmax(-1).to(positions.device)], -1)
+                rows = self.head_rows(pair)
+                part = None if rows is None else self.logits(hidden, rows).to(full.device)
+            finally:
+                handle.remove()
+            if not torch.isfinite(full).all():
+                return None
+            half = next(self.model.parameters()).dtype in (torch.float16, torch.bfloat16)
+            # What rounding may cost: a share of the change, and of the numbers themselves.
+            change = (full - self.logits(before).to(full.device)).norm()
+            allowed = (0.05 if half else 1e-3) * change + (2e-2 if half else 1e-5) * full.norm()
+            error = (full - replayed).norm()
+            if part is not None:
+                error = torch.maximum(error, (full.gather(-1, pair.to(full.device)) - part).norm())
+            if error <= allowed:
+                return Examined(inside, torch.equal(replayed, head.to(full.device)))
+            worst = min(worst, (error / change).item())
+        raise ModelError(
+            f"{type(self.model).__name__}: replaying what lies above {self.module_name} differs from the full forward "
+            f"(by {worst:.2g} of the change); this architecture cannot be edited"
+        )
+
+    @torch.no_grad()
+    def _find_narrow(self, ids: Tensor, inside: bool) -> list[str]:
+        """Modules of the last block, the largest first, that may be run at the answer positions only.
+
+        Each is tried: with NaN for whatever it gives elsewhere the final hidden state of the last position must stay.
+        """
+        ids = ids.repeat(1, -(-16 // ids.shape[1]))[:, :16]  # a few tokens tell more than one or two
+        captured, _ = self._run(ids, torch.tensor([[ids.shape[1] - 1]], device=ids.device), inside)
+        self._narrow = []
+        expected = self.replay(captured)
+        last = self.blocks[-1]
+        names = [name for name, _ in last.named_children()]
+        found: list[str] = []
+        if inside and len(self.blocks) == 1:
+            return found
+        while names:
+            name = names.pop(0)
+            module = last.get_submodule(name)
+            if not any(p.ndim > 1 for p in module.parameters()):
+                continue
+            try:
+                with narrowed(module, captured.places, torch.nan):
+                    same = torch.allclose(self.replay(captured), expected, rtol=0.05, atol=0.05)
+            except (RuntimeError, TypeError, ValueError):  # it is called in another way
+                same = False
+            if same:
+                found.append(name)
+            else:
+                names += [f"{name}.{child}" for child, _ in module.named_children()]
+        return found
+
+
+def _hidden(output: Any) -> Tensor:
+    hidden: Tensor = output[0] if isinstance(output, tuple) else output
+    return hidden

@@ -1,0 +1,166 @@
+"""The optimiser's steps of one cycle on the edits of a mini-batch.
+
+On a CPU the host reads each loss before it decides on a step. On a GPU it never waits: what should not be done is
+masked there, so the kernels of a step are always the same, and with ``cuda_graphs`` they are recorded once and
+replayed.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from math import isfinite
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ..ablation import OwnAnswerRound
+from ..errors import EditDiverged
+from ..hparams import KDPOHyperParams
+from .batches import Round
+from .cached_forward import Suffix
+from .optimizers import Optimizer
+
+# Edits from which on another attention pays.
+MANY = 8
+
+
+class Steps:
+    """Of ``rounds``, which share each step; an edit whose loss is below ``stop_loss`` has no part in it."""
+
+    def __init__(
+        self, rounds: Sequence[Round | OwnAnswerRound], optimizer: Optimizer, hparams: KDPOHyperParams
+    ) -> None:
+        self.rounds, self.optimizer, self.hparams = rounds, optimizer, hparams
+        suffix = rounds[0].suffix
+        self.waits = host_waits(suffix.device, hparams.optimizer)
+        self._masked = Recorded(self._unseen) if are_recorded(suffix, hparams) else self._unseen
+
+    def take(self, use_first: bool) -> bool:
+        """One step. Returns whether there was anything to do, as far as the host knows.
+
+        ``use_first``: the hidden states that the negatives were read from are the forward pass.
+        """
+        if not self.waits:
+            self._note(self._masked(use_first))
+            return True
+        found, loss, _ = self._losses(use_first)
+        self._note(found)
+        seen = [value for losses in found for value in losses.tolist()]
+        check_finite(seen)
+        if max(seen) < self.hparams.stop_loss:
+            return False
+        self.optimizer.step(loss)
+        return True
+
+    def _unseen(self, use_first: bool) -> list[Tensor]:
+        found, loss, live = self._losses(use_first)
+        self.optimizer.step(loss, skip=~live.any())
+        return found
+
+    def _losses(self, use_first: bool) -> tuple[list[Tensor], Tensor, Tensor]:
+        """Those of each round, without graph; what is minimised; and which edits, of all rounds, have a part in it."""
+        with _attention(self.rounds):
+            found = [current.losses(self.hparams, use_first) for current in self.rounds]
+        losses = torch.cat(found)
+        live = losses.detach() >= self.hparams.stop_loss
+        # The sum over edits: no optimiser here minds its scale, and one edit stays exactly the paper's.
+        return [some.detach() for some in found], (losses * live).sum(), live
+
+    def _note(self, found: Sequence[Tensor]) -> None:
+        for current, losses in zip(self.rounds, found, strict=True):
+            current.history.append(losses)
+
+
+class Recorded:
+    """A step that is recorded as a CUDA graph, and replayed from then on.
+
+    The first step of a cycle may be another than the rest, and the second loads whatever kernels are not loaded yet;
+    so the third is the one recorded. ``step`` must read and write the same memory each time and never wait for the
+    device, and what it differentiates must have been computed in :func:`recording`.
+    """
+
+    EAGER = 2
+
+    def __init__(self, step: Callable[[bool], list[Tensor]]) -> None:
+        self.step = step
+        self.calls = 0
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.found: list[Tensor] = []
+
+    def __call__(self, use_first: bool) -> list[Tensor]:
+        """What ``step`` gives, in memory of its own."""
+        self.calls += 1
+        if self.calls <= self.EAGER:
+            return self.step(use_first)
+        if self.graph is None:
+            self.graph, self.found = self._record()
+        self.graph.replay()
+        return [losses.clone() for losses in self.found]
+
+    def _record(self) -> tuple[torch.cuda.CUDAGraph, list[Tensor]]:
+        # As torch.cuda.graph does, but that it collects garbage first, which takes longer than an edit. Here that
+        # waits: memory of the device that is freed during a recording ends it.
+        graph, collects = torch.cuda.CUDAGraph(), gc.isenabled()
+        gc.disable()
+        try:
+            graph.capture_begin()
+            try:
+                found = self.step(False)
+            finally:
+                graph.capture_end()
+        finally:
+            if collects:
+                gc.enable()
+        return graph, found
+
+
+def are_recorded(suffix: Suffix, hparams: KDPOHyperParams) -> bool:
+    """Whether steps are recorded as CUDA graphs, which are of one device's kernels."""
+    if not hparams.cuda_graphs or suffix.device.type != "cuda":
+        return False
+    return len({p.device for p in suffix.model.parameters()}) == 1
+
+
+@contextmanager
+def recording(suffix: Suffix, hparams: KDPOHyperParams) -> Iterator[None]:
+    """A stream of its own where steps are recorded, which the default stream cannot be. A backward pass runs in the
+    streams of its forward, and a weight's gradient goes to the one in which the weight was first seen."""
+    if not are_recorded(suffix, hparams):
+        yield
+        return
+    outside, inside = torch.cuda.current_stream(suffix.device), torch.cuda.Stream(suffix.device)
+    inside.wait_stream(outside)
+    try:
+        with torch.cuda.stream(inside):
+            yield
+    finally:
+        outside.wait_stream(inside)
+
+
+def host_waits(device: torch.device, optimizer: str) -> bool:
+    """Whether losses are read as they come; on a GPU, steps that should not be taken are masked there instead.
+
+    Polyak's one or two steps of a cycle are not worth computing all of its steps.
+    """
+    return device.type != "cuda" or optimizer == "polyak"
+
+
+def check_finite(losses: Iterable[float]) -> None:
+    """:class:`~kdpo_editor.EditDiverged` where a loss is NaN or infinite."""
+    for loss in losses:
+        if not isfinite(loss):
+            raise EditDiverged(f"the loss became {loss}")
+
+
+def _attention(rounds: Sequence[Round | OwnAnswerRound]) -> AbstractContextManager[None]:
+    """Torch's fused attention takes four times as long backwards as its plain one on a CPU in half precision.
+
+    For a few edits that is not much. What negatives are read from and edits are judged by is left to the model's own.
+    """
+    weight = next(rounds[0].suffix.module.parameters())
+    slow = weight.device.type == "cpu" and weight.dtype in (torch.bfloat16, torch.float16)
+    many = sum(len(current.members) for current in rounds) >= MANY
+    return sdpa_kernel(SDPBackend.MATH) if slow and many else nullcontext()
