@@ -6,7 +6,6 @@
 # make bench    speed and memory, side by side in one run (about ten minutes on two cores)
 # make tune     choose every method's settings for the shipped model again (an hour or two)
 # make model    train the shipped model again (under ten minutes on two cores)
-# make second-model  train the second model, of 20M parameters, into the cache (about forty minutes on two idle cores)
 #
 # The environment is made in .venv. TORCH chooses the build of torch, for example TORCH=torch==2.6.0;
 # KDPO_EASYEDIT names an upstream EasyEdit checkout to use instead of the PyPI release.
@@ -15,7 +14,7 @@ VENV ?= .venv
 TORCH ?= torch>=2.4
 BIN := $(VENV)/bin
 
-.PHONY: demo test compare docs examples bench tune model second-model clean
+.PHONY: demo test compare docs examples bench tune model clean
 
 # An experiment of kdpo_editor/compare/conf/experiment for make compare.
 EXPERIMENT ?= shipped
@@ -48,9 +47,6 @@ tune: $(VENV)/.installed
 
 model: $(VENV)/.installed
 	$(BIN)/python -m kdpo_editor.testbed.train --out kdpo_editor/testbed/llama-knowedit
-
-second-model: $(VENV)/.installed
-	$(BIN)/python -m kdpo_editor.testbed.train --model kdpo-llama-pararel --verbose
 
 clean:
 	rm -rf $(VENV) build dist site *.egg-info

@@ -20,8 +20,8 @@ from kdpo_editor.compare.run.cell import RATES
 from kdpo_editor.compare.run.tune import figures
 
 SETTINGS = (
-    *("layers", "subject_layers", "subject_rate", "objective", "optimizer", "num_steps", "margin", "own_words"),
-    *("own_facts", "own_namesakes", "preserve", "preserve_outputs", "mom2_update_weight", "v_weight_decay"),
+    *("layers", "fact_token", "objective", "optimizer", "num_steps", "margin", "context_templates", "mom2_weight"),
+    *("mom2_update_weight", "v_weight_decay"),
 )
 FIGURES = ("rewrite", "rephrase", "locality", "unrelated", "generated", "mean")
 

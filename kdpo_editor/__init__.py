@@ -21,18 +21,19 @@ from .hparams import KDPOHyperParams
 from .testbed import SHIPPED_MODEL
 
 if TYPE_CHECKING:
+    from .easyedit.applying import apply_kdpo_to_model
+    from .editing import edit
     from .edits.delta import EditDelta
     from .edits.ledger import EditLedger
     from .edits.switching import edited, original
-    from .kdpo import EditTrace, apply_kdpo_to_model, edit
-    from .lifelong.replay import EarlierEdits
+    from .engine.batches import EditTrace
+    from .lifelong.replay import ReplayBuffer
 
 __version__ = "0.1.0"
 __all__ = [
     "SHIPPED_MODEL",
     "CompressionError",
     "DamagedFileError",
-    "EarlierEdits",
     "EditDelta",
     "EditDiverged",
     "EditLedger",
@@ -44,6 +45,7 @@ __all__ = [
     "LedgerError",
     "LedgerLocked",
     "ModelError",
+    "ReplayBuffer",
     "RequestError",
     "StorageError",
     "apply_kdpo_to_model",
@@ -54,12 +56,12 @@ __all__ = [
 
 # Names whose modules need torch and transformers, which take seconds to import: loaded when they are used.
 _LATER = {
-    "EarlierEdits": "lifelong.replay",
     "EditDelta": "edits.delta",
     "EditLedger": "edits.ledger",
-    "EditTrace": "kdpo",
-    "apply_kdpo_to_model": "kdpo",
-    "edit": "kdpo",
+    "EditTrace": "engine.batches",
+    "ReplayBuffer": "lifelong.replay",
+    "apply_kdpo_to_model": "easyedit.applying",
+    "edit": "editing",
     "edited": "edits.switching",
     "original": "edits.switching",
 }

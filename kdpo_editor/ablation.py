@@ -1,31 +1,63 @@
-"""The paper's DPO ablation: the negative is what the model answers by itself, scored after its own prefix."""
+"""The paper's DPO ablation: the rejected answer is what the model says by itself, scored after its own prefix."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
-from .engine.batches import Batch
+from .engine.batches import Batch, EditTrace, cycles_of, make_batches
 from .engine.cached_forward import Captured, Suffix
+from .engine.optimizers import Stepper
+from .engine.steps import run_cycle
 from .engine.weights import restore
 from .hparams import KDPOHyperParams
 from .models import cache_name
 from .objectives import answer_logps, dpo_loss
+from .requests import EditTokens
 
 
-class OwnAnswerRound:
-    """One cycle's work on one edit under ``objective: dpo``; stands where
-    :class:`~kdpo_editor.engine.batches.Round` does.
+def dpo(forward: Suffix, weights: Mapping[str, nn.Parameter], edit: EditTokens, hparams: KDPOHyperParams) -> EditTrace:
+    """Optimise ``weights`` as :func:`kdpo_editor.kdpo.kdpo` does, but against a free answer, generated every cycle.
+
+    The edit is over as soon as the new answer wins under teacher forcing, there too. Arguments and errors are the same.
+    """
+    start = {name: weight.detach().clone() for name, weight in weights.items()}
+    ((batch,),) = make_batches(forward, [edit], hparams)
+    adam = Stepper(weights.values(), hparams)
+    trace = EditTrace()
+    for cycle in range(hparams.cycles):
+        if cycle > 0:
+            batch.refresh()
+        if not batch.losing.any():
+            break
+        pair = FreeAnswerPair(forward, batch, edit.prompt, weights, start)
+        run_cycle([[pair]], adam, hparams)
+        trace.cycles += cycles_of(pair.rejected.tolist(), pair.history, hparams.stop_loss)
+    else:
+        batch.refresh()
+    trace.converged = not batch.losing.any()
+    return trace
+
+
+class FreeAnswerPair:
+    """One cycle's work on one edit: its new answer, and what the model says by itself.
 
     Args:
         suffix: of the model.
         batch: the edit, alone.
         prompt: ``[P]`` int64.
-        weights: the edited matrices; ``start``: their values before the first step.
+        weights: the edited matrices. ``start``: their values before the first step, which make the reference.
     """
 
     def __init__(
-        self, suffix: Suffix, batch: Batch, prompt: Tensor, weights: dict[str, nn.Parameter], start: dict[str, Tensor]
+        self,
+        suffix: Suffix,
+        batch: Batch,
+        prompt: Tensor,
+        weights: Mapping[str, nn.Parameter],
+        start: Mapping[str, Tensor],
     ) -> None:
         self.suffix, self.batch, self.members = suffix, batch, batch.members
         self.history: list[Tensor] = []
@@ -41,13 +73,8 @@ class OwnAnswerRound:
             restore(weights, now)
         self.reference_chosen = answer_logps(suffix.logits(batch.reference).to(suffix.device), batch.chosen)
 
-    @property
-    def negatives(self) -> list[list[int]]:
-        """The rejected answer."""
-        return [self.rejected[0].tolist()]
-
-    def losses(self, hparams: KDPOHyperParams, use_first: bool) -> Tensor:
-        """The loss, ``[1]``; both forward passes are always made."""
+    def losses(self, hparams: KDPOHyperParams) -> Tensor:
+        """The loss, ``[1]``. Both forward passes are always made."""
         chosen = self._logps(self.batch.captured, self.batch.chosen)
         rejected = self._logps(self.context, self.rejected)
         return dpo_loss(chosen, rejected, self.reference_chosen, self.reference_rejected, hparams.beta)

@@ -16,11 +16,20 @@ from .errors import HyperParamsError
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-OBJECTIVES = ("kdpo", "kdpo_token", "margin", "ipo", "ce", "dpo")
+OBJECTIVES = ("kdpo", "hinge", "ce", "dpo")
 OPTIMIZERS = ("adam", "polyak")
 SCHEDULES = ("depth_first", "breadth_first")
-# What the model is let write itself.
-OWN = ("own_words", "own_openings", "own_facts", "own_namesakes")
+FACT_TOKENS = ("all", "subject", "subject_last")
+# What the paper does not have, switched off.
+OFF = {
+    "optimizer": "adam",
+    "margin": 0.0,
+    "fact_token": "all",
+    "context_templates": 0,
+    "schedule": "depth_first",
+    "replay": False,
+    "mom2_weight": 0.0,
+}
 
 
 @dataclass
@@ -55,56 +64,29 @@ class KDPOHyperParams:
     """Strength of the pull towards the reference (the paper's beta; DPO, eq. 7)."""
     stop_loss: float = 1e-3
     """A cycle ends before a step whose loss is below this (nats)."""
-    weight_decay: float = 0.0
-    """Adam's L2 penalty."""
-    norm_constraint: float | None = None
-    """Largest change of any single weight, as in FT-L; ``None`` is no limit."""
     update_scale: float = 1.0
     """The final weight change is multiplied by this. 2.0 reproduces the authors' release in sequences."""
-
-    shrink: float = 0.0
-    """The share of the weight change that is taken back after each of the first ``shrink_cycles`` cycles; what is lost
-    by that is won again, by less change in all. Weight decay, but to where the edit began, as in L2-SP (Li et al. 2018)
-    and, in shares between steps, in Pegasos (Shalev-Shwartz et al. 2007)."""
-    shrink_cycles: int = 3
-    """Fewer than ``cycles``; each adds to the time that an edit takes."""
 
     optimizer: str = "adam"
     """"adam", the paper's, or "polyak": gradient steps as long as would bring the loss to zero if it were linear
     (:class:`kdpo_editor.engine.optimizers.Polyak`)."""
     objective: str = "kdpo"
-    """What is minimised (:mod:`kdpo_editor.objectives`): "kdpo" as published; "kdpo_token", one sigmoid per token;
-    "margin", a hinge without reference; "ipo"; "ce", cross-entropy, as plain fine-tuning does; or "dpo" for the
-    paper's ablation (free-running negatives)."""
+    """What is minimised (:mod:`kdpo_editor.objectives`): "kdpo" as published; "hinge", without a reference; "ce",
+    cross-entropy, as plain fine-tuning does; or "dpo" for the paper's ablation (free-running rejected answers)."""
     append_eos: bool = False
     """End the answer with the end token, so that free generation learns to stop."""
     margin: float = 0.0
     """Logits by which the new answer must win: the negative is the strongest token within this much of it, and an
     edit is finished only when every token wins by this much."""
-    subject_layers: list[int] | None = None
-    """Those of ``layers`` that are trained through the tokens of each request's ``subject`` alone; the others through
-    all tokens. Set, every request needs a ``subject`` that stands in its prompt."""
-    subject_rate: float = 1.0
-    """A factor on their learning rate: how much of an edit is theirs."""
-    own_words: int = 0
-    """So many other prompts at most, for each request, that the model itself writes of the request's ``subject`` and
-    answers likewise are trained with it (:mod:`kdpo_editor.own_words`). Set, every request needs a ``subject``."""
-    own_openings: int = 0
-    """So many more at most in which the ``subject`` does not come first (:mod:`kdpo_editor.openings`), better found for
-    many requests at once. Set, every request needs a ``subject``."""
-    own_facts: int = 0
-    """So many other things at most, for each request, that the model itself writes of its ``subject`` are held while it
-    is edited: what no longer leads is trained back, for half of ``cycles``. Set, every request needs a ``subject``."""
-    own_namesakes: int = 0
-    """So many things at most, for each request, that the model itself writes of others whose names begin like its
-    ``subject`` are held too. Set, every request needs a ``subject``."""
+    fact_token: str = "all"
+    """Through which of the prompt's tokens matrices are trained: "all", those of the request's "subject", or
+    "subject_last", its last one alone. But for "all", every request needs a ``subject`` that stands in its prompt."""
+    context_templates: int = 0
+    """Each request is also trained behind so many short texts (:mod:`kdpo_editor.lifelong.contexts`)."""
     schedule: str = "depth_first"
     """"depth_first" edits several requests of one call one after the other, "breadth_first" all at once."""
     memory_budget: float = 2e9
     """Bytes of captured inputs and logits in one mini-batch of "breadth_first"."""
-    captured_on_host: bool = False
-    """Hold captured inputs, those of "replay" too, in main memory instead of on the model's device, to which every pass
-    brings them over."""
     cuda_graphs: bool = False
     """Record a cycle's step as a CUDA graph and replay it. On a CPU it does nothing."""
     replay: bool = False
@@ -115,15 +97,14 @@ class KDPOHyperParams:
     replay_budget: float = 1e9
     """Bytes of captured inputs that "replay" may hold; beyond it the edits that lead by most are dropped."""
 
-    preserve: float = 0.0
-    """How much updates are kept away from inputs that the edited matrix usually sees (:mod:`~.lifelong.preserve`).
-    Above 0 ``lr`` has another meaning and is to be chosen anew."""
-    preserve_outputs: float = 0.0
-    """How much updates are kept away from what the model's usual predictions hang on, among the directions in which the
-    edited matrix's output can move."""
-    preserve_text: str | None = None
-    """What a model usually sees: a text file (a paragraph or sentence a line), "shipped" or "kdpo-llama-pararel" for
-    what the shipped or second model was taught, or ``None`` for what the model writes by itself."""
+    mom2_weight: float = 0.0
+    """How much updates are kept away from inputs that the edited matrix usually sees, by their second moments
+    (:mod:`kdpo_editor.lifelong.preconditioning`). Above 0 ``lr`` has another meaning and is to be chosen anew."""
+    mom2_dataset: str | None = None
+    """The text that second moments are computed from: a file in UTF-8, a paragraph or sentence a line. ``None`` is the
+    general text of the package, from the Simple English Wikipedia."""
+    mom2_n_samples: int = 20_000
+    """Tokens of that text, from its beginning, at most."""
 
     ledger: str | None = None
     """Folder of an :class:`~kdpo_editor.EditLedger` in which every successful call is journaled; ``None`` is none."""
@@ -145,48 +126,36 @@ class KDPOHyperParams:
         self._check("model_name", bool(self.model_name), "a model's id or folder")
         self._check("layers", bool(self.layers) and min(self.layers) >= 0, "at least one index, none negative")
         self._check("layers", len(set(self.layers)) == len(self.layers), "each layer once")
-        among = set(self.subject_layers or ()) <= set(self.layers)
-        self._check("subject_layers", among, f"null or some of layers, {self.layers}")
-        self._check(
-            "subject_layers", not (self.subject_layers and self.objective == "dpo"), "null where objective is dpo"
-        )
         self._check("rewrite_module_tmp", self.rewrite_module_tmp.count("{}") == 1, 'one "{}" for the layer')
-        for key in ("num_steps", "cycles", "shrink_cycles", "max_length", "batch_size", "replay_checks"):
+        for key in ("num_steps", "cycles", "max_length", "batch_size", "replay_checks", "mom2_n_samples"):
             self._check(key, getattr(self, key) >= 1, "at least 1")
-        for key in ("lr", "beta", "subject_rate", "memory_budget", "replay_budget"):
+        for key in ("lr", "beta", "memory_budget", "replay_budget"):
             self._check(key, getattr(self, key) > 0, "more than 0")
-        for key in ("stop_loss", "weight_decay", "margin", *OWN, "preserve", "preserve_outputs"):
+        for key in ("stop_loss", "margin", "context_templates", "mom2_weight"):
             self._check(key, getattr(self, key) >= 0, "0 or more")
-        self._check("shrink", 0 <= self.shrink < 1, "at least 0 and less than 1")
-        short = self.shrink_cycles < self.cycles
-        self._check("shrink_cycles", short or not self.shrink, f"less than cycles, {self.cycles}")
-        self._check("norm_constraint", self.norm_constraint is None or self.norm_constraint > 0, "more than 0 or null")
         if isinstance(self.device, int):
             self._check("device", self.device >= 0, 'a CUDA index, "cpu", "cuda:1" or null')
         self._check("objective", self.objective in OBJECTIVES, f"one of {', '.join(OBJECTIVES)}")
         self._check("optimizer", self.optimizer in OPTIMIZERS, f"one of {', '.join(OPTIMIZERS)}")
-        self._check("weight_decay", not self.weight_decay or self.optimizer == "adam", "0 where optimizer is not adam")
-        self._check("margin", self.margin > 0 or self.objective != "margin", "more than 0 where objective is margin")
+        self._check("margin", self.margin > 0 or self.objective != "hinge", "more than 0 where objective is hinge")
+        self._check("fact_token", self.fact_token in FACT_TOKENS, f"one of {', '.join(FACT_TOKENS)}")
         self._check("schedule", self.schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}")
         polyak = self.optimizer == "polyak"
         self._check("cuda_graphs", not (self.cuda_graphs and polyak), "false where optimizer is polyak")
-        kept = self.captured_on_host
-        self._check("cuda_graphs", not (self.cuda_graphs and kept), "false where captured_on_host is true")
-        one_by_one = self.schedule == "depth_first" or self.objective != "dpo"
-        self._check("schedule", one_by_one, "depth_first where objective is dpo")
-        self._check("replay", not self.replay or self.objective != "dpo", "false where objective is dpo")
-        for key in (*OWN, "preserve", "preserve_outputs"):
-            self._check(key, not getattr(self, key) or self.objective != "dpo", "0 where objective is dpo")
-        for key in ("preserve", "preserve_outputs"):
-            off = not getattr(self, key)
-            self._check("weight_decay", off or not self.weight_decay, f"0 where {key} is not")
-            self._check("norm_constraint", off or self.norm_constraint is None, f"null where {key} is not 0")
+        if self.objective == "dpo":  # the ablation is the paper's and has nothing beyond it
+            for key, off in OFF.items():
+                self._check(key, getattr(self, key) == off, f"{off!r} where objective is dpo")
         self._check("ledger", self.ledger != "", "a folder or null")
 
     @property
     def needs_subject(self) -> bool:
         """Whether requests must name their ``subject``."""
-        return bool(self.subject_layers or any(getattr(self, key) for key in OWN))
+        return self.fact_token != "all"
+
+    @property
+    def is_published(self) -> bool:
+        """Whether an edit is the paper's: its objective, and nothing beyond it but an end token."""
+        return self.objective == "kdpo" and all(getattr(self, key) == off for key, off in OFF.items())
 
     def _check(self, key: str, ok: bool, allowed: str) -> None:
         if not ok:
@@ -264,7 +233,7 @@ def _typed(key: str, value: Any, wanted: Any) -> Any:
         if option in (int, str, bool) and type(value) is option:
             return value
     if type(None) in options and value is False:
-        return None  # EasyEdit's YAML writes `norm_constraint: false` for none
+        return None  # EasyEdit's YAML writes false for none
     names = " or ".join("null" if o is type(None) else getattr(o, "__name__", str(o)) for o in options)
     raise HyperParamsError(f"{key}: {value!r} is not allowed; it must be {names.replace('list', 'a list of int')}")
 

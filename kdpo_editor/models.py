@@ -27,7 +27,7 @@ def load(
     """A causal language model in evaluation mode, and its tokenizer, which has a padding token.
 
     Args:
-        name: Hugging Face id, folder, :data:`kdpo_editor.SHIPPED_MODEL` or the second model's name.
+        name: Hugging Face id, folder, or :data:`kdpo_editor.SHIPPED_MODEL`.
         dtype: one of :data:`DTYPES`; "auto" is as saved.
         device: "cpu", "cuda", "cuda:1", a GPU's number, "auto" (spread over all GPUs); ``None`` is the GPU where
             there is one.

@@ -12,19 +12,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def standing(logits: Tensor, chosen: Tensor, margin: float = 0.0) -> tuple[Tensor, Tensor]:
-    """How the new answer stands at each position: the token that keeps it from winning, and by how much it leads.
+def hardest_rejected(logits: Tensor, chosen: Tensor, margin: float = 0.0) -> tuple[Tensor, Tensor]:
+    """Find, at each position, the token that keeps the new answer from winning, and the margin by which that leads.
 
-    The first is the negative answer ``y_l``: the argmax (paper, section 3.2), or, with ``margin`` m, the argmax after
+    The first is the rejected answer ``y_l``: the argmax (paper, section 3.2). With ``margin`` m it is the argmax after
     ``m`` is taken from the chosen token's logit. Where it equals ``chosen`` the position is won.
 
     Args:
-        logits: ``[..., T, V]``, in no graph: entries are written to, and put back, so that no copy is needed.
+        logits: ``[..., T, V]``, in no graph. Entries are written to, and put back, so that no copy is needed.
         chosen: ``[..., T]``.
         margin: logits, 0 or more.
 
     Returns:
-        Token ids ``[..., T]``, and logits ``[..., T]``, the chosen token's less the strongest other one's.
+        Token ids ``[..., T]``, and margins ``[..., T]`` in logits: the chosen token's less the strongest other one's.
     """
     here = chosen.unsqueeze(-1)
     own = logits.gather(-1, here)
@@ -35,14 +35,6 @@ def standing(logits: Tensor, chosen: Tensor, margin: float = 0.0) -> tuple[Tenso
     less = own - margin
     wins = (less > best) | ((less == best) & (chosen < strongest))  # of equals, argmax takes the first
     return strongest.where(~wins, chosen), own - best
-
-
-def competitors(logits: Tensor, chosen: Tensor, margin: float = 0.0) -> Tensor:
-    """The negative answer alone, ``[..., T]``: what :func:`standing` gives first, of logits that are only read.
-
-    Arguments as there: logits ``[..., T, V]``, ids ``[..., T]``.
-    """
-    return standing(logits.detach().clone(), chosen, margin)[0]
 
 
 def answer_logps(logits: Tensor, answer: Tensor) -> Tensor:
@@ -68,25 +60,17 @@ def kdpo_loss(pairs: Tensor, reference: Tensor, beta: float, mask: Tensor | None
     Returns:
         ``[...]``, the loss of each answer pair.
     """
-    return F.softplus(-beta * _masked(_gain(pairs, reference), mask).sum(-1))
+    chosen, rejected = pairs.unbind(-1)
+    ref_chosen, ref_rejected = reference.unbind(-1)
+    gain = (chosen - rejected) - (ref_chosen - ref_rejected)
+    return F.softplus(-beta * _masked(gain, mask).sum(-1))
 
 
-def kdpo_token_loss(pairs: Tensor, reference: Tensor, beta: float, mask: Tensor | None = None) -> Tensor:
-    """KDPO with one sigmoid per position, so that a position far ahead does not hide one that is behind.
-
-    ``sum_t -log sigmoid(beta * [(z_w - z_l) - (z_ref_w - z_ref_l)])``
-
-    Over positions where chosen and rejected token differ; ``mask`` is true there. Arguments and result as
-    :func:`kdpo_loss`, ``[..., T, 2]`` to ``[...]``. This project's own; with one differing position it is the same.
-    """
-    return _masked(F.softplus(-beta * _gain(pairs, reference)), mask).sum(-1)
-
-
-def margin_loss(pairs: Tensor, margin: float, mask: Tensor | None = None) -> Tensor:
+def hinge_loss(pairs: Tensor, margin: float, mask: Tensor | None = None) -> Tensor:
     """A hinge on the lead of the new answer, without a reference: ``sum_t relu(margin - (z_w - z_l))``.
 
-    The multi-class hinge of Crammer and Singer (2001) at each position: with ``z_l`` from :func:`competitors` at the
-    same margin, nothing more is asked of a position once it is won by ``margin`` logits.
+    The multi-class hinge of Crammer and Singer (2001) at each position. With ``z_l`` from :func:`hardest_rejected` at
+    the same margin, nothing more is asked of a position once it is won by ``margin`` logits.
 
     Args:
         pairs: ``[..., T, 2]``, logits of the chosen and of the rejected token.
@@ -97,21 +81,6 @@ def margin_loss(pairs: Tensor, margin: float, mask: Tensor | None = None) -> Ten
         ``[...]``.
     """
     return _masked(F.relu(margin - (pairs[..., 0] - pairs[..., 1])), mask).sum(-1)
-
-
-def ipo_loss(pairs: Tensor, reference: Tensor, beta: float, mask: Tensor | None = None) -> Tensor:
-    """IPO's loss (Azar et al. 2024, eq. 17, whose tau is ``beta``) on a shared context.
-
-    ``(h - 1 / (2 beta))^2`` with ``h = 1/T * sum_t [(z_w - z_l) - (z_ref_w - z_ref_l)]``
-
-    It asks for a gain of ``1 / (2 beta)`` and no more: a new answer that starts further behind never gets ahead.
-    The mean over the answer's ``T`` tokens stands where the paper writes the log-probability of the whole answer; its
-    authors confirmed that their results were computed so, and TRL does the same. Arguments and result as
-    :func:`kdpo_loss`, ``[..., T, 2]`` to ``[...]``; ``T`` counts every position that is not padded.
-    """
-    gain = _masked(_gain(pairs, reference), mask)
-    length = gain.shape[-1] if mask is None else mask.sum(-1)
-    return (gain.sum(-1) / length - 1 / (2 * beta)).square()
 
 
 def ce_loss(logits: Tensor, chosen: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -139,13 +108,6 @@ def dpo_loss(
     All four are summed log-probabilities of shape ``[...]``; so is the result.
     """
     return F.softplus(-beta * ((chosen_logps - ref_chosen_logps) - (rejected_logps - ref_rejected_logps)))
-
-
-def _gain(pairs: Tensor, reference: Tensor) -> Tensor:
-    """How much more the chosen token leads than it did in the reference: ``[..., T, 2]`` twice to ``[..., T]``."""
-    chosen, rejected = pairs.unbind(-1)
-    ref_chosen, ref_rejected = reference.unbind(-1)
-    return (chosen - rejected) - (ref_chosen - ref_rejected)
 
 
 def _masked(values: Tensor, mask: Tensor | None) -> Tensor:

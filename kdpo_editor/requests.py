@@ -13,8 +13,6 @@ from torch import Tensor
 from .errors import RequestError
 
 LOG = logging.getLogger(__name__)
-# A request's keys for other prompts: those that it was given, and those that the model was found to have.
-PHRASINGS = ("rephrases", "own_words")
 
 
 @dataclass(frozen=True)
@@ -23,13 +21,20 @@ class EditTokens:
 
     ``prompt``: ``[P]``, int64. ``chosen``: ``[T]``, int64, the new answer ``y_w``. Both on the CPU. ``subject``: where
     in ``prompt`` the subject's tokens begin and where they have ended; nowhere unless that was asked for. ``request``:
-    the token ids of the prompt that this is another phrasing of, none where it is the request's own.
+    the token ids of the prompt that this is another phrasing of, none where it is the request's own. ``text``: the
+    prompt as it was given.
     """
 
     prompt: Tensor
     chosen: Tensor
     subject: tuple[int, int] = (0, 0)
     request: tuple[int, ...] = ()
+    text: str = ""
+
+    @property
+    def length(self) -> int:
+        """Tokens of :attr:`sequence`."""
+        return len(self.prompt) + len(self.chosen) - 1
 
     @property
     def prompt_ids(self) -> tuple[int, ...]:
@@ -47,8 +52,8 @@ def tokenize(
 ) -> list[list[EditTokens]]:
     """Tokenise ``prompt + " " + target_new`` once; the answer is what lies past the prompt's own length.
 
-    Gives the tokens of each request's prompt, followed by those of its ``rephrases`` and its ``own_words``, if it has
-    any: other prompts for the same target. No padding and no truncation takes place, so a tokenizer's settings for them
+    Gives the tokens of each request's prompt, followed by those of its ``rephrases``, if it has any: other prompts for
+    the same target. No padding and no truncation takes place, so a tokenizer's settings for them
     do not matter. With ``append_eos`` the end token closes the answer; with ``with_subject`` each request's ``subject``
     is found in its prompts. All requests are checked before any is returned.
 
@@ -65,8 +70,7 @@ def _tokenize_all(tok: Any, request: Any, name: str, append_eos: bool, with_subj
     first = _tokenize(tok, request, name, append_eos, with_subject)
     others = [
         _tokenize(tok, {**request, "prompt": prompt}, name, append_eos, with_subject)
-        for key in PHRASINGS
-        for prompt in _prompts(request, key, name)
+        for prompt in _prompts(request, "rephrases", name)
     ]
     return [first, *(replace(other, request=first.prompt_ids) for other in others)]
 
@@ -105,7 +109,7 @@ def _tokenize(tok: Any, request: Mapping[str, Any], name: str, append_eos: bool,
             raise RequestError(f"{name}: append_eos is set but the tokenizer has no end token")
         chosen.append(tok.eos_token_id)
     subject = _find_subject(tok, request, name, prompt) if with_subject else (0, 0)
-    return EditTokens(torch.tensor(prompt), torch.tensor(chosen), subject)
+    return EditTokens(torch.tensor(prompt), torch.tensor(chosen), subject, text=request["prompt"])
 
 
 def _find_subject(tok: Any, request: Mapping[str, Any], name: str, prompt: list[int]) -> tuple[int, int]:

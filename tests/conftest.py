@@ -21,6 +21,14 @@ def load(name: str) -> tuple[Any, Any]:
     return model, AutoTokenizer.from_pretrained(folder)
 
 
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache folder of its own for each test."""
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("KDPO_CACHE", str(folder))
+    return folder
+
+
 @pytest.fixture
 def llama() -> tuple[Any, Any]:
     """A 0.7M-parameter Llama that knows 60 ZsRE records, and its tokenizer."""

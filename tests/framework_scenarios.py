@@ -134,12 +134,12 @@ def sequential() -> dict[str, Any]:
 
 def replayed() -> dict[str, Any]:
     """One request a call, as the framework makes them; ``kept(True)`` restores after each."""
-    hparams = kdpo(objective="margin", margin=1.0, replay=True, lr=3e-3)
+    hparams = kdpo(objective="hinge", margin=1.0, replay=True, lr=3e-3)
     found = {}
     for name, keep in (("in a row", False), ("restored", True)):
         editor = BaseEditor.from_hparams(hparams)
         editor.edit(**inputs(RECORDS[:4], locality=False), **kept(keep))
-        earlier = kdpo_editor.EarlierEdits.of(editor.model, find_matrices(editor.model, hparams))
+        earlier = kdpo_editor.ReplayBuffer.of(editor.model, find_matrices(editor.model, hparams))
         found[name] = [one.lead for one in earlier.kept]
     return found
 

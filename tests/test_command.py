@@ -78,7 +78,7 @@ def test_one_edit(tmp_path: Path, capsys: Any) -> None:
 def test_an_edit_through_its_subject(tmp_path: Path, capsys: Any) -> None:
     first = FACTS[1]
     own = ["--prompt", first["prompt"], "--target", first["target_new"], "--out", tmp_path / "e"]
-    layers = ["--set", "layers=[1, 4]", "--set", "subject_layers=[1]"]
+    layers = ["--set", "layers=[1, 4]", "--set", "fact_token=subject"]
     code, lines, err = kdpo(capsys, "edit", *MODEL, *own, *layers)
     assert (code, lines) == (1, [])
     assert "no 'subject'" in err

@@ -14,17 +14,17 @@ import pytest
 import torch
 from conftest import PARAMETER, REQUEST, assert_same, load, state
 
-from kdpo_editor import EarlierEdits, EditDiverged, apply_kdpo_to_model, edit
+from kdpo_editor import EditDiverged, ReplayBuffer, apply_kdpo_to_model, edit
 from kdpo_editor.engine.cached_forward import Suffix
-from kdpo_editor.lifelong.replay import ROWS, Kept, Review
-from kdpo_editor.objectives import standing
+from kdpo_editor.lifelong.replay import EarlierEdits, Entry
+from kdpo_editor.objectives import hardest_rejected
 from kdpo_editor.requests import EditTokens, tokenize
 
 SECOND = {"prompt": "Which family does Epaspidoceras belong to?", "target_new": "Noctuidae"}
 THIRD = {"prompt": "What is the capital of the old country by the sea?", "target_new": "Noctuidae of the north"}
 FOURTH = {"prompt": "What species is the gene next to it specific to?", "target_new": "human"}
 REQUESTS = [REQUEST, SECOND, THIRD, FOURTH]
-MARGIN = {"objective": "margin", "margin": 2.0, "lr": 3e-3, "append_eos": True}
+MARGIN = {"objective": "hinge", "margin": 2.0, "lr": 3e-3, "append_eos": True}
 
 
 def leads(model: Any, tok: Any, requests: list[dict[str, str]]) -> list[float]:
@@ -34,7 +34,7 @@ def leads(model: Any, tok: Any, requests: list[dict[str, str]]) -> list[float]:
         prompt = len(tok(request["prompt"])["input_ids"])
         ids = torch.tensor([[*tok(f"{request['prompt']} {request['target_new']}")["input_ids"], tok.eos_token_id]])
         with torch.no_grad():
-            found.append(standing(model(ids).logits[0, prompt - 1 : -1], ids[0, prompt:])[1].min().item())
+            found.append(hardest_rejected(model(ids).logits[0, prompt - 1 : -1], ids[0, prompt:])[1].min().item())
     return found
 
 
@@ -50,7 +50,7 @@ def one_call_each(model: Any, tok: Any, requests: list[dict[str, str]], hparams:
 
 
 @pytest.mark.parametrize("layers", [[4], [2, 4]], ids=["one-layer", "two-layers"])
-@pytest.mark.parametrize("objective", ["margin", "kdpo_token", "ce"])
+@pytest.mark.parametrize("objective", ["hinge", "kdpo", "ce"])
 def test_every_edit_of_a_sequence_holds(llama: Any, settings: Any, objective: str, layers: list[int]) -> None:
     model, tok = llama
     one_call_each(model, tok, REQUESTS, settings(**{**MARGIN, "objective": objective}, layers=layers, replay=True))
@@ -68,8 +68,8 @@ def test_the_leads_remembered_are_those_of_the_full_forward(llama: Any, settings
     """Captured inputs of edits of several lengths, made under other weights, are padded and replayed together."""
     model, tok = llama
     one_call_each(model, tok, REQUESTS, settings(**MARGIN, replay=True, layers=[2, 4]))
-    earlier = EarlierEdits.of(model, named(model, 2, 4))
-    assert [one.lead for one in earlier.kept] == pytest.approx(leads(model, tok, REQUESTS), abs=1e-3)
+    earlier = ReplayBuffer.of(model, named(model, 2, 4))
+    assert [one.margin for one in earlier.entries] == pytest.approx(leads(model, tok, REQUESTS), abs=1e-3)
 
 
 @pytest.mark.parametrize("budget", [2e9, 1.0], ids=["one-batch", "a-batch-each"])
@@ -89,25 +89,25 @@ def test_rephrases_are_remembered_too(llama: Any, settings: Any) -> None:
 
 
 def test_a_few_edits_are_checked_the_weakest_always() -> None:
-    earlier, answer, nothing = EarlierEdits(), torch.tensor([1]), torch.zeros(1, 1)
+    earlier, answer, nothing = ReplayBuffer(), torch.tensor([1]), torch.zeros(1, 1)
     for i in range(100):
-        earlier.kept.append(Kept(EditTokens(torch.tensor([i]), answer), nothing, None, lead=float(i % 50)))
+        earlier.entries.append(Entry(EditTokens(torch.tensor([i]), answer), nothing, None, margin=float(i % 50)))
     new = EditTokens(torch.tensor([100]), answer)
-    looked_at = [earlier.to_check([new], 10) for _ in range(30)]
+    looked_at = [earlier.sample([new], 10) for _ in range(30)]
     assert {len(checked) for checked in looked_at} == {10}
-    assert all({one.lead for one in checked[:5]} == {0, 1, 2} for checked in looked_at)
+    assert all({one.margin for one in checked[:5]} == {0, 1, 2} for checked in looked_at)
     assert len({one.tokens.prompt.item() for checked in looked_at for one in checked}) > 60
 
 
 def test_an_edit_runs_no_more_rows_however_many_were_before_it(llama: Any, settings: Any) -> None:
     model, tok = llama
     hparams = settings(**MARGIN, replay=True, replay_checks=3)
-    one_call_each(model, tok, [{**REQUEST, "prompt": f"What number is {i}?"} for i in range(2 * ROWS)], hparams)
+    one_call_each(model, tok, [{**REQUEST, "prompt": f"What number is {i}?"} for i in range(26)], hparams)
     rows: list[int] = []
     model.model.layers[5].register_forward_pre_hook(lambda m, args: rows.append(args[0].shape[0]))
     _, _, (trace,) = edit(model, tok, [SECOND], hparams)
     assert trace.steps > 0
-    assert 3 <= max(rows) <= ROWS
+    assert 3 <= max(rows) <= 13
 
 
 def named(model: Any, *layers: int) -> dict[str, Any]:
@@ -124,7 +124,7 @@ def edited(llama: Any, settings: Any) -> tuple[Any, Any, Any]:
 
 
 def remembered(model: Any) -> int:
-    return len(EarlierEdits.of(model, named(model, 4)).kept)
+    return len(ReplayBuffer.of(model, named(model, 4)).entries)
 
 
 def test_one_call_or_several_make_the_same_sequence(llama: Any, settings: Any) -> None:
@@ -139,7 +139,7 @@ def test_the_first_edit_is_the_same_with_and_without_replay(llama: Any, settings
     model, tok = llama
     with_replay, _, first = edit(copy.deepcopy(model), tok, [SECOND], settings(**MARGIN, replay=True))
     _, _, second = edit(model, tok, [SECOND], settings(**MARGIN))
-    assert [c.negative for c in first[0].cycles] == [c.negative for c in second[0].cycles]
+    assert [c.rejected for c in first[0].cycles] == [c.rejected for c in second[0].cycles]
     torch.testing.assert_close(with_replay.get_parameter(PARAMETER), model.get_parameter(PARAMETER))
 
 
@@ -166,7 +166,7 @@ def test_one_changed_weight_is_enough_to_forget(edited: Any) -> None:
 
 def test_other_layers_begin_anew(edited: Any) -> None:
     model, _, _ = edited
-    assert EarlierEdits.of(model, named(model, 3)).kept == []
+    assert ReplayBuffer.of(model, named(model, 3)).entries == []
 
 
 def test_a_copy_takes_the_earlier_edits_along(edited: Any) -> None:
@@ -202,15 +202,15 @@ def test_an_earlier_edit_is_trained_again_once_it_lost_half_its_margin(edited: A
     ((new,),) = tokenize(tok, [THIRD], append_eos=True)
     for margin, expected in ((2 * weaker - 0.1, []), (weaker + stronger, [weaker])):
         asked = replace(hparams, margin=margin)
-        review = Review(EarlierEdits.of(model, weights), Suffix.above(model, weights, asked), [new], asked)
-        harmed = chain(*review.harmed([], lambda captured: captured))
-        assert [lead for batch in harmed for lead in batch.lead.tolist()] == pytest.approx(expected, abs=1e-3)
+        forward = Suffix.above(model, weights, asked)
+        harmed = chain(*EarlierEdits(ReplayBuffer.of(model, weights), forward, [new], asked).violated())
+        assert [m for batch in harmed for m in batch.margins.tolist()] == pytest.approx(expected, abs=1e-3)
 
 
 def test_the_memory_goes_with_the_model(settings: Any) -> None:
     model, tok = load("llama")
     one_call_each(model, tok, [SECOND], settings(**MARGIN, replay=True))
-    hidden = weakref.ref(EarlierEdits.of(model, named(model, 4)).kept[0].hidden)
+    hidden = weakref.ref(ReplayBuffer.of(model, named(model, 4)).entries[0].hidden)
     assert hidden() is not None
     del model
     gc.collect()
@@ -222,47 +222,23 @@ def test_beyond_the_budget_the_safest_are_dropped_and_counted(
 ) -> None:
     model, tok = llama
     one_call_each(model, tok, REQUESTS[:3], settings(**MARGIN, replay=True))
-    earlier = EarlierEdits.of(model, named(model, 4))
-    safest = max(earlier.kept, key=lambda one: one.lead)
-    earlier_sizes = sum(one.bytes for one in earlier.kept)
+    earlier = ReplayBuffer.of(model, named(model, 4))
+    safest = max(earlier.entries, key=lambda one: one.margin)
+    earlier_sizes = sum(one.bytes for one in earlier.entries)
     hparams = settings(**MARGIN, replay=True, replay_budget=earlier_sizes - 1)
     with caplog.at_level(logging.INFO, "kdpo_editor"):
         earlier.store(model, named(model, 4), hparams)
-    found = EarlierEdits.of(model, named(model, 4))
-    assert len(found.kept) == 2
-    assert safest not in found.kept
+    found = ReplayBuffer.of(model, named(model, 4))
+    assert len(found.entries) == 2
+    assert safest not in found.entries
     assert found.dropped == 1
     assert "1 earlier edits were dropped" in caplog.text
-
-
-@pytest.mark.parametrize("replay", [True, False])
-def test_edits_captured_on_the_host_are_the_same(llama: Any, settings: Any, replay: bool) -> None:
-    model, tok = llama
-    other = copy.deepcopy(model)
-    hparams = settings(**MARGIN, replay=replay, schedule="breadth_first", memory_budget=1.0)
-    one_call_each(model, tok, REQUESTS, hparams)
-    one_call_each(other, tok, REQUESTS, replace(hparams, captured_on_host=True))
-    assert_same(model, state(other))
-    kept = EarlierEdits.of(other, named(other, 4)).kept
-    assert {one.hidden.device.type for one in kept} == ({"cpu"} if replay else set())
-
-
-@torch.no_grad()
-def test_what_was_captured_moves_but_for_what_blocks_are_told(llama: Any, settings: Any) -> None:
-    model, _ = llama
-    hparams = settings()
-    suffix = Suffix.above(model, named(model, 4), hparams)
-    captured, _ = suffix.capture(torch.arange(4).unsqueeze(0), torch.tensor([[3]]))
-    moved = captured.to("meta")
-    assert moved.inner is not None
-    assert (moved.hidden.device.type, moved.inner.device.type, moved.positions.device.type) == ("meta", "meta", "cpu")
-    assert moved.arguments is captured.arguments
 
 
 def test_a_half_precision_model_keeps_its_edits_in_its_own_dtype(llama: Any, settings: Any) -> None:
     model, tok = llama
     model.to(torch.bfloat16)
     one_call_each(model, tok, REQUESTS[:3], settings(**{**MARGIN, "lr": 1e-3}, replay=True))
-    earlier = EarlierEdits.of(model, named(model, 4))
-    assert {one.hidden.dtype for one in earlier.kept} == {torch.bfloat16}
+    earlier = ReplayBuffer.of(model, named(model, 4))
+    assert {one.hidden.dtype for one in earlier.entries} == {torch.bfloat16}
     assert min(leads(model, tok, REQUESTS[:3])) >= 2.0

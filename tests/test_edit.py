@@ -13,12 +13,13 @@ from conftest import PARAMETER, REQUEST, assert_same, load, state
 from tokenizers import processors
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from kdpo_editor import EditDiverged, apply_kdpo_to_model, edit, kdpo
+from kdpo_editor import EditDiverged, apply_kdpo_to_model, edit
 from kdpo_editor.compare.run.memory import peak_bytes
 from kdpo_editor.engine.batches import Batch
 from kdpo_editor.engine.cached_forward import Captured, Suffix
-from kdpo_editor.engine.optimizers import Adam
-from kdpo_editor.objectives import competitors, dpo_loss, kdpo_loss, standing
+from kdpo_editor.engine.optimizers import Stepper
+from kdpo_editor.lifelong import loop
+from kdpo_editor.objectives import dpo_loss, hardest_rejected, kdpo_loss
 
 SECOND = {"prompt": "Which family does Epaspidoceras belong to?", "target_new": "Noctuidae"}
 
@@ -211,15 +212,15 @@ def test_an_edit_that_raises_leaves_everything_as_it_was(
     model, tok = llama
     prepared(model)
     before, weights = surroundings(model, tok), state(model)
-    move, calls = Adam._move, []
+    step, calls = Stepper.step, []
 
     def failing(self: Any, *args: Any) -> None:
         calls.append(1)
-        move(self, *args)
+        step(self, *args)
         if len(calls) == at:
             raise error("stop")
 
-    monkeypatch.setattr(Adam, "_move", failing)
+    monkeypatch.setattr(Stepper, "step", failing)
     with pytest.raises(error):
         apply_kdpo_to_model(model, tok, [SECOND, REQUEST], settings(cycles=2))
     assert len(calls) == at
@@ -250,7 +251,7 @@ def test_weights_that_stay_finite_and_grow_without_end_are_an_error_and_undone(l
     """One step of Polyak's, a thousand times as long as it should be: the edit is won and the model is lost."""
     model, tok = llama
     weights = state(model)
-    hparams = settings(objective="margin", margin=1.0, optimizer="polyak", lr=1e3, num_steps=1)
+    hparams = settings(objective="hinge", margin=1.0, optimizer="polyak", lr=1e3, num_steps=1)
     with pytest.raises(EditDiverged, match=r"mlp\.down_proj\.weight changed by [\d.e+]+ times its norm"):
         apply_kdpo_to_model(model, tok, [REQUEST], hparams)
     assert_same(model, weights)
@@ -268,28 +269,13 @@ def test_update_scale_multiplies_the_change(llama: Any, settings: Any) -> None:
     torch.testing.assert_close(model.get_parameter(PARAMETER).detach() - before, 2 * change, rtol=0, atol=1e-6)
 
 
-def test_norm_constraint_bounds_every_weight(llama: Any, settings: Any) -> None:
-    model, tok = llama
-    before = model.get_parameter(PARAMETER).detach().clone()
-    edit(model, tok, [REQUEST], settings(norm_constraint=2e-3))
-    change = (model.get_parameter(PARAMETER).detach() - before).abs().max().item()
-    assert 1e-3 < change <= 2e-3 * (1 + 1e-4)
-
-
-def test_weight_decay_pulls_weights_towards_zero(llama: Any, settings: Any) -> None:
-    model, tok = llama
-    decayed, _, _ = edit(copy.deepcopy(model), tok, [REQUEST], settings(weight_decay=0.1, cycles=1))
-    plain, _, _ = edit(model, tok, [REQUEST], settings(cycles=1))
-    assert decayed.get_parameter(PARAMETER).norm() < plain.get_parameter(PARAMETER).norm()
-
-
 def test_append_eos_makes_the_end_token_part_of_the_answer(llama: Any, settings: Any) -> None:
     model, tok = llama
     _, _, (trace,) = edit(model, tok, [SECOND], settings(append_eos=True, lr=3e-3))
     assert trace.converged
     ids = tok(f"{SECOND['prompt']} {SECOND['target_new']}", return_tensors="pt")["input_ids"]
     assert model(ids).logits[0, -1].argmax() == tok.eos_token_id
-    assert len(trace.cycles[0].negative) == 7
+    assert len(trace.cycles[0].rejected) == 7
 
 
 def test_margin_demands_a_clear_win(llama: Any, settings: Any) -> None:
@@ -400,7 +386,7 @@ def test_breadth_first_edits_all_requests(llama: Any, settings: Any, budget: flo
     assert all(t.converged for t in traces)
     for request in requests:
         assert answer(model, tok, request) == request["target_new"]
-    assert [len(t.cycles[0].negative) for t in traces] == [6, 1, 11]
+    assert [len(t.cycles[0].rejected) for t in traces] == [6, 1, 11]
 
 
 def test_first_losses_of_a_batch_equal_those_of_single_edits(llama: Any, settings: Any) -> None:
@@ -411,7 +397,7 @@ def test_first_losses_of_a_batch_equal_those_of_single_edits(llama: Any, setting
     for budget in (2e9, 1.0):
         hparams = settings(schedule="breadth_first", memory_budget=budget, cycles=1, num_steps=1)
         _, _, traces = edit(copy.deepcopy(model), tok, requests, hparams)
-        assert traces[0].cycles[0].negative == single[0].cycles[0].negative
+        assert traces[0].cycles[0].rejected == single[0].cycles[0].rejected
         if budget > 1:
             assert [t.cycles[0].losses[0] for t in traces] == pytest.approx([np.log(2)] * 3)
 
@@ -425,31 +411,37 @@ def test_a_mini_batch_divided_by_length_takes_the_same_steps(
     hparams = settings(schedule="breadth_first", cycles=2, replay=replay)
     steps: list[int] = []
     rows: list[int] = []
-    move, replayed = Adam._move, Suffix.replay
+    step, replayed = Stepper.step, Suffix.replay
 
     def counted(self: Any, *args: Any) -> None:
         steps.append(1)
-        move(self, *args)
+        step(self, *args)
 
     def measured(self: Suffix, captured: Captured) -> torch.Tensor:
         rows.append(len(captured.hidden))
         return replayed(self, captured)
 
-    monkeypatch.setattr(Adam, "_move", counted)
+    monkeypatch.setattr(Stepper, "step", counted)
     monkeypatch.setattr(Suffix, "replay", measured)
-    whole, _, first = edit(copy.deepcopy(model), tok, requests, hparams)
+    before = state(model)
+    edit(model, tok, requests, hparams)  # the first edit of a model examines it
+    model.load_state_dict(before)
+    steps.clear()
+    _, _, first = edit(model, tok, requests, hparams)
+    whole = model.get_parameter(PARAMETER).detach().clone()
     taken = len(steps)
     assert max(rows) == 3
     rows.clear()
-    monkeypatch.setattr("kdpo_editor.engine.batches.LEAST", 1)
-    divided, _, second = edit(copy.deepcopy(model), tok, requests, hparams)
+    model.load_state_dict(before)
+    monkeypatch.setattr("kdpo_editor.engine.batches.SMALLEST_PART", 1)
+    _, _, second = edit(model, tok, requests, hparams)
     assert max(rows) == 1
     assert len(steps) == 2 * taken > 0, "a step for each part"
     for one, other in zip(first, second, strict=True):
-        assert [cycle.negative for cycle in one.cycles] == [cycle.negative for cycle in other.cycles]
+        assert [cycle.rejected for cycle in one.cycles] == [cycle.rejected for cycle in other.cycles]
         for cycle, again in zip(one.cycles, other.cycles, strict=True):
             assert again.losses == pytest.approx(cycle.losses, abs=1e-4)
-    torch.testing.assert_close(divided.get_parameter(PARAMETER), whole.get_parameter(PARAMETER), atol=1e-4, rtol=0)
+    torch.testing.assert_close(model.get_parameter(PARAMETER), whole, atol=1e-4, rtol=0)
 
 
 def test_a_won_edit_is_left_out_and_looked_at_again(llama: Any, settings: Any) -> None:
@@ -464,13 +456,13 @@ def test_a_won_edit_is_left_out_and_looked_at_again(llama: Any, settings: Any) -
 def looks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """To how many edits each look goes, from now on."""
     seen: list[int] = []
-    look = Batch.look
+    look = Batch.refresh
 
     def counted(batch: Batch) -> None:
         seen.append(len(batch.members))
         look(batch)
 
-    monkeypatch.setattr(Batch, "look", counted)
+    monkeypatch.setattr(Batch, "refresh", counted)
     return seen
 
 
@@ -480,21 +472,22 @@ def test_of_many_those_that_are_won_wait_for_the_others(
 ) -> None:
     model, tok = llama
     known = {**REQUEST, "target_new": answer(model, tok, {**REQUEST, "target_new": "human"})}
-    monkeypatch.setattr(kdpo, "MANY", many)
+    monkeypatch.setattr(loop, "LAZY_FROM", many)
     seen = looks(monkeypatch)
     hparams = settings(schedule="breadth_first", num_steps=1, stop_loss=0.0, cycles=80)
     _, _, traces = edit(model, tok, [known, SECOND], hparams)
     assert all(trace.converged for trace in traces)
     cycles = len(traces[1].cycles)
     assert cycles > 3
-    assert seen == last[:1] * cycles + last[1:]
+    # The last refresh, of all, says who has won.
+    assert seen == last[:1] * cycles + last[1:] + [2]
 
 
 def test_the_won_ones_do_not_wait_for_ever(llama: Any, settings: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model, tok = llama
     known = {**REQUEST, "target_new": answer(model, tok, {**REQUEST, "target_new": "human"})}
     against = [{**SECOND, "target_new": target} for target in ("Noctuidae", "Hydrangea")]
-    monkeypatch.setattr(kdpo, "MANY", 1)
+    monkeypatch.setattr(loop, "LAZY_FROM", 1)
     seen = looks(monkeypatch)
     _, _, traces = edit(model, tok, [known, *against], settings(schedule="breadth_first", cycles=20))
     assert not all(trace.converged for trace in traces)
@@ -507,7 +500,7 @@ def test_an_edit_that_held_at_first_is_trained_once_another_breaks_it(
     llama: Any, settings: Any, monkeypatch: pytest.MonkeyPatch, many: int
 ) -> None:
     model, tok = llama
-    monkeypatch.setattr(kdpo, "MANY", many)
+    monkeypatch.setattr(loop, "LAZY_FROM", many)
     near = {"prompt": "Which family does it belong to?", "target_new": "Aspidoceratidae"}
     hparams = settings(schedule="breadth_first", lr=3e-3)
     _, _, (known,) = edit(model, tok, [near], hparams)
@@ -592,22 +585,22 @@ def test_padding_costs_nothing(table: dict[str, torch.Tensor]) -> None:
     torch.testing.assert_close(shared_context_loss(table, mask), shared_context_loss(shorter))
 
 
-def test_competitors_are_the_strongest_within_the_margin() -> None:
+def test_rejected_tokens_are_the_strongest_within_the_margin() -> None:
     logits = torch.tensor([[0.0, 2.0, 1.5], [3.0, 2.5, 0.0]])
     chosen = torch.tensor([1, 0])
-    assert competitors(logits, chosen).tolist() == [1, 0]
-    assert competitors(logits, chosen, margin=0.6).tolist() == [2, 1]
+    assert hardest_rejected(logits, chosen)[0].tolist() == [1, 0]
+    assert hardest_rejected(logits, chosen, margin=0.6)[0].tolist() == [2, 1]
     assert logits[0, 1] == 2.0
 
 
-def test_standing_is_the_argmax_and_the_lead() -> None:
+def test_a_rejected_token_is_the_argmax_and_the_lead() -> None:
     """Against the plain form, with equal logits (of which argmax takes the first), and nothing left changed."""
     logits = torch.randint(0, 4, (200, 5), generator=torch.Generator().manual_seed(0)).float()
     chosen = torch.arange(200) % 5
     before = logits.clone()
     for margin in (0.0, 1.0, 0.5):
         lowered = logits.scatter_add(-1, chosen.unsqueeze(-1), torch.full((200, 1), -margin))
-        negative, lead = standing(logits, chosen, margin)
+        negative, lead = hardest_rejected(logits, chosen, margin)
         assert torch.equal(negative, lowered.argmax(-1))
         others = torch.stack([torch.cat([row[:c], row[c + 1 :]]).max() for row, c in zip(logits, chosen, strict=True)])
         assert torch.equal(lead, logits[torch.arange(200), chosen] - others)
@@ -617,8 +610,8 @@ def test_standing_is_the_argmax_and_the_lead() -> None:
 # Spread over devices ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("options", [{}, {"replay": True, "margin": 1.0}, {"preserve": 1.0, "margin": 1.0}])
-def test_a_dispatched_model_is_edited_alike(settings: Any, options: dict[str, Any]) -> None:
+@pytest.mark.parametrize("options", [{}, {"replay": True, "margin": 1.0}, {"mom2_weight": 1.0, "margin": 1.0}])
+def test_a_dispatched_model_is_edited_alike(settings: Any, text: str, options: dict[str, Any]) -> None:
     """With the hooks that ``device_map`` puts on every module, here all for one device."""
     accelerate = pytest.importorskip("accelerate")
     plain, tok = load("llama")
@@ -627,6 +620,6 @@ def test_a_dispatched_model_is_edited_alike(settings: Any, options: dict[str, An
     hooked = {name: m.forward for name, m in dispatched.named_modules() if "forward" in m.__dict__}
     assert hooked
     for model in (plain, dispatched):
-        edit(model, tok, [REQUEST], settings(**options))
+        edit(model, tok, [REQUEST], settings(**options, mom2_dataset=text))
     torch.testing.assert_close(dispatched.get_parameter(PARAMETER), plain.get_parameter(PARAMETER))
     assert hooked == {name: m.forward for name, m in dispatched.named_modules() if "forward" in m.__dict__}

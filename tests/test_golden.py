@@ -55,7 +55,7 @@ def test_edit_follows_the_authors_release(
         assert trace.converged
         assert not change.any()
         return
-    assert [c.negative for c in trace.cycles] == [c["negative_ids"] for c in case["cycles"]]
+    assert [c.rejected for c in trace.cycles] == [c["negative_ids"] for c in case["cycles"]]
     assert [len(c.losses) for c in trace.cycles] == [len(c["loss"]) for c in case["cycles"]]
     losses = torch.tensor([loss for c in trace.cycles for loss in c.losses])
     expected = torch.tensor([loss for c in case["cycles"] for loss in c["loss"]])

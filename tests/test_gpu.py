@@ -8,13 +8,12 @@ from typing import Any
 import pytest
 import torch
 from conftest import PARAMETER, REQUEST, assert_same, state
-from test_own_words import some_requests
 
 from kdpo_editor import EditDiverged, KDPOHyperParams, apply_kdpo_to_model, edit
 from kdpo_editor.engine.generation import says_target
 from kdpo_editor.engine.weights import find_matrices, restore
 from kdpo_editor.hparams import settings_folder
-from kdpo_editor.lifelong.replay import EarlierEdits
+from kdpo_editor.lifelong.replay import ReplayBuffer
 from kdpo_editor.testbed import load_model, load_records
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -28,22 +27,17 @@ REQUESTS = [
         "rephrases": ["What family are Epaspidoceras?"],
     },
 ]
-LIFELONG = {"objective": "margin", "margin": 2.0, "append_eos": True, "optimizer": "polyak", "lr": 1.5}
+LIFELONG = {"objective": "hinge", "margin": 2.0, "append_eos": True, "optimizer": "polyak", "lr": 1.5}
 OPTIONS: list[dict[str, Any]] = [
     {},
     {"schedule": "breadth_first"},
     {"schedule": "breadth_first", "cuda_graphs": True},
-    {"schedule": "breadth_first", "captured_on_host": True},
-    {"objective": "kdpo_token"},
-    {"objective": "ipo", "cycles": 3},
     {"objective": "ce", "lr": 3e-4, "cycles": 3},
-    {"layers": [1, 4], "subject_layers": [1]},
-    {"norm_constraint": 1e-3},
+    {"layers": [1, 2], "fact_token": "subject"},
     {"update_scale": 2.0},
     {**LIFELONG},
     {**LIFELONG, "schedule": "breadth_first", "replay": True},
-    {**LIFELONG, "replay": True, "captured_on_host": True},
-    {**LIFELONG, "layers": [1, 4], "subject_layers": [1], "replay": True},
+    {**LIFELONG, "layers": [1, 2], "fact_token": "subject_last", "replay": True},
 ]
 
 
@@ -57,20 +51,20 @@ def test_an_edit_on_a_gpu_is_the_edit_on_a_cpu(llama: Any, settings: Any, option
         there, _, second = edit(there, tok, requests, hparams)
         for one, other in zip(first, second, strict=True):
             assert one.converged == other.converged
-            assert [c.negative for c in one.cycles] == [c.negative for c in other.cycles]
+            assert [c.rejected for c in one.cycles] == [c.rejected for c in other.cycles]
             for cycle, again in zip(one.cycles, other.cycles, strict=True):
                 assert again.losses == pytest.approx(cycle.losses, abs=2e-3)
     for layer in hparams.layers:
         name = PARAMETER.replace("4", str(layer))
         torch.testing.assert_close(there.get_parameter(name).cpu(), model.get_parameter(name), atol=1e-3, rtol=0)
     if hparams.replay:
-        kept = EarlierEdits.of(there, find_matrices(there, hparams)).kept
+        kept = ReplayBuffer.of(there, find_matrices(there, hparams)).entries
         assert len(kept) == 3
-        assert {one.hidden.device.type for one in kept} == {"cpu" if hparams.captured_on_host else "cuda"}
+        assert {one.hidden.device.type for one in kept} == {"cuda"}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("recipe", ["KDPO", "KDPO-L", "KDPO-L-BF"])
+@pytest.mark.parametrize("recipe", ["KDPO", "KDPO-L"])
 def test_a_shipped_recipe_edits_on_a_gpu(recipe: str, dtype: torch.dtype) -> None:
     model, tok = load_model("cuda")
     model.to(dtype)
@@ -83,17 +77,6 @@ def test_a_shipped_recipe_edits_on_a_gpu(recipe: str, dtype: torch.dtype) -> Non
     assert {original.device.type for original in originals.values()} == {"cuda"}
     restore(find_matrices(model, hparams), originals)
     assert_same(model, before)
-
-
-def test_own_words_and_facts_are_found_on_a_gpu_and_the_random_state_stays() -> None:
-    model, tok = load_model("cuda")
-    hparams = KDPOHyperParams.from_hparams(settings_folder() / "KDPO-L-BF" / "kdpo-llama-knowedit")
-    hparams = KDPOHyperParams(**{**hparams.to_dict(), "own_words": 2, "own_openings": 1, "own_facts": 2})
-    before = torch.cuda.get_rng_state()
-    _, _, traces = edit(model, tok, some_requests(8), hparams)
-    assert all(trace.converged for trace in traces)
-    assert any(trace.own_words for trace in traces)
-    assert torch.equal(torch.cuda.get_rng_state(), before)
 
 
 def test_a_failure_on_a_gpu_leaves_the_model_as_it_was(llama: Any, settings: Any) -> None:

@@ -549,10 +549,10 @@ def test_a_pipe_in_place_of_the_journal_does_not_make_a_reader_wait(tmp_path: Pa
 def test_a_resumed_run_with_replay_knows_its_earlier_edits(settings: Any, tmp_path: Path) -> None:
     facts = list(dict.fromkeys((case["prompt"], case["target_new"]) for case in CASES))[:6]
     requests = [{"prompt": p, "target_new": t} for p, t in facts]
-    hparams = settings(replay=True, ledger=str(tmp_path / "l"), margin=1.0)
+    hparams = settings(replay=True, ledger=str(tmp_path / "l"), objective="hinge", margin=2.0, lr=3e-3)
     undisturbed, tok = load("llama")
     for request in requests:
-        apply_kdpo_to_model(undisturbed, tok, [request], settings(replay=True, margin=1.0))
+        apply_kdpo_to_model(undisturbed, tok, [request], settings(replay=True, objective="hinge", margin=2.0, lr=3e-3))
     first, _ = load("llama")
     for request in requests[:3]:
         apply_kdpo_to_model(first, tok, [request], hparams)
@@ -563,7 +563,7 @@ def test_a_resumed_run_with_replay_knows_its_earlier_edits(settings: Any, tmp_pa
     assert_same(resumed, state(undisturbed))
     without, _ = load("llama")
     for request in requests:
-        apply_kdpo_to_model(without, tok, [request], settings(margin=1.0))
+        apply_kdpo_to_model(without, tok, [request], settings(objective="hinge", margin=2.0, lr=3e-3))
     assert not torch.equal(without.get_parameter(PARAMETER), resumed.get_parameter(PARAMETER)), "replay did something"
 
 

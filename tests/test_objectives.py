@@ -13,7 +13,7 @@ from conftest import PARAMETER, REQUEST, assert_same, state
 from torch import Tensor
 
 from kdpo_editor import edit
-from kdpo_editor.objectives import ce_loss, dpo_loss, ipo_loss, kdpo_loss, kdpo_token_loss, margin_loss
+from kdpo_editor.objectives import ce_loss, dpo_loss, hinge_loss, kdpo_loss
 
 BETA = 0.3
 SECOND = {"prompt": "Which family does Epaspidoceras belong to?", "target_new": "Noctuidae"}
@@ -45,34 +45,18 @@ def lost_positions(row: int) -> list[int]:
     return LOST[row].nonzero().flatten().tolist()
 
 
-def test_kdpo_token_is_a_sum_of_one_position_kdpo_losses(logits: Tensor, reference: Tensor) -> None:
-    policy, ref = logits.gather(-1, PAIR), reference.gather(-1, PAIR)
-    found = kdpo_token_loss(policy, ref, BETA, LOST)
-    expected = [
-        sum(kdpo_loss(policy[row, t : t + 1], ref[row, t : t + 1], BETA) for t in lost_positions(row)) for row in (0, 1)
-    ]
-    torch.testing.assert_close(found, torch.stack(expected))
-
-
-def test_margin_loss_is_what_is_missing_to_the_margin(logits: Tensor) -> None:
-    found = margin_loss(logits.gather(-1, PAIR), 2.0, LOST)
+def test_the_hinge_is_what_is_missing_to_the_margin(logits: Tensor) -> None:
+    found = hinge_loss(logits.gather(-1, PAIR), 2.0, LOST)
     expected = [sum(max(0.0, 2.0 - lead(logits, row, t)) for t in lost_positions(row)) for row in (0, 1)]
     assert found.tolist() == pytest.approx(expected)
     assert min(expected) > 0
 
 
-def test_margin_loss_has_no_gradient_beyond_the_margin() -> None:
+def test_the_hinge_has_no_gradient_beyond_the_margin() -> None:
     pairs = torch.tensor([[[5.0, 1.0], [2.0, 1.0]]], requires_grad=True)
-    margin_loss(pairs, 2.0).sum().backward()
+    hinge_loss(pairs, 2.0).sum().backward()
     assert pairs.grad is not None
     assert pairs.grad.tolist() == [[[0.0, 0.0], [-1.0, 1.0]]]
-
-
-def test_ipo_draws_the_mean_log_ratio_to_half_of_one_over_beta(logits: Tensor, reference: Tensor) -> None:
-    found = ipo_loss(logits.gather(-1, PAIR), reference.gather(-1, PAIR), BETA, MASK)
-    for row, length in ((0, 4), (1, 3)):
-        h = sum(lead(logits, row, t) - lead(reference, row, t) for t in range(length)) / length
-        assert found[row].item() == pytest.approx((h - 1 / (2 * BETA)) ** 2, rel=1e-4)
 
 
 def test_ce_is_torchs_mean_cross_entropy_of_the_answer(logits: Tensor) -> None:
@@ -84,9 +68,7 @@ def test_ce_is_torchs_mean_cross_entropy_of_the_answer(logits: Tensor) -> None:
 
 PAIR_LOSSES: dict[str, Callable[..., Tensor]] = {
     "kdpo": lambda p, r, real, lost: kdpo_loss(p, r, BETA, real),
-    "kdpo_token": lambda p, r, real, lost: kdpo_token_loss(p, r, BETA, lost),
-    "margin": lambda p, r, real, lost: margin_loss(p, 2.0, lost),
-    "ipo": lambda p, r, real, lost: ipo_loss(p, r, BETA, real),
+    "hinge": lambda p, r, real, lost: hinge_loss(p, 2.0, lost),
 }
 
 
@@ -109,9 +91,7 @@ def test_padding_changes_neither_loss_nor_gradient(name: str, logits: Tensor, re
 
 OPTIONS: dict[str, dict[str, float]] = {
     "kdpo": {},
-    "kdpo_token": {"margin": 1.0},
-    "margin": {"margin": 2.0},
-    "ipo": {"beta": 0.03},  # at 0.1 it asks for a gain of 5 logits, too little here
+    "hinge": {"margin": 2.0},
     "ce": {},
 }
 
@@ -143,7 +123,7 @@ def test_breadth_first_with_one_request_equals_depth_first(llama: Any, settings:
     assert not torch.equal(start[PARAMETER], runs[0][1][PARAMETER])
 
 
-@pytest.mark.parametrize("objective", ["kdpo_token", "margin", "ipo", "ce"])
+@pytest.mark.parametrize("objective", ["hinge", "ce"])
 def test_a_fact_known_by_the_margin_leaves_every_weight_bit_identical(
     llama: Any, settings: Any, objective: str
 ) -> None:
@@ -211,8 +191,3 @@ def test_kdpo_agrees_with_trl(trl_loss: Callable[..., float], logits: Tensor, re
 def test_dpo_agrees_with_trl(trl_loss: Callable[..., float], logps: Any) -> None:
     sums = [(logps[table][i] * MASK).sum(-1) for table in ("policy", "reference") for i in (0, 1)]
     assert dpo_loss(*sums, BETA).mean().item() == pytest.approx(trl_loss("sigmoid", **logps, mask=MASK), rel=1e-5)
-
-
-def test_ipo_agrees_with_trl(trl_loss: Callable[..., float], logits: Tensor, reference: Tensor, logps: Any) -> None:
-    ours = ipo_loss(logits.gather(-1, PAIR), reference.gather(-1, PAIR), BETA, MASK)
-    assert ours.mean().item() == pytest.approx(trl_loss("ipo", **logps, mask=MASK), rel=1e-5)

@@ -10,9 +10,11 @@ import transformers
 from plain import plain_kdpo
 from torch import nn
 
-from kdpo_editor import EarlierEdits, KDPOHyperParams, ModelError, edit
+from kdpo_editor import KDPOHyperParams, ModelError, ReplayBuffer, edit
 from kdpo_editor.ablation import greedy
+from kdpo_editor.engine.batches import make_batches
 from kdpo_editor.engine.cached_forward import Suffix
+from kdpo_editor.lifelong.replay import entries_of
 from kdpo_editor.requests import EditTokens
 
 LLAMA_LIKE = {
@@ -165,7 +167,7 @@ def test_replay_equals_full_forward(name: str, layer: int) -> None:
 @pytest.mark.usefixtures("worth")
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_gradient_from_some_tokens_only(name: str) -> None:
-    """Of two matrices one is trained at a few tokens: against the full model, its output cut off elsewhere."""
+    """Two matrices are trained at a few tokens: against the full model, their outputs cut off elsewhere."""
     model, blocks, matrix = tiny(name)
     modules = [f"{blocks}.{layer}.{matrix}" for layer in (1, 2)]
     weights = [model.get_submodule(module).weight for module in modules]
@@ -174,12 +176,16 @@ def test_gradient_from_some_tokens_only(name: str) -> None:
     ids, mask = padded()
     where = torch.zeros(ids.shape, dtype=torch.bool)
     where[0, 1:3], where[1, 2:4], where[2, :2] = True, True, True
-    suffix = Suffix(model, blocks, 1, modules[0], modules[:1])
-    handle = model.get_submodule(modules[0]).register_forward_hook(
-        lambda module, args, output: torch.where(where.view(*output.shape[:-1], 1), output, output.detach())
-    )
+    suffix = Suffix(model, blocks, 1, modules[0], modules, "subject")
+    handles = [
+        model.get_submodule(module).register_forward_hook(
+            lambda module, args, output: torch.where(where.view(*output.shape[:-1], 1), output, output.detach())
+        )
+        for module in modules
+    ]
     expected = torch.autograd.grad(full(model, ids, mask).square().mean(), weights)
-    handle.remove()
+    for handle in handles:
+        handle.remove()
     whole = torch.autograd.grad(full(model, ids, mask).square().mean(), weights)
     assert (whole[0] - expected[0]).norm() > 0.1 * whole[0].norm()
     captured, first = suffix.capture(ids, POSITIONS, where)
@@ -202,12 +208,12 @@ def test_edits_captured_one_by_one_are_replayed_together(
     model, suffix, weight = suffix_of(name, 2)
     hparams = KDPOHyperParams(model_name=name, layers=[2], rewrite_module_tmp="{}", replay=True)
     edits = [EditTokens(ids[: n - 2], ids[n - 2 : n]) for ids, n in zip(IDS, LENGTHS.tolist(), strict=True)]
-    earlier = EarlierEdits()
-    kept = [one for tokens in edits for one in earlier.capture(suffix, [tokens], hparams)]
+    earlier = ReplayBuffer()
+    kept = [one for tokens in edits for one in entries_of([tokens], make_batches(suffix, [tokens], hparams))]
     change(weight)
-    monkeypatch.setattr("kdpo_editor.engine.batches.PARTS", parts)
-    monkeypatch.setattr("kdpo_editor.engine.batches.LEAST", 1)
-    (batches,) = earlier.batches(suffix, kept, hparams)
+    monkeypatch.setattr("kdpo_editor.engine.batches.MOST_PARTS", parts)
+    monkeypatch.setattr("kdpo_editor.engine.batches.SMALLEST_PART", 1)
+    (batches,) = earlier.batches(suffix, dict(enumerate(kept)), hparams)
     assert [batch.members for batch in batches] == groups
     for member, hidden in ((m, row) for b in batches for m, row in zip(b.members, b.hidden, strict=True)):
         expected = model(input_ids=edits[member].sequence.unsqueeze(0)).logits[0, -2:].float()
@@ -378,6 +384,6 @@ def test_editor_equals_plain_implementation(llama: Any, settings: Any) -> None:
     edited = model.get_parameter("model.layers.4.mlp.down_proj.weight").detach().clone()
     model.load_state_dict(originals, strict=False)
     plain = plain_kdpo(model, tok, request, "model.layers.4.mlp.down_proj.weight", lr=1e-3, cycles=3)
-    assert [c.negative for c in trace.cycles] == plain.negatives
+    assert [c.rejected for c in trace.cycles] == plain.negatives
     assert [x for c in trace.cycles for x in c.losses] == pytest.approx(plain.losses, abs=1e-5)
     torch.testing.assert_close(edited, model.get_parameter("model.layers.4.mlp.down_proj.weight"), rtol=0, atol=1e-5)

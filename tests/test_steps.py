@@ -13,12 +13,12 @@ from kdpo_editor import edit
 from kdpo_editor.engine import steps
 from kdpo_editor.engine.batches import make_batches, unfinished
 from kdpo_editor.engine.cached_forward import Suffix
-from kdpo_editor.engine.optimizers import Adam
+from kdpo_editor.engine.optimizers import Stepper
 from kdpo_editor.engine.steps import Steps
 from kdpo_editor.requests import tokenize
 
 SECOND = {"prompt": "Which family does Epaspidoceras belong to?", "target_new": "Noctuidae"}
-OPTIONS = [{}, {"objective": "margin", "margin": 2.0}, {"objective": "ipo"}, {"objective": "ce"}]
+OPTIONS = [{}, {"objective": "hinge", "margin": 2.0}, {"objective": "ce"}]
 
 
 @pytest.mark.parametrize("options", [*OPTIONS, {"cuda_graphs": True}], ids=str)
@@ -31,7 +31,7 @@ def test_steps_masked_on_the_device_equal_steps_not_taken(
     monkeypatch.setattr(steps, "host_waits", lambda device, optimizer: False)
     masked, _, second = edit(model, tok, [SECOND, REQUEST], hparams)
     assert first == second
-    if options.get("objective") not in ("ipo", "ce"):  # whose losses do not get so low
+    if options.get("objective") != "ce":  # whose losses do not get so low
         assert any(len(c.losses) < 8 for t in first for c in t.cycles), "no step was ever masked"
     assert_same(waited, state(masked))
 
@@ -50,26 +50,30 @@ def test_a_step_reads_and_writes_the_same_memory_each_time(
     edits = [one for (one,) in tokenize(tok, [SECOND, REQUEST])]
     monkeypatch.setattr(steps, "host_waits", lambda device, optimizer: False)
     (rounds,) = unfinished(make_batches(suffix, edits, hparams))
-    optimizer = Adam([weight], None, 1e-3, 0.0)
+    optimizer = Stepper([weight], settings(lr=1e-3))
     taking = Steps(rounds, optimizer, hparams)
 
     def memory() -> list[int]:
         (current,) = rounds
         assert current.batch.captured.inner is not None
-        held = [weight, *optimizer.masters, *optimizer.means, *optimizer.squares, *optimizer.steps]
+        held = [
+            weight,
+            *optimizer.masters,
+            *(t for state in optimizer.optimizer.state.values() for t in state.values()),
+        ]
         held += [current.batch.captured.hidden, current.batch.captured.inner, current.pair, current.batch.mask]
         if options.get("objective") != "ce":
             assert current.head_rows is not None
             held += [current.head_rows.weight, current.lost, current.reference_pairs]
         return [tensor.data_ptr() for tensor in held]
 
-    taking.take(use_first=True)
-    taking.take(use_first=False)
+    taking.take()
+    taking.take()
     places, before = memory(), weight.detach().clone()
     for name in ("item", "tolist", "__bool__", "nonzero"):
         monkeypatch.setattr(torch.Tensor, name, lambda *args: pytest.fail("the host waits for the device"))
     for _ in range(3):
-        taking.take(use_first=False)
+        taking.take()
     monkeypatch.undo()
     assert memory() == places
     assert not torch.equal(weight, before)
@@ -84,7 +88,7 @@ def test_in_half_precision_many_edits_step_alike_with_another_attention(
     hparams = settings(schedule="breadth_first", cycles=1, num_steps=4, stop_loss=0.0)
     losses, used = [], []
     for many in (100, 1):
-        monkeypatch.setattr(steps, "MANY", many)
+        monkeypatch.setattr(steps, "MATH_ATTENTION_FROM", many)
         with monkeypatch.context() as watched:
             own = steps.sdpa_kernel
             watched.setattr(steps, "sdpa_kernel", lambda kind, own=own, many=many: used.append(many) or own(kind))
@@ -103,7 +107,7 @@ def test_recorded_steps_equal_steps_taken(llama: Any, settings: Any, options: di
     eager, _, first = edit(copy.deepcopy(model), tok, [SECOND, REQUEST], hparams)
     recorded, _, second = edit(model, tok, [SECOND, REQUEST], settings(**{**hparams.to_dict(), "cuda_graphs": True}))
     for one, other in zip(first, second, strict=True):
-        assert [cycle.negative for cycle in one.cycles] == [cycle.negative for cycle in other.cycles]
+        assert [cycle.rejected for cycle in one.cycles] == [cycle.rejected for cycle in other.cycles]
         for cycle, again in zip(one.cycles, other.cycles, strict=True):
             assert again.losses == pytest.approx(cycle.losses, abs=1e-4)
     torch.testing.assert_close(recorded.get_parameter(PARAMETER), eager.get_parameter(PARAMETER), atol=1e-5, rtol=0)

@@ -1,4 +1,4 @@
-"""``subject_layers``: matrices that are trained through the subject's tokens alone."""
+"""``fact_token``: matrices that are trained through the subject's tokens alone."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from kdpo_editor import (
 )
 from kdpo_editor.engine.generation import says_target
 from kdpo_editor.requests import tokenize
+from kdpo_editor.testbed import load_model, load_records
 
 GENE = {**REQUEST, "subject": "ZIC3"}
 OLD = {
@@ -31,7 +32,7 @@ OLD = {
 }
 FAMILY = {"prompt": "Epaspidoceras belongs to", "target_new": "Noctuidae", "subject": "Epaspidoceras"}
 REQUESTS = [GENE, OLD, FAMILY]
-MARGIN = {"objective": "margin", "margin": 2.0, "optimizer": "polyak", "lr": 1.5, "stop_loss": 1e-4}
+MARGIN = {"objective": "hinge", "margin": 1.0, "optimizer": "polyak", "lr": 0.2, "num_steps": 1, "cycles": 3}
 
 
 def words(tok: Any, prompt: str, subject: str) -> str:
@@ -75,23 +76,23 @@ def test_a_request_without_its_subject_is_refused(
     model, tok = llama
     before = state(model)
     with pytest.raises(RequestError, match=message):
-        edit(model, tok, [OLD, {**GENE, **change}], settings(layers=[2, 4], subject_layers=[2]))
+        edit(model, tok, [OLD, {**GENE, **change}], settings(layers=[2, 4], fact_token="subject"))
     with pytest.raises(RequestError, match="request 0 has no 'subject'; it has 'prompt', 'target_new'"):
-        edit(model, tok, [REQUEST], settings(layers=[2, 4], subject_layers=[2]))
+        edit(model, tok, [REQUEST], settings(layers=[2, 4], fact_token="subject"))
     assert_same(model, before)
 
 
 def test_settings_that_cannot_be_are_refused(llama: Any, settings: Any) -> None:
-    with pytest.raises(HyperParamsError, match=r"subject_layers: \[3\] is not allowed; .* some of layers, \[2, 4\]"):
-        settings(layers=[2, 4], subject_layers=[3])
-    with pytest.raises(HyperParamsError, match=r"subject_layers.*null where objective is dpo"):
-        settings(layers=[4], subject_layers=[4], objective="dpo")
-    with pytest.raises(ModelError, match="subject_layers: 5 is the last layer"):
-        edit(*llama, [GENE], settings(layers=[4, 5], subject_layers=[5]))
+    with pytest.raises(HyperParamsError, match=r"fact_token: 'last' is not allowed; .* all, subject, subject_last"):
+        settings(fact_token="last")
+    with pytest.raises(HyperParamsError, match=r"fact_token.*'all' where objective is dpo"):
+        settings(fact_token="subject", objective="dpo")
+    with pytest.raises(ModelError, match="layers: 5 is the last layer"):
+        edit(*llama, [GENE], settings(layers=[4, 5], fact_token="subject"))
 
 
-def keys(model: nn.Module, tok: Any, layer: int, requests: list[dict[str, str]]) -> torch.Tensor:
-    """The inputs of the matrix of ``layer`` at the requests' subjects, ``[K, F]``."""
+def keys(model: nn.Module, tok: Any, requests: list[dict[str, str]], fact_token: str, layer: int = 1) -> torch.Tensor:
+    """The inputs of the matrix of ``layer`` at the requests' subjects or their last tokens, ``[K, F]``."""
     seen: list[torch.Tensor] = []
     module = model.get_submodule(f"model.layers.{layer}.mlp.down_proj")
     handle = module.register_forward_pre_hook(lambda _, args: seen.append(args[0][0]))
@@ -100,7 +101,8 @@ def keys(model: nn.Module, tok: Any, layer: int, requests: list[dict[str, str]])
         for one in edits:
             model(one.sequence[None])
     handle.remove()
-    return torch.cat([rows[slice(*one.subject)] for rows, one in zip(seen, edits, strict=True)])
+    first = {"subject": 0, "subject_last": -1}[fact_token]
+    return torch.cat([rows[slice(*one.subject)][first:] for rows, one in zip(seen, edits, strict=True)])
 
 
 def outside(change: torch.Tensor, rows: torch.Tensor) -> float:
@@ -112,33 +114,32 @@ def outside(change: torch.Tensor, rows: torch.Tensor) -> float:
 
 @pytest.mark.parametrize("schedule", ["depth_first", "breadth_first"])
 @pytest.mark.parametrize("replay", [False, True])
-def test_such_a_matrix_changes_for_the_subjects_inputs_alone(
-    llama: Any, settings: Any, schedule: str, replay: bool
+@pytest.mark.parametrize("fact_token", ["subject", "subject_last"])
+def test_a_matrix_changes_for_the_subjects_inputs_alone(
+    llama: Any, settings: Any, schedule: str, replay: bool, fact_token: str
 ) -> None:
     """Gradient steps add outer products with the inputs that are trained: there is nothing else in the change."""
     model, tok = llama
-    subjects = keys(model, tok, 1, REQUESTS)
-    hparams = settings(**MARGIN, layers=[1, 4], subject_layers=[1], schedule=schedule, replay=replay, append_eos=True)
+    subjects = keys(model, tok, REQUESTS, fact_token)
+    hparams = settings(**MARGIN, layers=[1, 2], fact_token=fact_token, schedule=schedule, replay=replay)
     _, originals, _ = edit(model, tok, REQUESTS, hparams)
     lower, upper = (model.get_parameter(name).detach() - value for name, value in originals.items())
-    assert lower.norm() > 0
+    assert min(lower.norm(), upper.norm()) > 0
     assert outside(lower, subjects) < 1e-4
-    assert outside(upper, keys(model, tok, 4, REQUESTS)) > 0.1
-    assert says_target(model, tok, REQUESTS) == [True] * 3
 
 
 def test_without_it_other_tokens_take_part(llama: Any, settings: Any) -> None:
     """What the test above would not show if only subjects mattered anyway."""
     model, tok = llama
-    subjects = keys(model, tok, 1, REQUESTS)
-    _, originals, _ = edit(model, tok, REQUESTS, settings(**MARGIN, layers=[1, 4]))
+    subjects = keys(model, tok, REQUESTS, "subject")
+    _, originals, _ = edit(model, tok, REQUESTS, settings(**MARGIN, layers=[1, 2]))
     name, value = next(iter(originals.items()))
     assert outside(model.get_parameter(name).detach() - value, subjects) > 0.1
 
 
 def test_a_ledger_brings_the_subjects_back(settings: Any, tmp_path: Path) -> None:
     """A run that goes on from a ledger, in a model that knows of no edits, equals one that never stopped."""
-    hparams = settings(**MARGIN, layers=[1, 4], subject_layers=[1], replay=True, ledger=str(tmp_path / "edits"))
+    hparams = settings(**MARGIN, layers=[1, 2], fact_token="subject", replay=True, ledger=str(tmp_path / "edits"))
     model, tok = load("llama")
     other = copy.deepcopy(model)
     for request in REQUESTS[:2]:
@@ -149,8 +150,21 @@ def test_a_ledger_brings_the_subjects_back(settings: Any, tmp_path: Path) -> Non
     assert_same(other, state(model))
 
 
-def test_with_preserve_and_half_precision_it_is_trained_too(llama: Any, settings: Any, text: str) -> None:
-    model, tok = llama
-    hparams = settings(**MARGIN, layers=[0, 1, 4], subject_layers=[0, 1], preserve=10.0, preserve_text=text)
-    _, _, traces = edit(model.to(torch.bfloat16), tok, REQUESTS, hparams)
+@pytest.mark.parametrize("fact_token", ["subject", "subject_last"])
+def test_an_edit_is_won_through_its_subject(settings: Any, fact_token: str) -> None:
+    model, tok = load_model()
+    requests = [{key: r[key] for key in ("prompt", "target_new", "subject")} for r in load_records()[:3]]
+    options = {"objective": "hinge", "margin": 1.0, "optimizer": "polyak", "lr": 1.2, "layers": [0, 1, 2]}
+    hparams = settings(**options, cycles=60, fact_token=fact_token)
+    _, _, traces = edit(model, tok, requests, hparams)
+    assert [trace.converged for trace in traces] == [True] * 3
+    assert says_target(model, tok, requests[-1:]) == [True]
+
+
+def test_with_second_moments_and_half_precision_it_is_trained_too(settings: Any, text: str) -> None:
+    model, tok = load_model()
+    requests = [{key: r[key] for key in ("prompt", "target_new", "subject")} for r in load_records()[:3]]
+    options = {"objective": "hinge", "margin": 2.0, "optimizer": "polyak", "lr": 1.2, "layers": [0, 1]}
+    hparams = settings(**options, fact_token="subject", mom2_weight=10.0, mom2_dataset=text)
+    _, _, traces = edit(model.to(torch.bfloat16), tok, requests, hparams)
     assert all(trace.converged for trace in traces)

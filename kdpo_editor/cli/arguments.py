@@ -92,7 +92,7 @@ def make_parser(
     loads(sub, required=True)
     sub.add_argument("--prompt", help="what the model is asked")
     sub.add_argument("--target", help="what it shall answer")
-    sub.add_argument("--subject", help="what the prompt asks about, word for word (for subject_layers)")
+    sub.add_argument("--subject", help="what the prompt asks about, word for word (for fact_token)")
     sub.add_argument("--file", metavar="JSONL", help='edits, one a line; "-" reads standard input')
     sub.add_argument("--out", required=True, metavar="DIR", help="the ledger, made if it is not there")
     sub.add_argument("--hparams", metavar="FILE", help="settings: a YAML file or the name of a ready-made one")

@@ -356,10 +356,9 @@ def _requests(args: argparse.Namespace) -> tuple[list[tuple[str, dict[str, Any]]
 
 def _check(model: Any, tok: Any, request: dict[str, Any], hparams: KDPOHyperParams) -> None:
     """Raise what an edit of ``request`` would raise before it changes anything."""
-    from ..kdpo import _check_lengths
-    from ..requests import tokenize
+    from ..editing import check
 
-    _check_lengths(model, tokenize(tok, [request], append_eos=hparams.append_eos, with_subject=hparams.needs_subject))
+    check(model, tok, [request], hparams)
 
 
 def _not_done(wanted: list[tuple[str, dict[str, Any]]], done: list[dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:

@@ -22,12 +22,11 @@ def with_model_loaded(init: Callable[..., None], upstream: bool) -> Callable[...
 
     @functools.wraps(init)
     def wrapped(self: Any, hparams: Any) -> None:
-        from ..testbed import SECOND_MODEL, SHIPPED_MODEL
+        from ..testbed import SHIPPED_MODEL
 
         name = getattr(hparams, "model_name", None)
         known = LOADS_ITSELF["upstream" if upstream else "pypi"]
-        own = (SHIPPED_MODEL, SECOND_MODEL)
-        if not isinstance(name, str) or (name not in own and any(letters in name.lower() for letters in known)):
+        if not isinstance(name, str) or (name != SHIPPED_MODEL and any(letters in name.lower() for letters in known)):
             init(self, hparams)
             return
         hparams.model_name = _load(name, hparams)

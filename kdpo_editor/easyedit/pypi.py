@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from ..kdpo import apply_kdpo_to_model
+from .applying import apply_kdpo_to_model
 
 
 @functools.wraps(apply_kdpo_to_model)

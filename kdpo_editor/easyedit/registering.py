@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import importlib
 
-from ..kdpo import apply_kdpo_to_model
 from .adalora import mend_adalora
+from .applying import apply_kdpo_to_model
 from .finding import editor_class, is_upstream
 from .ledgers import followed, resumed
 from .loading import with_model_loaded

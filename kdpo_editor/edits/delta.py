@@ -12,15 +12,17 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from ..editing import edit
+from ..engine.batches import EditTrace
 from ..engine.generation import generate, says_target
 from ..engine.weights import restore
 from ..errors import CompressionError, DamagedFileError, EditDiverged, FingerprintError
 from ..hparams import KDPOHyperParams
-from ..kdpo import EditTrace, edit
+from ..lifelong.second_moments import remember
 from .delta_file import load_delta, save_delta
 from .low_rank import decompose, pair_of, rank_within
 from .manifest import Change, EditInfo, Value, check_config, config_hash, config_of, full_form, matrices_of, value_of
-from .switching import note
+from .switching import note, unedited
 
 
 class EditDelta:
@@ -280,6 +282,7 @@ class EditDelta:
     ) -> dict[str, Tensor]:
         _check_finite(new)
         originals = {name: w.detach().clone() for name, w in weights.items()}
+        remember(model, unedited)
         restore(weights, new)
         made = {name: value_of(w) for name, w in weights.items()}
         if self.is_low_rank:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -24,12 +24,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..editing import edit
+from ..engine.batches import EditTrace
 from ..engine.weights import find_matrices, restore
 from ..errors import DamagedFileError, EditDiverged, FingerprintError, LedgerError, StorageError
 from ..hparams import KDPOHyperParams
-from ..kdpo import EditTrace, edit
-from ..lifelong.preserve import known, preconditioners
-from ..lifelong.replay import EarlierEdits
+from ..lifelong.replay import ReplayBuffer
+from ..lifelong.second_moments import remember, remembered
 from .delta import EditDelta
 from .history import History, LedgerEdit
 from .journal import Journal, lock
@@ -170,11 +171,9 @@ class EditLedger(History):
         self._check_writable()
         matrices = find_matrices(model, hparams)
         self.follow(model)
-        if self.head and not known(model, list(matrices), hparams):
-            with original(model, {name: self._load(value) for name, value in self.state(0).items()}):
-                preconditioners(model, tok, matrices, hparams)
+        self._remember(model)
         if hparams.replay:
-            EarlierEdits.recall(model, tok, self.requests, hparams)
+            ReplayBuffer.rebuild(model, tok, self.requests, hparams)
         edited, originals, traces = edit(model, tok, requests, hparams, copy=copy)
         try:
             self.record(edited, originals, EditInfo.now(requests, hparams, traces), hparams.model_name)
@@ -366,8 +365,19 @@ class EditLedger(History):
         new = {name: self._load(value) for name, value in wanted.items() if value != now[name]}
         if why is not None:
             self._move(number, why)
+        self._remember(model)
         restore(weights, new)
         self._note(model, now, wanted)
+
+    def _remember(self, model: nn.Module) -> None:
+        """Note what ``model`` was before any edit of this ledger, for what is computed of unedited models."""
+
+        def unedited(model: nn.Module) -> AbstractContextManager[nn.Module]:
+            return original(model, {name: self._load(value) for name, value in self.state(0).items()})
+
+        if not remembered(model):
+            with unedited(model):
+                remember(model, unedited)
 
     def _note(self, model: nn.Module, before: dict[str, Value], after: dict[str, Value]) -> None:
         base = self.state(0)

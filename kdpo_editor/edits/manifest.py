@@ -9,15 +9,14 @@ import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from dataclasses import field as default
-from itertools import zip_longest
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..engine.batches import EditTrace
 from ..errors import DamagedFileError, FingerprintError
 from ..hparams import KDPOHyperParams
-from ..kdpo import EditTrace
 from .storage import NAMES, Spec, dump_json, field, hash_from, spec_from, spec_of
 
 # What a config says that does not make another model of it.
@@ -75,7 +74,7 @@ def full_form(changes: Mapping[str, Change]) -> dict[str, Value]:
 class EditInfo:
     """What was asked in an edit, with which settings, and what came of it.
 
-    ``requests``: of each, the fields that are texts or lists of texts, and the ``own_words`` that were trained with it.
+    ``requests``: of each, the fields that are texts or lists of texts.
     ``outcomes``: ``{"converged": bool, "steps": int}`` of each, measured after the edit (``converged``: teacher-forced,
     the new answer is the model's choice at every position); empty if not known. ``hparams``: all settings, or ``None``.
     ``date``: UTC, ISO 8601. ``versions``: of what made the edit.
@@ -100,9 +99,8 @@ class EditInfo:
 
         from .. import __version__
 
-        own = [trace.own_words for trace in traces][: len(requests)]
         return cls(
-            requests=[texts_of(r) | ({"own_words": w} if w else {}) for r, w in zip_longest(requests, own)],
+            requests=[texts_of(request) for request in requests],
             outcomes=[{"converged": t.converged, "steps": t.steps} for t in traces],
             hparams=None if hparams is None else hparams.to_dict(),
             date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),

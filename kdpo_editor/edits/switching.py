@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
@@ -97,3 +97,8 @@ def original(model: nn.Module, weights: Mapping[str, Tensor] | None = None) -> I
         yield model
     finally:
         restore(matrices, found)
+
+
+def unedited(model: nn.Module) -> AbstractContextManager[Any]:
+    """As :func:`original`, and without effect on a model that nothing of this process changed."""
+    return original(model) if model in _APPLIED else nullcontext()

@@ -1,4 +1,4 @@
-"""Edits side by side: mini-batches, of padded batches alike in length, and what is left to do in each."""
+"""Edits side by side: padded batches of edits alike in length, what the policy says of each, and what is left to do."""
 
 from __future__ import annotations
 
@@ -12,25 +12,57 @@ import torch
 from torch import Tensor
 
 from ..hparams import KDPOHyperParams
-from ..objectives import ce_loss, ipo_loss, kdpo_loss, kdpo_token_loss, margin_loss, standing
+from ..objectives import ce_loss, hardest_rejected, hinge_loss, kdpo_loss
 from ..requests import EditTokens
 from .cached_forward import Captured, HeadRows, Suffix
 
-# A mini-batch is replayed in so many batches, but not in smaller ones than these: a matrix product of few rows is slow.
-PARTS = 4
-LEAST = 16
+# A mini-batch runs in so many batches at most, none smaller than this: a matrix product of few rows is slow.
+MOST_PARTS = 4
+SMALLEST_PART = 16
+
+
+@dataclass
+class Cycle:
+    """One cycle of one edit.
+
+    ``rejected``: its rejected answer, ``T`` token ids. ``losses``: before each step and, where the cycle ended by it,
+    below ``stop_loss``, in nats. ``steps``: optimiser steps taken.
+    """
+
+    rejected: list[int]
+    losses: list[float]
+    steps: int
+
+
+@dataclass
+class EditTrace:
+    """What happened during one edit.
+
+    ``cycles``: those that began with an unfinished edit. ``converged``: whether every answer position ended up as the
+    argmax, by ``margin`` where one is set. Where an edit is trained in several phrasings, ``cycles`` are those of its
+    prompt, and ``converged`` is about all of them.
+    """
+
+    cycles: list[Cycle] = field(default_factory=list)
+    converged: bool = False
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps taken."""
+        return sum(cycle.steps for cycle in self.cycles)
 
 
 @dataclass(eq=False)
 class Batch:
-    """``B`` edits, captured together.
+    """``B`` edits, captured together, and how they stand.
 
     ``members``: the position of each in the list of edits. ``chosen`` ``[B, T]``: the new answers, padded.
-    ``mask`` ``[B, T]``: where they are real; ``real`` ``[N]`` int64: the same as indices, of ``B * T``.
-    ``hidden`` ``[B, T, D]``: the policy's final hidden states now; ``reference``: those before the first step, without
-    gradient. Read from the policy's logits now, at ``margin`` (:func:`~kdpo_editor.objectives.standing`): ``negative``
-    ``[B, T]``, and ``lead`` ``[B]``, by how many logits the weakest token of an answer leads, negative where it does
-    not win. Logits themselves are not kept.
+    ``mask`` ``[B, T]``: where they are real. ``real`` ``[N]`` int64: the same as indices, of ``B * T``.
+    ``hidden`` ``[B, T, D]``: the policy's final hidden states, as of the last :meth:`refresh`.
+    ``reference`` ``[B, T, D]``: the same before the first step, without graph.
+    ``rejected`` ``[B, T]`` and ``margins`` ``[B]``: what :func:`~kdpo_editor.objectives.hardest_rejected` found in the
+    policy's logits. A margin is that of an answer's weakest token, in logits, and negative where it does not win.
+    Logits themselves are not kept.
     """
 
     suffix: Suffix
@@ -42,18 +74,29 @@ class Batch:
     hidden: Tensor
     reference: Tensor
     real: Tensor
-    negative: Tensor
-    lead: Tensor
+    rejected: Tensor
+    margins: Tensor
 
-    def look(self) -> None:
+    def refresh(self) -> None:
         """Bring what is known of the policy up to date with the weights."""
         self.hidden = self.suffix.replay(self.captured)
-        self.negative, self.lead = _standing(self.suffix, self.hidden, self.chosen, self.real, self.margin)
+        self.rejected, self.margins = _standing(self.suffix, self.hidden, self.chosen, self.real, self.margin)
 
     @property
     def losing(self) -> Tensor:
         """Which edits do not win everywhere, ``[B]`` bool."""
-        return ((self.negative != self.chosen) & self.mask).any(-1)
+        return ((self.rejected != self.chosen) & self.mask).any(-1)
+
+    def take_hidden(self) -> Tensor:
+        """The final hidden states, ``[B, T, D]``, with their graph.
+
+        After a refresh with gradients they are those that it computed, once. Otherwise a forward pass is made.
+        """
+        hidden = self.hidden
+        if not hidden.requires_grad:
+            return self.suffix.replay(self.captured)
+        self.hidden = hidden.detach()
+        return hidden
 
     def remaining(self) -> Batch | None:
         """The edits whose new answer does not win everywhere, as a batch of their own; ``None`` if all do."""
@@ -74,16 +117,16 @@ class Batch:
             hidden=hidden,
             reference=reference,
             real=mask.flatten().nonzero().flatten(),
-            negative=self.negative[rows],
-            lead=self.lead[rows],
+            rejected=self.rejected[rows],
+            margins=self.margins[rows],
         )
 
 
 @dataclass
-class Round:
-    """One cycle's work on ``batch``, of unfinished edits only.
+class PreferenceBatch:
+    """One cycle's work on a batch of unfinished edits: their chosen and rejected answers.
 
-    ``pair`` ``[B, T, 2]``: chosen and rejected tokens. ``history``: the losses ``[B]`` of each step so far.
+    ``pair`` ``[B, T, 2]``: both tokens of each position. ``history``: the losses ``[B]`` of each step so far.
     """
 
     batch: Batch
@@ -91,7 +134,7 @@ class Round:
     history: list[Tensor] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.pair = torch.stack([self.batch.chosen, self.batch.negative], -1)
+        self.pair = torch.stack([self.batch.chosen, self.batch.rejected], -1)
 
     @property
     def suffix(self) -> Suffix:
@@ -119,29 +162,35 @@ class Round:
         """``[B, T]``: the positions that are not won yet."""
         return self.batch.mask & (self.pair[..., 0] != self.pair[..., 1])
 
-    @property
-    def negatives(self) -> list[list[int]]:
-        """The rejected answers, without padding."""
-        return [row[kept].tolist() for row, kept in zip(self.pair[..., 1], self.batch.mask, strict=True)]
-
-    def losses(self, hparams: KDPOHyperParams, use_first: bool) -> Tensor:
-        """The loss of each edit, ``[B]``; ``use_first`` takes the hidden states that the negatives were read from."""
+    def losses(self, hparams: KDPOHyperParams) -> Tensor:
+        """The loss of each edit, ``[B]``."""
         batch = self.batch
-        hidden = batch.hidden if use_first else self.suffix.replay(batch.captured)
+        hidden = batch.take_hidden()
         if hparams.objective == "ce":
             return ce_loss(self.suffix.logits(hidden).to(self.pair.device), self.pair[..., 0], batch.mask)
         pairs = self._pairs(hidden)
-        if hparams.objective == "margin":
-            return margin_loss(pairs, batch.margin, self.lost)
-        if hparams.objective == "kdpo_token":
-            return kdpo_token_loss(pairs, self.reference_pairs, hparams.beta, self.lost)
-        loss = ipo_loss if hparams.objective == "ipo" else kdpo_loss
-        return loss(pairs, self.reference_pairs, hparams.beta, batch.mask)
+        if hparams.objective == "hinge":
+            return hinge_loss(pairs, batch.margin, self.lost)
+        return kdpo_loss(pairs, self.reference_pairs, hparams.beta, batch.mask)
+
+    def finished(self, stop_loss: float) -> list[Cycle]:
+        """The cycle, now over, of each member."""
+        rejected = [row[real].tolist() for row, real in zip(self.pair[..., 1], self.batch.mask, strict=True)]
+        return cycles_of(rejected, self.history, stop_loss)
 
     def _pairs(self, hidden: Tensor) -> Tensor:
         """Logits of ``pair``, ``[B, T, 2]``, of final hidden states ``[B, T, D]``."""
         logits = self.suffix.logits(hidden, self.head_rows).to(self.pair.device)
         return logits.gather(-1, self.pair) if self.head_rows is None else logits
+
+
+def cycles_of(rejected: Sequence[list[int]], history: Sequence[Tensor], stop_loss: float) -> list[Cycle]:
+    """The cycle of each of ``B`` edits: their rejected answers, and the losses ``[B]`` of every step."""
+    cycles = []
+    for answer, losses in zip(rejected, torch.stack(list(history)).T.tolist(), strict=True):
+        taken = next((n for n, loss in enumerate(losses) if loss < stop_loss), len(losses))
+        cycles.append(Cycle(answer, losses[: taken + 1], taken))
+    return cycles
 
 
 def make_batches(suffix: Suffix, edits: Sequence[EditTokens], hparams: KDPOHyperParams) -> list[list[Batch]]:
@@ -152,25 +201,30 @@ def make_batches(suffix: Suffix, edits: Sequence[EditTokens], hparams: KDPOHyper
     groups = group(suffix, edits, hparams.memory_budget)
 
     def capture(members: list[int]) -> Batch:
-        ids, chosen, mask, positions = padded([edits[i] for i in members])
-        captured, hidden = suffix.capture(ids, positions, subjects([edits[i] for i in members], suffix))
-        return make_batch(suffix, members, captured, hidden, chosen, mask, hparams.margin)
+        chosen = [edits[i] for i in members]
+        ids, answers, mask, positions = padded(chosen)
+        captured, hidden = suffix.capture(ids, positions, trained_tokens(chosen, suffix))
+        return make_batch(suffix, members, captured, hidden, answers, mask, hparams.margin)
 
     with torch.set_grad_enabled(len(groups) == 1):
         return [[capture(members) for members in parts] for parts in groups]
 
 
-def look(batches: Sequence[Sequence[Batch]], graph: bool) -> None:
-    """Bring every batch of some mini-batches up to date with the weights; ``graph``: for the next step to use."""
-    with torch.set_grad_enabled(graph):
+def refresh(batches: Sequence[Sequence[Batch]]) -> None:
+    """Bring every batch of some mini-batches up to date with the weights.
+
+    A single mini-batch gets a graph for its next step. Those of several would all have to be held, and be stale once
+    the first has taken its step.
+    """
+    with torch.set_grad_enabled(len(batches) == 1):
         for batch in chain(*batches):
-            batch.look()
+            batch.refresh()
 
 
-def unfinished(batches: Sequence[Sequence[Batch]]) -> list[list[Round]]:
+def unfinished(batches: Sequence[Sequence[Batch]]) -> list[list[PreferenceBatch]]:
     """What remains to be done in each mini-batch, without those of which nothing does."""
-    rounds = [[Round(left) for batch in some if (left := batch.remaining()) is not None] for some in batches]
-    return [some for some in rounds if some]
+    work = [[PreferenceBatch(left) for batch in some if (left := batch.remaining()) is not None] for some in batches]
+    return [some for some in work if some]
 
 
 def lost(batches: Sequence[Sequence[Batch]]) -> list[int]:
@@ -197,40 +251,43 @@ def make_batch(
 
 @torch.no_grad()
 def _standing(suffix: Suffix, hidden: Tensor, chosen: Tensor, real: Tensor, margin: float) -> tuple[Tensor, Tensor]:
-    """``negative`` and ``lead`` of a :class:`Batch`; the head, most of a look, is run at real tokens only."""
+    """``rejected`` and ``margins`` of a :class:`Batch`; the head, most of a refresh, is run at real tokens only."""
     rows = hidden.flatten(0, 1).index_select(0, real.to(hidden.device))
     logits = suffix.logits(rows.unsqueeze(0)).squeeze(0).to(suffix.device)
-    negative, leads = standing(logits, chosen.flatten()[real], margin)
-    every = leads.new_full(chosen.shape, inf).flatten().index_copy(0, real, leads)
-    return chosen.flatten().index_copy(0, real, negative).view_as(chosen), every.view_as(chosen).amin(-1)
+    rejected, margins = hardest_rejected(logits, chosen.flatten()[real], margin)
+    every = margins.new_full(chosen.shape, inf).flatten().index_copy(0, real, margins)
+    return chosen.flatten().index_copy(0, real, rejected).view_as(chosen), every.view_as(chosen).amin(-1)
 
 
 def group(suffix: Suffix, edits: Sequence[EditTokens], budget: float) -> list[list[list[int]]]:
     """The positions of ``edits`` in mini-batches of at most ``budget`` bytes, alike in length; each in its batches.
 
     A mini-batch of many is divided, so that short edits are not padded to the length of long ones. It needs room for
-    captured inputs, in the model's dtype, and, while it is looked at, for two tables of logits, in fp32. One edit is
+    captured inputs, in the model's dtype, and, while it is refreshed, for two tables of logits, in fp32. One edit is
     always taken, whatever it needs; of no edits there are no mini-batches.
     """
     weight = suffix.module.weight
     assert isinstance(weight, Tensor)
     vocabulary = suffix.model.get_output_embeddings().weight.shape[0]  # type: ignore[operator]
-    groups: list[list[int]] = [[]]
-    for i in sorted(range(len(edits)), key=lambda i: len(edits[i].sequence)):
-        members = [*groups[-1], i]
-        tokens = max(len(edits[k].sequence) for k in members)
-        answer = max(len(edits[k].chosen) for k in members)
-        bytes_ = len(members) * (tokens * sum(weight.shape) * weight.element_size() + answer * vocabulary * 8)
-        if groups[-1] and bytes_ > budget:
-            groups.append([i])
+    a_token, an_answer = sum(weight.shape) * weight.element_size(), vocabulary * 8
+    lengths = [edit.length for edit in edits]
+    groups: list[list[int]] = []
+    longest = 0  # answer of the last group
+    for i in sorted(range(len(edits)), key=lengths.__getitem__):
+        longest = max(longest, len(edits[i].chosen))
+        # Of those taken so far, shortest first, this one is the longest.
+        needed = lengths[i] * a_token + longest * an_answer
+        if groups and (len(groups[-1]) + 1) * needed <= budget:
+            groups[-1].append(i)
         else:
-            groups[-1] = members
-    return [_divided(members) for members in groups if members]
+            groups.append([i])
+            longest = len(edits[i].chosen)
+    return [_divided(members) for members in groups]
 
 
 def _divided(members: list[int]) -> list[list[int]]:
-    """``members`` in at most ``PARTS`` parts alike in size, none of them small."""
-    size = -(-len(members) // max(1, min(PARTS, len(members) // LEAST)))
+    """``members`` in at most ``MOST_PARTS`` parts alike in size, none of them small."""
+    size = -(-len(members) // max(1, min(MOST_PARTS, len(members) // SMALLEST_PART)))
     return [members[start : start + size] for start in range(0, len(members), size)]
 
 
@@ -240,18 +297,19 @@ def padded(edits: Sequence[EditTokens]) -> tuple[Tensor, Tensor, Tensor, Tensor]
     ids = pad([e.sequence for e in edits], batch_first=True)
     chosen = pad([e.chosen for e in edits], batch_first=True)
     mask = pad([torch.ones(len(e.chosen), dtype=torch.bool) for e in edits], batch_first=True)
-    positions = pad([torch.arange(len(e.prompt) - 1, len(e.sequence)) for e in edits], batch_first=True)
+    positions = pad([torch.arange(len(e.prompt) - 1, e.length) for e in edits], batch_first=True)
     return ids, chosen, mask, positions
 
 
-def subjects(edits: Sequence[EditTokens], suffix: Suffix, length: int | None = None) -> Tensor | None:
-    """Where their subjects' tokens are, ``[B, L]`` bool, if anything of ``suffix`` is trained there only.
+def trained_tokens(edits: Sequence[EditTokens], suffix: Suffix, length: int | None = None) -> Tensor | None:
+    """Which tokens weights are trained through, ``[B, L]`` bool; ``None`` is all.
 
     ``length``: ``L``, by default that of :func:`padded`.
     """
-    if not suffix.at_subject:
+    if suffix.fact_token == "all":
         return None
-    where = torch.zeros(len(edits), length or max(len(e.sequence) for e in edits), dtype=torch.bool)
+    where = torch.zeros(len(edits), length or max(e.length for e in edits), dtype=torch.bool)
     for row, edit in zip(where, edits, strict=True):
-        row[slice(*edit.subject)] = True
+        begin, end = edit.subject
+        row[end - 1 if suffix.fact_token == "subject_last" else begin : end] = True
     return where.to(suffix.device)

@@ -25,6 +25,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from ..errors import ModelError
@@ -44,16 +45,18 @@ class Examined:
     """What was found out about a model and one edited module.
 
     ``inside``: replay may begin at the matrix, not only at its block. ``head_alone``: logits are what the head gives,
-    and nothing else follows. ``narrow``: names of the modules in the last block that are needed only where logits are
-    read.
+    and nothing else follows. ``after``: names of what follows the last block in the module that holds the blocks.
+    ``narrow``: names of the modules in the last block that are needed only where logits are read.
     """
 
     inside: bool
     head_alone: bool
+    after: tuple[str, ...] = ()
     narrow: tuple[str, ...] = ()
 
 
 _EXAMINED: WeakKeyDictionary[nn.Module, dict[str, Examined]] = WeakKeyDictionary()
+_PER_ROW: WeakKeyDictionary[nn.Module, dict[Any, tuple[int, ...]]] = WeakKeyDictionary()
 
 
 @dataclass
@@ -65,14 +68,17 @@ class Captured:
     ``inner``: ``[B, L, F]``, the matrix's input.
     ``arguments``: the other positional and keyword arguments of each block that remains to be run.
     ``positions``: ``[B, T]`` int64, where logits are read.
-    ``subject``: ``[B, L]`` bool, where the modules named ``at_subject`` are trained, or ``None``.
+    ``trained``: ``[B, L]`` bool, the tokens through which weights are trained; ``None`` is all.
+    ``per_row``: of each leaf of ``arguments``, how many of its first dimension's entries belong to a row of the batch;
+    0 where it is the same for all rows.
     """
 
     hidden: Tensor
     inner: Tensor | None
     arguments: list[Arguments]
     positions: Tensor
-    subject: Tensor | None = None
+    trained: Tensor | None = None
+    per_row: tuple[int, ...] = ()
 
     @cached_property
     def places(self) -> Places:
@@ -81,31 +87,30 @@ class Captured:
 
     def rows(self, kept: Tensor) -> Captured:
         """Those rows of the batch whose indices, int64, are in ``kept``."""
-        size = len(self.hidden)
-        hidden, inner, arguments, positions, subject = (
-            rows_of(v, size, kept) for v in (self.hidden, self.inner, self.arguments, self.positions, self.subject)
+
+        def some(values: Tensor | None) -> Tensor | None:
+            return None if values is None else values[kept.to(values.device)]
+
+        leaves, tree = tree_flatten(self.arguments)
+        sliced: dict[int, Tensor] = {}  # blocks share most of what they are called with
+        for i, count in enumerate(self.per_row):
+            if count:
+                leaf = leaves[i]
+                leaves[i] = sliced[id(leaf)] = sliced[id(leaf)] if id(leaf) in sliced else _rows(leaf, count, kept)
+        hidden, positions = self.hidden[kept.to(self.hidden.device)], self.positions[kept.to(self.positions.device)]
+        return Captured(
+            hidden, some(self.inner), tree_unflatten(leaves, tree), positions, some(self.trained), self.per_row
         )
-        return Captured(hidden, inner, arguments, positions, subject)
 
-    def to(self, device: torch.device | str) -> Captured:
-        """The same with the large tensors, ``hidden`` and ``inner``, on ``device``; replaying brings them back."""
-        return replace(self, hidden=self.hidden.to(device), inner=None if self.inner is None else self.inner.to(device))
+    def of(self, hidden: Tensor, inner: Tensor | None, positions: Tensor, trained: Tensor | None) -> Captured:
+        """A capture of other tokens of the same number and length; shapes as above."""
+        return Captured(hidden, inner, self.arguments, positions, trained, self.per_row)
 
 
-def rows_of(value: Any, size: int, kept: Tensor) -> Any:
-    """What belongs to the rows ``kept``, ``[K]`` int64, of a batch of ``size``, in tensors and whatever holds them."""
-    if isinstance(value, tuple):
-        return tuple(rows_of(v, size, kept) for v in value)
-    if isinstance(value, list):
-        return [rows_of(v, size, kept) for v in value]
-    if isinstance(value, dict):
-        return {k: rows_of(v, size, kept) for k, v in value.items()}
-    # Anything per row is at least a matrix; some (ALiBi) hold rows times heads.
-    if not isinstance(value, Tensor) or value.ndim < 2 or value.shape[0] % size or size == 1:
-        return value
-    if value.shape[0] == size:
-        return value[kept.to(value.device)]
-    return value.unflatten(0, (size, -1))[kept.to(value.device)].flatten(0, 1)
+def _rows(values: Tensor, count: int, kept: Tensor) -> Tensor:
+    """Of a batch with ``count`` entries for each row (ALiBi has one for each head), those of the rows ``kept``."""
+    each: Tensor = values.unflatten(0, (-1, count))  # type: ignore[no-untyped-call]
+    return each[kept.to(values.device)].flatten(0, 1)
 
 
 @dataclass
@@ -129,8 +134,8 @@ class Suffix:
         blocks_name: dotted name of its list of blocks, such as ``model.layers``.
         first: index of the first block that may change.
         module_name: dotted name of the module whose weight is edited in that block.
-        at_subject: dotted names of edited modules whose gradient comes from the subject's tokens alone.
-        on_host: keep what is captured in the host's memory.
+        edited: dotted names of all edited modules.
+        fact_token: through which tokens they are trained, "all", "subject" or "subject_last".
     """
 
     def __init__(
@@ -139,38 +144,34 @@ class Suffix:
         blocks_name: str,
         first: int,
         module_name: str,
-        at_subject: Sequence[str] = (),
-        on_host: bool = False,
+        edited: Sequence[str] = (),
+        fact_token: str = "all",
     ) -> None:
-        self.model, self.on_host = model, on_host
+        self.model, self.fact_token = model, fact_token
         blocks = model.get_submodule(blocks_name)
         assert isinstance(blocks, nn.ModuleList)
         self.holder = model.get_submodule(blocks_name.rpartition(".")[0])
         self.blocks = list(blocks)[first:]
         self.module_name = module_name
         self.module = model.get_submodule(module_name)
-        self.at_subject = [model.get_submodule(name) for name in at_subject]
+        self.edited = [model.get_submodule(name) for name in edited]
         self._after: list[nn.Module] = []
         self._narrow: list[tuple[nn.Module, int]] = []  # with their number of parameters
         self._head_alone = False
+        if module_name in _EXAMINED.get(model, {}):
+            self._adopt(_EXAMINED[model][module_name])
 
     @classmethod
     def above(cls, model: nn.Module, weights: Iterable[str], hparams: KDPOHyperParams) -> Suffix:
         """From the first of the edited matrices up; ``weights``: their names, in the order of ``hparams.layers``."""
         modules = {layer: name.rpartition(".")[0] for layer, name in zip(hparams.layers, weights, strict=True)}
         first = min(modules)
-        at_subject = [modules[layer] for layer in hparams.subject_layers or ()]
-        return cls(model, blocks_name(hparams), first, modules[first], at_subject, hparams.captured_on_host)
+        return cls(model, blocks_name(hparams), first, modules[first], list(modules.values()), hparams.fact_token)
 
     @property
     def place(self) -> torch.device:
         """Where the edited matrix is, and replay begins."""
         return next(self.module.parameters()).device
-
-    @property
-    def store(self) -> torch.device:
-        """Where what is captured is kept."""
-        return torch.device("cpu") if self.on_host else self.place
 
     @property
     def device(self) -> torch.device:
@@ -179,7 +180,7 @@ class Suffix:
         device: torch.device = embeddings.weight.device
         return device
 
-    def capture(self, ids: Tensor, positions: Tensor, subject: Tensor | None = None) -> tuple[Captured, Tensor]:
+    def capture(self, ids: Tensor, positions: Tensor, trained: Tensor | None = None) -> tuple[Captured, Tensor]:
         """Run the whole model over ``ids`` once.
 
         With gradients enabled and only edited matrices requiring them, the graph begins at the first edited
@@ -189,7 +190,7 @@ class Suffix:
         Args:
             ids: ``[B, L]`` int64.
             positions: ``[B, T]`` int64; logits are read there.
-            subject: ``[B, L]`` bool, or ``None``; see :class:`Captured`.
+            trained: ``[B, L]`` bool, or ``None``; see :class:`Captured`.
 
         Returns:
             What was captured, and the final hidden states there, ``[B, T, D]``, for :meth:`logits`.
@@ -202,22 +203,21 @@ class Suffix:
         if self.module_name not in known:
             found = self._examine(ids[:1])
             if found is None:
-                return self._run(ids, positions, inside=False)
+                captured, hidden = self._run(ids, positions, inside=False)
+                return replace(captured, per_row=self._per_row(captured, ids, inside=False)), hidden
             known[self.module_name] = replace(found, narrow=tuple(self._find_narrow(ids[:1], found.inside)))
         examined = known[self.module_name]
-        narrow = [self.blocks[-1].get_submodule(name) for name in examined.narrow]
-        self._narrow = [(module, sum(p.numel() for p in module.parameters())) for module in narrow]
-        self._head_alone = examined.head_alone
-        subject = None if subject is None else subject.to(self.device)
-        with self._trained_at(subject):
+        self._adopt(examined)
+        trained = None if trained is None else trained.to(self.device)
+        with self._trained_at(trained):
             captured, hidden = self._run(ids, positions, examined.inside)
-        return replace(captured, subject=subject).to(self.store), hidden
+        return replace(captured, trained=trained, per_row=self._per_row(captured, ids, examined.inside)), hidden
 
     def replay(self, captured: Captured) -> Tensor:
         """The final hidden states, ``[B, T, D]``, that the whole model would give with its weights as they are now."""
         blocks = self.blocks
         hidden = captured.hidden.to(self.place)
-        with self._trained_at(captured.subject):
+        with self._trained_at(captured.trained):
             if captured.inner is not None:
                 hidden = hidden + self.module(captured.inner.to(self.place)).view(hidden.shape)
                 blocks = blocks[1:]
@@ -260,14 +260,43 @@ class Suffix:
         tokens = tokens.to(head.weight.device)
         return HeadRows(head.weight[tokens], None if head.bias is None else head.bias[tokens])
 
+    def _adopt(self, examined: Examined) -> None:
+        narrow = [self.blocks[-1].get_submodule(name) for name in examined.narrow]
+        self._narrow = [(module, sum(p.numel() for p in module.parameters())) for module in narrow]
+        self._head_alone = examined.head_alone
+        self._after = [self.holder.get_submodule(name) for name in examined.after]
+
     @contextmanager
-    def _trained_at(self, subject: Tensor | None) -> Iterator[None]:
-        """Inside, the weights of :attr:`at_subject` get gradients from the tokens in ``subject`` only."""
+    def _trained_at(self, trained: Tensor | None) -> Iterator[None]:
+        """Inside, the edited weights get gradients from the tokens in ``trained`` only; ``None`` is all."""
         with ExitStack() as patches:
-            if subject is not None:
-                for module in self.at_subject:
-                    patches.enter_context(forward_is(module, trained_only_at(module.forward, subject)))
+            if trained is not None:
+                for module in self.edited:
+                    patches.enter_context(forward_is(module, trained_only_at(module.forward, trained)))
             yield
+
+    @torch.no_grad()
+    def _per_row(self, captured: Captured, ids: Tensor, inside: bool) -> tuple[int, ...]:
+        """See :class:`Captured`: what of the blocks' arguments changes its size with the number of rows, and how.
+
+        It is found by running the same row two and three times. That is done once for each kind of arguments: a mask,
+        for example, may be there for some lengths alone.
+        """
+        leaves, tree = tree_flatten(captured.arguments)
+        kind = (self.module_name, str(tree), tuple(leaf.ndim if isinstance(leaf, Tensor) else -1 for leaf in leaves))
+        known = _PER_ROW.setdefault(self.model, {})
+        if kind not in known:
+            two, three = (
+                tree_flatten(self._run(row, torch.zeros_like(row[:, :1]), inside)[0].arguments)[0]
+                for row in (ids[:1].repeat(2, 1), ids[:1].repeat(3, 1))
+            )
+            if not len(leaves) == len(two) == len(three):
+                raise ModelError(f"{type(self.model).__name__} calls its blocks in another way for each batch size")
+            known[kind] = tuple(
+                c.shape[0] - b.shape[0] if isinstance(b, Tensor) and b.ndim and b.shape != c.shape else 0
+                for b, c in zip(two, three, strict=True)
+            )
+        return known[kind]
 
     def _run(self, ids: Tensor, positions: Tensor, inside: bool) -> tuple[Captured, Tensor]:
         calls: list[Arguments] = []
@@ -324,7 +353,10 @@ class Suffix:
         ``None`` where logits are NaN or infinite and nothing can be told; the loss will be, too.
         The matrix's output is disturbed after the capture, so that everything it feeds must answer for itself.
         """
-        positions = torch.arange(ids.shape[1], device=ids.device).unsqueeze(0)
+        # Two rows of other tokens, replayed in the other order: rows are sliced out of batches.
+        ids = torch.cat([ids, ids.flip(1)])
+        swapped = torch.tensor([1, 0], device=ids.device)
+        positions = torch.arange(ids.shape[1], device=ids.device).repeat(2, 1)
         disturbance: list[Tensor] = []
 
         def disturb(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
@@ -338,13 +370,14 @@ class Suffix:
         for inside in (True, False):
             try:
                 captured, before = self._run(ids, positions, inside)
+                captured = replace(captured, per_row=self._per_row(captured, ids, inside)).rows(swapped)
             except ModelError:
                 if inside:
                     continue
                 raise
             handle = self.module.register_forward_hook(disturb)
             try:
-                full = self.model(input_ids=ids, use_cache=False, return_dict=True).logits.float()
+                full = self.model(input_ids=ids[swapped], use_cache=False, return_dict=True).logits.float()
                 hidden = self.replay(captured)
                 replayed = self.logits(hidden).to(full.device)
                 head = self.model.get_output_embeddings()(hidden).float()  # type: ignore[operator]
@@ -357,13 +390,14 @@ class Suffix:
                 return None
             half = next(self.model.parameters()).dtype in (torch.float16, torch.bfloat16)
             # What rounding may cost: a share of the change, and of the numbers themselves.
-            change = (full - self.logits(before).to(full.device)).norm()
+            change = (full - self.logits(before[swapped.to(before.device)]).to(full.device)).norm()
             allowed = (0.05 if half else 1e-3) * change + (2e-2 if half else 1e-5) * full.norm()
             error = (full - replayed).norm()
             if part is not None:
                 error = torch.maximum(error, (full.gather(-1, pair.to(full.device)) - part).norm())
             if error <= allowed:
-                return Examined(inside, torch.equal(replayed, head.to(full.device)))
+                after = [name for name, child in self.holder.named_children() if child in self._after]
+                return Examined(inside, torch.equal(replayed, head.to(full.device)), tuple(after))
             worst = min(worst, (error / change).item())
         raise ModelError(
             f"{type(self.model).__name__}: replaying what lies above {self.module_name} differs from the full forward "

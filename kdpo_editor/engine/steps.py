@@ -1,4 +1,4 @@
-"""The optimiser's steps of one cycle on the edits of a mini-batch.
+"""One cycle's optimiser steps on mini-batches of preference pairs.
 
 On a CPU the host reads each loss before it decides on a step. On a GPU it never waits: what should not be done is
 masked there, so the kernels of a step are always the same, and with ``cuda_graphs`` they are recorded once and
@@ -10,67 +10,90 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import chain
 from math import isfinite
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..ablation import OwnAnswerRound
 from ..errors import EditDiverged
 from ..hparams import KDPOHyperParams
-from .batches import Round
 from .cached_forward import Suffix
-from .optimizers import Optimizer
+from .optimizers import Stepper
 
 # Edits from which on another attention pays.
-MANY = 8
+MATH_ATTENTION_FROM = 8
+
+
+class Work(Protocol):
+    """What steps are taken on: a batch of preference pairs, or the ablation's pair of a free answer."""
+
+    history: list[Tensor]
+
+    @property
+    def suffix(self) -> Suffix:
+        """Where it was captured."""
+
+    @property
+    def members(self) -> list[int]:
+        """The position of each of its ``B`` edits in the list of edits."""
+
+    def losses(self, hparams: KDPOHyperParams) -> Tensor:
+        """The loss of each edit, ``[B]``."""
+
+
+def run_cycle(minibatches: Sequence[Sequence[Work]], stepper: Stepper, hparams: KDPOHyperParams) -> None:
+    """Take up to ``num_steps`` steps on each mini-batch, in turn; their losses are added to each ``history``.
+
+    A mini-batch is over before a step for which every loss is below ``stop_loss``.
+    """
+    going = [Steps(some, stepper, hparams) for some in minibatches]
+    for _ in range(hparams.num_steps):
+        going = [steps for steps in going if steps.take()]
+    check_finite(torch.stack(current.history).flatten().tolist() for current in chain(*minibatches))
 
 
 class Steps:
-    """Of ``rounds``, which share each step; an edit whose loss is below ``stop_loss`` has no part in it."""
+    """Of ``work``, which shares each step; an edit whose loss is below ``stop_loss`` has no part in it."""
 
-    def __init__(
-        self, rounds: Sequence[Round | OwnAnswerRound], optimizer: Optimizer, hparams: KDPOHyperParams
-    ) -> None:
-        self.rounds, self.optimizer, self.hparams = rounds, optimizer, hparams
-        suffix = rounds[0].suffix
+    def __init__(self, work: Sequence[Work], stepper: Stepper, hparams: KDPOHyperParams) -> None:
+        self.work, self.stepper, self.hparams = work, stepper, hparams
+        suffix = work[0].suffix
         self.waits = host_waits(suffix.device, hparams.optimizer)
         self._masked = Recorded(self._unseen) if are_recorded(suffix, hparams) else self._unseen
 
-    def take(self, use_first: bool) -> bool:
-        """One step. Returns whether there was anything to do, as far as the host knows.
-
-        ``use_first``: the hidden states that the negatives were read from are the forward pass.
-        """
+    def take(self) -> bool:
+        """One step. Returns whether there was anything to do, as far as the host knows."""
         if not self.waits:
-            self._note(self._masked(use_first))
+            self._note(self._masked())
             return True
-        found, loss, _ = self._losses(use_first)
+        found, loss, _ = self._losses()
         self._note(found)
         seen = [value for losses in found for value in losses.tolist()]
-        check_finite(seen)
+        check_finite([seen])
         if max(seen) < self.hparams.stop_loss:
             return False
-        self.optimizer.step(loss)
+        self.stepper.step(loss)
         return True
 
-    def _unseen(self, use_first: bool) -> list[Tensor]:
-        found, loss, live = self._losses(use_first)
-        self.optimizer.step(loss, skip=~live.any())
+    def _unseen(self) -> list[Tensor]:
+        found, loss, live = self._losses()
+        self.stepper.step(loss, skip=~live.any())
         return found
 
-    def _losses(self, use_first: bool) -> tuple[list[Tensor], Tensor, Tensor]:
-        """Those of each round, without graph; what is minimised; and which edits, of all rounds, have a part in it."""
-        with _attention(self.rounds):
-            found = [current.losses(self.hparams, use_first) for current in self.rounds]
+    def _losses(self) -> tuple[list[Tensor], Tensor, Tensor]:
+        """Those of each batch, without graph; what is minimised; and which edits, of all batches, have a part in it."""
+        with _attention(self.work):
+            found = [current.losses(self.hparams) for current in self.work]
         losses = torch.cat(found)
         live = losses.detach() >= self.hparams.stop_loss
         # The sum over edits: no optimiser here minds its scale, and one edit stays exactly the paper's.
         return [some.detach() for some in found], (losses * live).sum(), live
 
     def _note(self, found: Sequence[Tensor]) -> None:
-        for current, losses in zip(self.rounds, found, strict=True):
+        for current, losses in zip(self.work, found, strict=True):
             current.history.append(losses)
 
 
@@ -84,17 +107,17 @@ class Recorded:
 
     EAGER = 2
 
-    def __init__(self, step: Callable[[bool], list[Tensor]]) -> None:
+    def __init__(self, step: Callable[[], list[Tensor]]) -> None:
         self.step = step
         self.calls = 0
         self.graph: torch.cuda.CUDAGraph | None = None
         self.found: list[Tensor] = []
 
-    def __call__(self, use_first: bool) -> list[Tensor]:
+    def __call__(self) -> list[Tensor]:
         """What ``step`` gives, in memory of its own."""
         self.calls += 1
         if self.calls <= self.EAGER:
-            return self.step(use_first)
+            return self.step()
         if self.graph is None:
             self.graph, self.found = self._record()
         self.graph.replay()
@@ -108,7 +131,7 @@ class Recorded:
         try:
             graph.capture_begin()
             try:
-                found = self.step(False)
+                found = self.step()
             finally:
                 graph.capture_end()
         finally:
@@ -148,19 +171,19 @@ def host_waits(device: torch.device, optimizer: str) -> bool:
     return device.type != "cuda" or optimizer == "polyak"
 
 
-def check_finite(losses: Iterable[float]) -> None:
-    """:class:`~kdpo_editor.EditDiverged` where a loss is NaN or infinite."""
-    for loss in losses:
+def check_finite(losses: Iterable[Iterable[float]]) -> None:
+    """Raise :class:`~kdpo_editor.EditDiverged` where a loss is NaN or infinite."""
+    for loss in chain(*losses):
         if not isfinite(loss):
             raise EditDiverged(f"the loss became {loss}")
 
 
-def _attention(rounds: Sequence[Round | OwnAnswerRound]) -> AbstractContextManager[None]:
+def _attention(work: Sequence[Work]) -> AbstractContextManager[None]:
     """Torch's fused attention takes four times as long backwards as its plain one on a CPU in half precision.
 
-    For a few edits that is not much. What negatives are read from and edits are judged by is left to the model's own.
+    For a few edits that is not much. A refresh is left to the model's own.
     """
-    weight = next(rounds[0].suffix.module.parameters())
+    weight = next(work[0].suffix.module.parameters())
     slow = weight.device.type == "cpu" and weight.dtype in (torch.bfloat16, torch.float16)
-    many = sum(len(current.members) for current in rounds) >= MANY
+    many = sum(len(current.members) for current in work) >= MATH_ATTENTION_FROM
     return sdpa_kernel(SDPBackend.MATH) if slow and many else nullcontext()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -126,7 +126,7 @@ def only_training(model: nn.Module, weights: dict[str, nn.Parameter], originals:
 
 
 @torch.no_grad()
-def restore(weights: dict[str, nn.Parameter], values: dict[str, Tensor]) -> None:
+def restore(weights: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> None:
     """Write ``values`` into ``weights``, in place and bit for bit."""
     for name, value in values.items():
         weights[name].copy_(value)

@@ -1,8 +1,8 @@
-"""Edits that a model has had before, kept so that later ones do not undo them (``replay``).
+"""The replay buffer: edits that a model has had before, kept so that later ones do not undo them (``replay``).
 
-Of each, its tokens and what the part of the model below the first edited matrix made of them: that part never
-changes, so an earlier edit is looked at again, and trained again if need be, for the cost of the replayed suffix. The
-edits follow the model object, so they are found again by the next call; ``EarlierEdits.of(model, weights)`` shows them.
+Of each, its tokens and what the part of the model below the first edited matrix made of them. That part never changes,
+so an earlier edit is looked at again, and trained again if need be, for the cost of a forward pass from the cache. The
+entries follow the model object, so the next call finds them; ``ReplayBuffer.of(model, weights)`` shows them.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import logging
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from math import inf
@@ -20,38 +20,36 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from ..engine.batches import Batch, group, look, make_batch, padded, subjects
-from ..engine.cached_forward import Arguments, Captured, Suffix, rows_of
+from ..engine.batches import Batch, group, lost, make_batch, make_batches, padded, trained_tokens
+from ..engine.cached_forward import Captured, Suffix
 from ..engine.weights import find_matrices, only_training
 from ..hparams import KDPOHyperParams
 from ..models import room
-from ..own_texts import LEAD
 from ..requests import EditTokens, tokenize
+from .contexts import in_contexts
 
 LOG = logging.getLogger(__name__)
 # Lengths are rounded up to a multiple of this, so that few occur, and what blocks are called with is kept for the last
-# few. It is taken from so many rows: a prime number, which hardly anything but rows is a multiple of.
-ROUND = 4
-LENGTHS = 64
-ROWS = 13
-# An earlier edit is trained again once it leads by less than this share of the margin, and then up to all of it.
-# Trained at every touch, some would be for each new edit.
+# few of them.
+ROUND_TO = 4
+KEPT_LENGTHS = 64
+# An earlier edit is trained again once its margin is below this share of the one that edits are trained to, and then up
+# to all of it. Trained at every touch, some would be for each new edit.
 HELD = 0.5
-# The logits by which facts that are to stay are held: half of what they led by at least.
-FACT = LEAD / 2
 
 
 @dataclass(eq=False)
-class Kept:
-    """One edit. ``hidden`` ``[L, D]`` and ``inner`` ``[L, F]`` or ``None``: see :class:`~.cached_forward.Captured`.
+class Entry:
+    """One earlier edit. ``hidden`` ``[L, D]`` and ``inner`` ``[L, F]`` or ``None``: its row of a
+    :class:`~kdpo_editor.engine.cached_forward.Captured`.
 
-    ``lead``: logits by which its weakest token led when last looked at; infinite before that.
+    ``margin``: logits by which its weakest token led when last looked at; infinite before that.
     """
 
     tokens: EditTokens
     hidden: Tensor
     inner: Tensor | None
-    lead: float = inf
+    margin: float = inf
 
     @property
     def bytes(self) -> int:
@@ -59,28 +57,28 @@ class Kept:
         return sum(t.numel() * t.element_size() for t in (self.hidden, self.inner) if t is not None)
 
 
-class EarlierEdits:
+class ReplayBuffer:
     """The edits that one model has had, for as long as its edited matrices are what the last of them left.
 
-    ``kept``: the edits, oldest first, each phrasing by itself. ``left``: the matrices after the last one, by name.
+    ``entries``: the edits, oldest first, each phrasing by itself. ``left``: the matrices after the last one, by name.
     ``dropped``: how many were given up to stay within ``replay_budget``. ``repaired``: how often one had lost half its
     margin and was trained again.
     """
 
     def __init__(self) -> None:
-        self.kept: list[Kept] = []
+        self.entries: list[Entry] = []
         self.left: dict[str, Tensor] = {}
         self.dropped = 0
         self.repaired = 0
-        self._seen = 0
-        self._arguments: dict[tuple[int, torch.device], list[Arguments]] = {}
+        self._samples = 0
+        self._blank: dict[tuple[int, torch.device], Captured] = {}
 
     @classmethod
-    def of(cls, model: nn.Module, weights: dict[str, nn.Parameter]) -> EarlierEdits:
+    def of(cls, model: nn.Module, weights: Mapping[str, nn.Parameter]) -> ReplayBuffer:
         """The edits kept for ``model``, to be added to and handed to :meth:`store`.
 
-        None, if ``weights``, the matrices to be edited, are others than the last edit's or were changed since.
-        Changes elsewhere in the model go unnoticed.
+        None, if ``weights``, the matrices to be edited, are others than the last edit's or were changed since. Changes
+        elsewhere in the model go unnoticed.
         """
         stored = _STORED.get(model)
         if stored is None:
@@ -88,187 +86,185 @@ class EarlierEdits:
         if stored.left.keys() != weights.keys() or not all(
             _same(weights[name], value) for name, value in stored.left.items()
         ):
-            LOG.info("%d earlier edits are forgotten: the edited weights are not as they left them", len(stored.kept))
+            LOG.warning(
+                "%d earlier edits are forgotten: the edited weights are not as they left them", len(stored.entries)
+            )
             return cls()
         fresh = copy.copy(stored)
-        fresh.kept = list(stored.kept)
+        fresh.entries = list(stored.entries)
         return fresh
 
     @classmethod
-    def recall(
+    def rebuild(
         cls, model: nn.Module, tok: Any, requests: Sequence[Mapping[str, Any]], hparams: KDPOHyperParams
     ) -> None:
         """Keep ``requests``, oldest first, as the edits that ``model`` has had, unless some are kept for it already.
 
         This is how a run that goes on from a ledger knows what it did before. With no more of them than
-        ``replay_checks`` it goes on bit for bit as if it had never stopped; with more, others are looked at, since how
-        they led is not known.
+        ``replay_checks`` it goes on bit for bit as if it had never stopped. With more, others are looked at, since
+        their margins are not known.
         """
         weights = find_matrices(model, hparams)
-        earlier = cls.of(model, weights)
-        if earlier.kept or not requests:
+        buffer = cls.of(model, weights)
+        if buffer.entries or not requests:
             return
         latest = {request["prompt"]: request for request in requests}
         done = [request for request in requests if latest[request["prompt"]] is request]
+        done = in_contexts(tok, done, hparams.context_templates)  # type: ignore[assignment]
         edits = tokenize(tok, done, append_eos=hparams.append_eos, with_subject=hparams.needs_subject)
-        with only_training(model, weights, {name: w.detach().clone() for name, w in weights.items()}):
+        originals = {name: w.detach().clone() for name, w in weights.items()}
+        with only_training(model, weights, originals), torch.no_grad():
             suffix = Suffix.above(model, weights, hparams)
             # Each by itself, as when it was made: the shape of a batch shows in the last bits.
-            earlier.kept = [one for phrasings in edits for one in earlier.capture(suffix, phrasings, hparams)]
-        earlier.store(model, weights, hparams)
+            for phrasings in edits:
+                buffer.add(phrasings, make_batches(suffix, phrasings, hparams))
+        for entry in buffer.entries:
+            entry.margin = inf
+        buffer.store(model, weights, hparams)
 
-    def store(self, model: nn.Module, weights: dict[str, nn.Parameter], hparams: KDPOHyperParams) -> None:
+    def store(self, model: nn.Module, weights: Mapping[str, nn.Parameter], hparams: KDPOHyperParams) -> None:
         """Keep these edits for ``model`` with ``weights`` as they are now, within ``replay_budget``."""
-        held, dropped = sum(one.bytes for one in self.kept), 0
-        for one in sorted(self.kept, key=lambda one: -one.lead):
+        held, dropped = sum(entry.bytes for entry in self.entries), 0
+        for entry in sorted(self.entries, key=lambda entry: -entry.margin):
             if held <= hparams.replay_budget:
                 break
-            self.kept.remove(one)
-            held, dropped = held - one.bytes, dropped + 1
+            self.entries.remove(entry)
+            held, dropped = held - entry.bytes, dropped + 1
         if dropped:
             self.dropped += dropped
-            LOG.info("%d earlier edits were dropped to stay within replay_budget, %d in all", dropped, self.dropped)
-        place = "cpu" if hparams.captured_on_host else None
-        self.left = {name: w.detach().to(place, copy=True) for name, w in weights.items()}
+            LOG.warning("%d earlier edits were dropped to stay within replay_budget, %d in all", dropped, self.dropped)
+        self.left = {name: w.detach().clone() for name, w in weights.items()}
         _STORED[model] = self
 
-    def to_check(self, edits: Sequence[EditTokens], checks: int) -> list[Kept]:
-        """At most ``checks`` for each of ``edits``: half those that led by least, half a seeded sample of the rest.
+    def add(self, edits: Sequence[EditTokens], batches: Sequence[Sequence[Batch]]) -> None:
+        """Take ``edits`` up, as ``batches`` of them stand; those that are not won are left out."""
+        missed = set(lost(batches))
+        self.entries += [entry for i, entry in enumerate(entries_of(edits, batches)) if i not in missed]
+
+    def sample(self, edits: Sequence[EditTokens], checks: int) -> list[Entry]:
+        """At most ``checks`` for each of ``edits``: half those of least margin, half a seeded sample of the rest.
 
         Edits of a prompt that is edited again are forgotten, in all their phrasings.
         """
         again = {tokens.prompt_ids for tokens in edits}
-        self.kept = [one for one in self.kept if again.isdisjoint({one.tokens.prompt_ids, one.tokens.request})]
+        self.entries = [e for e in self.entries if again.isdisjoint({e.tokens.prompt_ids, e.tokens.request})]
         most = checks * len(edits)
-        if len(self.kept) <= most:
-            return list(self.kept)
-        by_lead = sorted(self.kept, key=lambda one: one.lead)
+        if len(self.entries) <= most:
+            return list(self.entries)
+        by_margin = sorted(self.entries, key=lambda entry: entry.margin)
         fragile = most // 2
-        self._seen += 1
-        return by_lead[:fragile] + random.Random(self._seen).sample(by_lead[fragile:], most - fragile)
+        self._samples += 1
+        return by_margin[:fragile] + random.Random(self._samples).sample(by_margin[fragile:], most - fragile)
 
-    def capture(self, suffix: Suffix, edits: Sequence[EditTokens], hparams: KDPOHyperParams) -> list[Kept]:
-        """Run the whole model over ``edits`` and keep what is needed of it; they are not among :attr:`kept` yet."""
-        new: dict[int, Kept] = {}
-        for members in chain(*group(suffix, edits, hparams.memory_budget)):
-            chosen = [edits[i] for i in members]
-            ids, _, _, positions = padded(chosen)
-            with torch.no_grad():
-                captured, _ = suffix.capture(ids, positions)
-            for row, (i, tokens) in enumerate(zip(members, chosen, strict=True)):
-                here = slice(0, len(tokens.sequence))
-                inner = None if captured.inner is None else captured.inner[row, here].clone()
-                new[i] = Kept(tokens, captured.hidden[row, here].clone(), inner)
-        return [new[i] for i in range(len(edits))]
-
-    def batches(
-        self,
-        suffix: Suffix,
-        edits: Sequence[Kept],
-        hparams: KDPOHyperParams,
-        members: Sequence[int] | None = None,
-        adapted: Callable[[Captured], Captured] = lambda captured: captured,
-        margin: float | None = None,
-    ) -> list[list[Batch]]:
-        """``edits``, captured some time, as :func:`~.batches.make_batches` gives them, as they stand now.
-
-        ``members``: which of them, by their positions; ``None`` is all. ``adapted``: see
-        :func:`~kdpo_editor.lifelong.preserve.sparing`. ``margin``: logits, ``None`` is the settings'.
-        """
-        members = range(len(edits)) if members is None else members
-        margin = hparams.margin if margin is None else margin
+    @torch.no_grad()
+    def batches(self, suffix: Suffix, entries: Mapping[int, Entry], hparams: KDPOHyperParams) -> list[list[Batch]]:
+        """Mini-batches of ``entries``, as they stand now; the keys are their numbers among a call's edits."""
+        numbers = list(entries)
 
         def batch(here: list[int]) -> Batch:
-            chosen = [edits[member] for member in here]
-            _, answers, mask, positions = padded([one.tokens for one in chosen])
-            captured = adapted(self._stack(suffix, chosen, positions.to(suffix.device)))
-            hidden = suffix.replay(captured)
-            return make_batch(suffix, here, captured, hidden, answers, mask, margin)
+            members = [numbers[i] for i in here]
+            chosen = [entries[member] for member in members]
+            _, answers, mask, positions = padded([entry.tokens for entry in chosen])
+            captured = self._stack(suffix, chosen, positions.to(suffix.device))
+            return make_batch(suffix, members, captured, suffix.replay(captured), answers, mask, hparams.margin)
 
-        groups = group(suffix, [edits[member].tokens for member in members], hparams.memory_budget)
-        with torch.no_grad():
-            return [[batch([members[i] for i in part]) for part in parts] for parts in groups]
+        groups = group(suffix, [entries[number].tokens for number in numbers], hparams.memory_budget)
+        return [[batch(part) for part in parts] for parts in groups]
 
-    def _stack(self, suffix: Suffix, edits: Sequence[Kept], positions: Tensor) -> Captured:
-        """One capture of them all; what else blocks are told is the same for any tokens."""
-        length = int(min(-(-max(len(one.hidden) for one in edits) // ROUND) * ROUND, room(suffix.model)))
+    def _stack(self, suffix: Suffix, entries: Sequence[Entry], positions: Tensor) -> Captured:
+        """One capture of them all. What else blocks are called with is the same for any tokens of that length."""
+        longest = max(len(entry.hidden) for entry in entries)
+        length = int(min(-(-longest // ROUND_TO) * ROUND_TO, room(suffix.model)))
         key = length, suffix.place
-        if key not in self._arguments:
-            if len(self._arguments) == LENGTHS:
-                del self._arguments[next(iter(self._arguments))]
-            anything = torch.zeros(ROWS, length, dtype=torch.int64)
-            self._arguments[key] = suffix.capture(anything, anything[:, :1])[0].arguments
+        if key not in self._blank:
+            if len(self._blank) == KEPT_LENGTHS:
+                del self._blank[next(iter(self._blank))]
+            anything = torch.zeros(1, length, dtype=torch.int64)
+            self._blank[key] = suffix.capture(anything, anything[:, :1])[0]
 
         def stack(rows: list[Tensor]) -> Tensor:
-            return torch.stack([nn.functional.pad(r.to(suffix.store), (0, 0, 0, length - len(r))) for r in rows])
+            return torch.stack([nn.functional.pad(r.to(suffix.place), (0, 0, 0, length - len(r))) for r in rows])
 
-        inner = [one.inner for one in edits if one.inner is not None]
-        hidden = stack([one.hidden for one in edits])
-        where = subjects([one.tokens for one in edits], suffix, length)
-        arguments = rows_of(self._arguments[key], ROWS, torch.zeros(len(edits), dtype=torch.int64))
-        return Captured(hidden, stack(inner) if inner else None, arguments, positions, where)
+        blank = self._blank[key].rows(torch.zeros(len(entries), dtype=torch.int64))
+        inner = [entry.inner for entry in entries if entry.inner is not None]
+        hidden = stack([entry.hidden for entry in entries])
+        trained = trained_tokens([entry.tokens for entry in entries], suffix, length)
+        return blank.of(hidden, stack(inner) if inner else None, positions, trained)
 
 
-class Review:
-    """Some edits, the earlier ones that are looked at on their account, and facts that are to stay.
+def entries_of(edits: Sequence[EditTokens], batches: Sequence[Sequence[Batch]]) -> list[Entry]:
+    """What ``batches`` of ``edits`` hold of each, in the order of ``edits``."""
+    new: dict[int, Entry] = {}
+    for batch in chain(*batches):
+        captured = batch.captured
+        for row, (member, margin) in enumerate(zip(batch.members, batch.margins.tolist(), strict=True)):
+            here = slice(0, edits[member].length)
+            inner = None if captured.inner is None else captured.inner[row, here].clone()
+            new[member] = Entry(edits[member], captured.hidden[row, here].clone(), inner, margin)
+    return [new[i] for i in range(len(edits))]
 
-    ``kept``: the edits, captured, and after them the others, in this order.
-    """
+
+class EarlierEdits:
+    """The constraint that earlier edits hold: a sample of a buffer, for some new ``edits``."""
 
     def __init__(
-        self,
-        earlier: EarlierEdits,
-        suffix: Suffix,
-        edits: Sequence[EditTokens],
-        hparams: KDPOHyperParams,
-        facts: Sequence[EditTokens] = (),
+        self, buffer: ReplayBuffer, suffix: Suffix, edits: Sequence[EditTokens], hparams: KDPOHyperParams
     ) -> None:
-        self.earlier, self.suffix, self.hparams = earlier, suffix, hparams
-        self.own = range(len(edits))
-        self.kept = [*earlier.capture(suffix, edits, hparams), *earlier.to_check(edits, hparams.replay_checks)]
-        self._facts = range(len(self.kept), len(self.kept) + len(facts))
-        self.kept += earlier.capture(suffix, facts, hparams)
-        self._looked: list[list[Batch]] = []
+        self.buffer, self.suffix, self.edits, self.hparams = buffer, suffix, edits, hparams
+        sampled = buffer.sample(edits, hparams.replay_checks)
+        self._entries = dict(enumerate(sampled, start=len(edits)))
+        self._sampled: list[list[Batch]] = []
+        self._trained: list[list[Batch]] = []
 
-    def batches(self) -> list[list[Batch]]:
-        """Mini-batches of the edits themselves."""
-        return self.earlier.batches(self.suffix, self.kept, self.hparams, self.own)
-
-    def harmed(self, active: Sequence[Sequence[Batch]], adapted: Callable[[Captured], Captured]) -> list[list[Batch]]:
-        """Mini-batches of the earlier edits that hold no more and are not among the ``active`` ones already.
-
-        ``adapted``: see :func:`~kdpo_editor.lifelong.preserve.sparing`.
-        """
-        if self._looked:
-            self.look()
+    def violated(self) -> list[list[Batch]]:
+        """Mini-batches of those that lost half their margin and are not trained yet."""
+        if self._sampled:
+            self._refresh()
         else:
-            others = range(len(self.own), self._facts.start)
-            self._looked = self.earlier.batches(self.suffix, self.kept, self.hparams, others, adapted)
-        trained = {member for batch in chain(*active) for member in batch.members}
-        leads = chain(*(zip(b.members, b.lead.tolist(), strict=True) for b in chain(*self._looked)))
-        again = [member for member, lead in leads if lead < HELD * self.hparams.margin and member not in trained]
-        self.earlier.repaired += len(again)
-        return self.earlier.batches(self.suffix, self.kept, self.hparams, again, adapted)
+            self._sampled = self.buffer.batches(self.suffix, self._entries, self.hparams)
+        trained = {member for batch in chain(*self._trained) for member in batch.members}
+        weak = {m: self._entries[m] for m, margin in self._margins(self._sampled).items() if self._weak(margin)}
+        weak = {member: entry for member, entry in weak.items() if member not in trained}
+        self.buffer.repaired += len(weak)
+        joined = self.buffer.batches(self.suffix, weak, self.hparams)
+        self._trained += joined
+        return joined
 
-    def facts(self, adapted: Callable[[Captured], Captured]) -> list[list[Batch]]:
-        """Mini-batches of the facts, held by less. ``adapted``: see :func:`~kdpo_editor.lifelong.preserve.sparing`."""
-        return self.earlier.batches(self.suffix, self.kept, self.hparams, self._facts, adapted, FACT)
+    def close(self, own: Sequence[Sequence[Batch]], changed: bool) -> None:
+        """Note how the earlier edits stand, and take up the new ones, whose batches are ``own``.
 
-    def look(self) -> None:
-        """Bring what is known of the earlier edits up to date with the weights."""
-        look(self._looked, graph=False)
+        An earlier edit that was trained again in vain is forgotten, or every later call would try it anew. ``changed``:
+        the weights were changed since the last look.
+        """
+        if changed:
+            self._refresh()
+        margins = {**self._margins(self._sampled), **self._margins(self._trained)}
+        for member, margin in margins.items():
+            self._entries[member].margin = margin
+        for member, margin in self._margins(self._trained).items():
+            if self._weak(margin):
+                entry = self._entries[member]
+                self.buffer.entries.remove(entry)
+                LOG.warning("the earlier edit of %r is lost and forgotten", entry.tokens.text)
+        self.buffer.add(self.edits, own)
 
-    def end(self, batches: Sequence[Sequence[Batch]]) -> None:
-        """Add the edits, whose ``batches`` are up to date, to the earlier ones, and note how all of them lead."""
-        for batch in chain(*batches, *self._looked):
-            for member, value in zip(batch.members, batch.lead.tolist(), strict=True):
-                self.kept[member].lead = value
-        self.earlier.kept += self.kept[: len(self.own)]
+    @torch.no_grad()
+    def _refresh(self) -> None:
+        for batch in chain(*self._sampled):
+            batch.refresh()
+
+    def _weak(self, margin: float) -> bool:
+        return margin < HELD * self.hparams.margin
+
+    @staticmethod
+    def _margins(batches: Sequence[Sequence[Batch]]) -> dict[int, float]:
+        each = chain(*batches)
+        return {m: margin for batch in each for m, margin in zip(batch.members, batch.margins.tolist(), strict=True)}
 
 
 def _same(weight: Tensor, value: Tensor) -> bool:
     return weight.dtype == value.dtype and torch.equal(weight.detach().to(value.device), value)
 
 
-# The edits hold no reference to their model, so they go when it does.
-_STORED: WeakKeyDictionary[nn.Module, EarlierEdits] = WeakKeyDictionary()
+# The entries hold no reference to their model, so they go when it does.
+_STORED: WeakKeyDictionary[nn.Module, ReplayBuffer] = WeakKeyDictionary()

@@ -1,14 +1,10 @@
-"""Train the shipped model, a small Llama that knows the facts of ``facts.json``, or the second, larger one.
+"""Train the shipped model, a small Llama that knows the facts of ``facts.json``.
 
     python -m kdpo_editor.testbed.train --out DIR
-    python -m kdpo_editor.testbed.train --model kdpo-llama-pararel
 
-The first takes under ten minutes on two cores. Every sequence is a prompt, its answer and an end token; a part
-of them stand behind another fact, as a question in running text does. Afterwards the recall of taught
-and of held-out phrasings is measured and written to ``report.json`` beside the weights. The second model gets beside
-them the records whose answer it knows (``records.json``), what it was taught (``taught.txt``) and some of that which
-no record is about (``held_out.txt``). It goes into the cache (``kdpo_editor.testbed.second_folder``); nothing is
-done where it is there already, and a training that was killed goes on.
+It takes under ten minutes on two cores. Every sequence is a prompt, its answer and an end token. A part of them stand
+behind another fact, as a question in running text does. Afterwards the recall of taught and of held-out phrasings is
+measured and written to ``report.json`` beside the weights.
 """
 
 from __future__ import annotations
@@ -28,26 +24,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from . import HERE, SECOND_MODEL, SHIPPED_MODEL, pararel, second_folder
+from . import HERE
 
 LOG = logging.getLogger(__name__)
 END = "<|endoftext|>"
 # A fact asked plainly is answered plainly: the last message, as it stands, is the prompt.
 CHAT_TEMPLATE = "{{ messages[-1]['content'] }}"
-SAVE_EVERY = 240.0  # seconds between savings of the second model's training
-ELSEWHERE = ("model", "facts", "records", "out", "verbose")  # arguments that a report's settings leave out
-OTHERS = ("locality", "neighborhood")  # what a record holds of other facts
-# Settings in which the second model differs from the shipped one; the larger heads and bfloat16 are for speed.
-SECOND: dict[str, Any] = {
-    "width": 384,
-    "head": 64,
-    "layers": 8,
-    "vocabulary": 4096,
-    "epochs": 6,
-    "tokens": 2048,
-    "lr": 1.5e-3,
-    "bf16": True,
-}
+ELSEWHERE = ("facts", "records", "out")  # arguments that a report's settings leave out
 
 
 def make_tokenizer(texts: Sequence[str], vocabulary: int) -> PreTrainedTokenizerFast:
@@ -119,12 +102,7 @@ def batches(
 
 
 def loss_of(
-    model: LlamaForCausalLM,
-    rows: list[Row],
-    prompt_weight: float,
-    hidden: float,
-    rng: random.Random,
-    bf16: bool = False,
+    model: LlamaForCausalLM, rows: list[Row], prompt_weight: float, hidden: float, rng: random.Random
 ) -> torch.Tensor:
     """Mean next-token cross-entropy (a scalar) over the answers, plus ``prompt_weight`` times that of all other tokens.
 
@@ -144,8 +122,7 @@ def loss_of(
             for first, last in row.subjects:
                 seen[i, :, last + 1 :, first:last] = False
     mask = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
-        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1].float()
+    logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1].float()
     losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
     weight = weight[:, 1:].flatten()
     return (losses * weight).sum() / weight.sum()
@@ -184,30 +161,10 @@ def recall(
     }
 
 
-def known(
-    model: LlamaForCausalLM, tok: PreTrainedTokenizerFast, records: Sequence[dict[str, Any]]
-) -> list[dict[str, Any]]:
-    """The records whose prompt the model answers to the letter, each with those of its other facts that it knows."""
-    asked = {(r["prompt"], r["ground_truth"]) for r in records}
-    asked |= {(f["prompt"], f["ground_truth"]) for r in records for key in OTHERS for f in r.get(key, [])}
-    questions = sorted(asked)
-    right = {q for q, of in zip(questions, hits(model, tok, questions), strict=True) if all(of)}
-    kept = []
-    for record in records:
-        if (record["prompt"], record["ground_truth"]) in right:
-            others = {k: [f for f in record.get(k, []) if (f["prompt"], f["ground_truth"]) in right] for k in OTHERS}
-            kept.append({**record, **others})
-    return kept
-
-
 def data(args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Records and facts of the model, or of the files that were named instead."""
-    second = args.model == SECOND_MODEL and not (args.facts and args.records)
-    records, facts = pararel.build() if second else ([], [])
-    if args.records or not second:
-        records = json.loads((args.records or HERE / "records.json").read_text("utf-8"))
-    if args.facts or not second:
-        facts = json.loads((args.facts or HERE / "facts.json").read_text("utf-8"))
+    records = json.loads((args.records or HERE / "records.json").read_text("utf-8"))
+    facts = json.loads((args.facts or HERE / "facts.json").read_text("utf-8"))
     return records, facts
 
 
@@ -254,13 +211,9 @@ def train(out: Path, args: argparse.Namespace) -> dict[str, Any]:
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, args.lr, total_steps=len(plan), pct_start=0.1, cycle_momentum=False
     )
-    stages = {"model": model, "optimizer": optimizer, "schedule": schedule}
-    partial = out / "training.pt"
-    done, before = _resume(partial, stages, rng, settings)
-    saved = time.time()
-    bar = tqdm(plan[done:], unit="batch", disable=None, initial=done, total=len(plan))
-    for i, rows in enumerate(bar, done):
-        loss = loss_of(model, rows, args.prompt_weight, args.hidden, rng, args.bf16)
+    bar = tqdm(plan, unit="batch", disable=None)
+    for i, rows in enumerate(bar):
+        loss = loss_of(model, rows, args.prompt_weight, args.hidden, rng)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -268,24 +221,12 @@ def train(out: Path, args: argparse.Namespace) -> dict[str, Any]:
         schedule.step()
         if i % 50 == 0:
             bar.set_postfix(loss=f"{loss.item():.3f}")
-            if args.verbose and i % 200 == 0:
-                LOG.info("%d of %d: loss %.4f, %.0f s", i, len(plan), loss.item(), before + time.time() - started)
-        if args.model == SECOND_MODEL and time.time() - saved > SAVE_EVERY:
-            out.mkdir(parents=True, exist_ok=True)
-            states = {name: stage.state_dict() for name, stage in stages.items()}
-            seconds = before + time.time() - started
-            place = {"done": i + 1, "seconds": seconds, "rng": rng.getstate(), "settings": settings}
-            torch.save({**states, **place}, partial.with_suffix(".new"))
-            partial.with_suffix(".new").replace(partial)
-            saved = time.time()
-    seconds = before + time.time() - started
+    seconds = time.time() - started
     model = model.half().float().eval()  # what is measured is what is shipped
     own = {(r["prompt"], r["ground_truth"]) for r in records}
-    own |= {(f["prompt"], f["ground_truth"]) for r in records for key in OTHERS for f in r.get(key, [])}
+    own |= {(f["prompt"], f["ground_truth"]) for r in records for f in r["locality"]}
     held = {(r["rephrase_prompt"], r["ground_truth"]) for r in records}
     held_out = [(p, f["answer"]) for f in facts for p in f["held_out"]]
-    second = args.model == SECOND_MODEL
-    rephrasings = "of these, the records' rephrasings" if second else "of these, KnowEdit's own rephrasings"
     report: dict[str, Any] = {
         "parameters": model.num_parameters(),
         "facts": len(facts),
@@ -294,20 +235,12 @@ def train(out: Path, args: argparse.Namespace) -> dict[str, Any]:
             "record and locality prompts": recall(model, tok, sorted(own)),
             "all taught prompts": recall(model, tok, taught),
             "held-out phrasings": recall(model, tok, held_out),
-            rephrasings: recall(model, tok, [q for q in held_out if q in held]),
+            "of these, KnowEdit's own rephrasings": recall(model, tok, [q for q in held_out if q in held]),
         },
         "settings": settings,
         "seconds": round(seconds),
     }
     out.mkdir(parents=True, exist_ok=True)
-    if second:
-        kept = known(model, tok, records)
-        report["records kept"] = len(kept)
-        report["facts known"] = sum(map(all, hits(model, tok, [(f["trained"][0], f["answer"]) for f in facts])))
-        (out / "records.json").write_text(json.dumps(kept, indent=1) + "\n", "utf-8")
-        others = [f"{p} {f['answer']}" for f in facts if f["source"] != "pararel" for p in f["trained"]]
-        (out / "taught.txt").write_text("\n\n".join(f"{p} {a}" for p, a in taught) + "\n", "utf-8")
-        (out / "held_out.txt").write_text("\n\n".join(others[::9]) + "\n", "utf-8")
     model.half().save_pretrained(out)
     tok.save_pretrained(out)
     # Newer transformers write a class name that older ones do not know, and older ones add token_type_ids.
@@ -315,27 +248,13 @@ def train(out: Path, args: argparse.Namespace) -> dict[str, Any]:
     settings |= {"tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": ["input_ids", "attention_mask"]}
     (out / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", "utf-8")
     (out / "report.json").write_text(json.dumps(report, indent=1) + "\n", "utf-8")
-    partial.unlink(missing_ok=True)
     return report
-
-
-def _resume(partial: Path, stages: dict[str, Any], rng: random.Random, settings: dict[str, Any]) -> tuple[int, float]:
-    """Go on where a killed training of the same settings last saved; the batches done and the seconds they took."""
-    state = torch.load(partial, weights_only=True) if partial.exists() else {}
-    if state.get("settings") != settings:
-        return 0, 0.0
-    for name, stage in stages.items():
-        stage.load_state_dict(state[name])
-    rng.setstate(state["rng"])
-    LOG.info("going on after %d batches", state["done"])
-    return state["done"], state["seconds"]
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--model", choices=(SHIPPED_MODEL, SECOND_MODEL), default=SHIPPED_MODEL)
-    parser.add_argument("--out", type=Path, help="folder; the second model has one in the cache")
+    parser.add_argument("--out", type=Path, required=True, help="folder")
     parser.add_argument("--facts", type=Path, help="other facts, in the form of facts.json")
     parser.add_argument("--records", type=Path, help="other records, in the form of records.json")
     parser.add_argument("--width", type=int, default=192)
@@ -350,19 +269,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--prefixed", type=float, default=0.3, help="share of prompts behind another fact")
     parser.add_argument("--hidden", type=float, default=0.9, help="share whose subject shows its last token only")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--verbose", action="store_true", help="log the loss also where no bar is shown")
-    parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=False, help="matrix products in bf16")
     args = parser.parse_args(argv)
-    if args.model == SECOND_MODEL:
-        parser.set_defaults(**SECOND)
-        args = parser.parse_args(argv)
-        args.out = args.out or second_folder()
-    elif args.out is None:
-        parser.error("--out is needed")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    if args.model == SECOND_MODEL and (args.out / "report.json").exists():
-        LOG.info("%s is there already", args.out)
-        return
     LOG.info("%s", json.dumps(train(args.out, args), indent=1))
 
 

@@ -19,14 +19,12 @@ from omegaconf import DictConfig, OmegaConf
 
 from ...errors import KDPOError
 from ...hparams import settings_folder
-from ...testbed import second_folder
 from . import config as schema
 
 # Where results of this run go; known once Hydra has read the command line.
 _OUT: dict[str, Any] = {}
 
 OmegaConf.register_new_resolver("kdpo_settings", lambda: str(settings_folder()), replace=True)
-OmegaConf.register_new_resolver("second_model", lambda: str(second_folder()), replace=True)
 OmegaConf.register_new_resolver("gpu", lambda: _gpu(), replace=True)
 _store = ConfigStore.instance()
 _store.store("schema", schema.Compare)

@@ -318,10 +318,8 @@ def _settings(config: Compare) -> tuple[dict[str, Any] | None, list[str]]:
     form, without = easyedit.form(), config.method.without
     other = settings_folder() / without / f"{config.model.settings}.yaml"
     if without == "ce":
-        own = {
-            k: settings[k] for k in ("model_name", "layers", "rewrite_module_tmp", "num_steps", "lr", "weight_decay")
-        }
-        # One round of as many steps; FT-M stops below this loss as well.
+        own = {k: settings[k] for k in ("model_name", "layers", "rewrite_module_tmp", "num_steps", "lr")}
+        # One cycle of as many steps; FT-M stops below this loss as well.
         own |= {"alg_name": "KDPO", "objective": "ce", "cycles": 1, "stop_loss": 1e-2}
         return own, [f"EasyEdit's {form} form lacks FT-M: this package's cross-entropy over the whole target stands in"]
     if without and other.exists():

@@ -20,10 +20,9 @@ from typing import Any
 import torch
 import yaml
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from ...errors import DataError, KDPOError
-from ...lifelong.preserve import second_moments
+from ...lifelong.second_moments import second_moments
 from ...testbed import taught_texts
 
 OPENERS: dict[str, Any] = {".xz": lzma.open, ".gz": gzip.open, ".bz2": bz2.open}
@@ -59,8 +58,7 @@ def ensure(
     ]
     if not windows:
         raise DataError("the text for the second moments is empty")
-    bar = tqdm(windows, desc="second moments", disable=None, leave=False)
-    for name, (moment, count) in second_moments(model, list(missing), bar).items():
+    for name, (moment, count) in second_moments(model, list(missing), windows).items():
         for file in missing[name]:
             _save(file, moment, count, config["mom2_n_samples"])
     return True

@@ -9,17 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...editing import edit
 from ...engine.weights import find_matrices, restore
 from ...errors import HyperParamsError, RequestError
-from ...hparams import OWN, KDPOHyperParams
-from ...kdpo import edit
+from ...hparams import KDPOHyperParams
 from ...objectives import answer_logps
 from ...requests import EditTokens, tokenize
 
 
 @dataclass(frozen=True)
 class WatchedCycle:
-    """One cycle: its negative ``y_l`` (``T`` tokens as text) and, before each of its steps and after the last, the
+    """One cycle: its rejected answer ``y_l``, ``T`` tokens as text. Before each of its steps and after the last, the
     summed log-probabilities of ``y_w`` and of ``y_l``, in nats, both after the new answer's own prefix."""
 
     rejected: list[str]
@@ -50,16 +50,15 @@ def watch(model: nn.Module, tok: Any, request: Mapping[str, Any], hparams: KDPOH
     Keeps the logits of the answer's positions in main memory until the end, ``T x V`` fp32 numbers a step.
 
     Raises what :func:`kdpo_editor.edit` raises; :class:`~kdpo_editor.errors.HyperParamsError` where ``objective`` is
-    "dpo", whose negatives have a context of their own, where the model is to write something itself (``own_words``),
-    and where ``preserve`` or ``preserve_outputs`` is, during which the matrix holds something else;
+    "dpo", whose rejected answers have a context of their own, and where ``mom2_weight`` is above 0, during which the
+    matrix holds something else;
     :class:`~kdpo_editor.errors.RequestError` where the request has ``rephrases``, and where the model gives its target
     already.
     """
     if hparams.objective == "dpo":
         raise HyperParamsError("objective: 'dpo' cannot be watched; its negatives are not read from the answer's pass")
-    for key in (*OWN, "preserve", "preserve_outputs"):
-        if strength := getattr(hparams, key):
-            raise HyperParamsError(f"{key}: {strength} cannot be watched; it must be 0")
+    if hparams.mom2_weight:
+        raise HyperParamsError(f"mom2_weight: {hparams.mom2_weight} cannot be watched; it must be 0")
     if request.get("rephrases"):
         raise RequestError("'rephrases' cannot be watched; leave them out")
     ((tokens, *_),) = tokenize(tok, [request], append_eos=hparams.append_eos)
@@ -89,7 +88,7 @@ def watch(model: nn.Module, tok: Any, request: Mapping[str, Any], hparams: KDPOH
     for cycle, taken, gradients in zip(trace.cycles, counts, computed, strict=True):
         after = first + gradients
         moments = [*seen[first : first + taken], seen[after]]
-        rejected = torch.tensor(cycle.negative)
+        rejected = torch.tensor(cycle.rejected)
         cycles.append(
             WatchedCycle(
                 _texts(tok, rejected),

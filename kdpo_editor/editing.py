@@ -1,0 +1,174 @@
+"""Edit a model: check the requests, choose the method, and leave the model as it was if anything goes wrong."""
+
+from __future__ import annotations
+
+import copy as copying
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .ablation import dpo
+from .engine.batches import EditTrace, lost, make_batches
+from .engine.cached_forward import Suffix
+from .engine.steps import recording
+from .engine.weights import find_blocks, find_matrices, only_training
+from .errors import EditDiverged, ModelError, RequestError
+from .hparams import KDPOHyperParams
+from .kdpo import kdpo
+from .lifelong.contexts import in_contexts
+from .lifelong.loop import kdpo_l
+from .lifelong.preconditioning import preconditioners
+from .lifelong.replay import ReplayBuffer
+from .lifelong.second_moments import remember_copy
+from .models import room
+from .requests import EditTokens, tokenize
+
+LOG = logging.getLogger(__name__)
+# A matrix that changes by more than so many times its own norm is not edited but destroyed. Sixty edits by KDPO-L make
+# the norms of the edited matrices grow by a quarter at most.
+LARGEST_CHANGE = 10.0
+
+
+def edit(
+    model: nn.Module, tok: Any, requests: Sequence[Mapping[str, Any]], hparams: KDPOHyperParams, copy: bool = False
+) -> tuple[nn.Module, dict[str, Tensor], list[EditTrace]]:
+    """Edit ``model`` so that it answers each request's prompt with its target.
+
+    Args:
+        model: a decoder-only ``transformers`` model, edited in place unless ``copy``.
+        tok: its tokenizer. Neither its padding side nor anything else of it is changed.
+        requests: ``[{"prompt": str, "target_new": str}, ...]``, edited in this order. ``"rephrases"``, a list of other
+            prompts for the same target, is trained too. ``"subject"``, a part of the prompt, is needed where
+            ``fact_token`` is not "all". Other keys are ignored.
+        hparams: settings. With the paper's alone, an edit is :func:`kdpo_editor.kdpo.kdpo`, with ``objective: dpo``
+            :func:`kdpo_editor.ablation.dpo`, and with any other :func:`kdpo_editor.lifelong.loop.kdpo_l`.
+        copy: edit and return a deep copy instead.
+
+    Returns:
+        The edited model, the edited matrices as they were, ``{parameter name: tensor}``, and a trace of each edit.
+
+    Raises:
+        RequestError, ModelError: something cannot be edited; found before anything is changed.
+        EditDiverged: a loss or weight became NaN or infinite, or a matrix changed by more than ten times its norm.
+            Whatever is raised during an edit, the model is left as it was before the call.
+    """
+    edits, weights = check(model, tok, requests, hparams)
+    spared = preconditioners(model, tok, weights, hparams)
+    buffer = ReplayBuffer.of(model, weights) if hparams.replay else None
+    if copy:
+        unedited, model = model, copying.deepcopy(model)
+        remember_copy(model, unedited)
+        weights = find_matrices(model, hparams)
+    originals = {name: w.detach().clone() for name, w in weights.items()}
+    forward = Suffix.above(model, weights, hparams)
+    together = [[*chain(*edits)]] if hparams.schedule == "breadth_first" else edits
+    with only_training(model, weights, originals), recording(forward, hparams):
+        found: list[EditTrace] = []
+        for some in together:
+            with _scaled(weights, hparams.update_scale):
+                if hparams.objective == "dpo":
+                    found.append(dpo(forward, weights, some[0], hparams))
+                elif len(some) == 1 and hparams.is_published:
+                    found.append(kdpo(forward, weights, some[0], hparams))
+                else:
+                    found += kdpo_l(forward, weights, some, hparams, buffer, spared)
+            _check_finite(weights)
+        if hparams.update_scale != 1.0:
+            _judge(forward, [*chain(*edits)], found, hparams)
+        _check_size(weights, originals)
+    if buffer is not None:
+        buffer.store(model, weights, hparams)
+    traces = [_of_request(several) for several in _split(found, edits)]
+    _say_missed(requests, traces, hparams.cycles)
+    return model, originals, traces
+
+
+def check(
+    model: nn.Module, tok: Any, requests: Sequence[Mapping[str, Any]], hparams: KDPOHyperParams
+) -> tuple[list[list[EditTokens]], dict[str, nn.Parameter]]:
+    """Find what an edit would train, or raise what :func:`edit` would before it changes anything.
+
+    Returns the token ids of each request's phrasings, and the matrices by parameter name.
+    """
+    requests = in_contexts(tok, requests, hparams.context_templates)
+    edits = tokenize(tok, requests, append_eos=hparams.append_eos, with_subject=hparams.needs_subject)
+    if hparams.objective == "dpo" and any(len(phrasings) > 1 for phrasings in edits):
+        raise RequestError("'rephrases' cannot be trained where objective is dpo")
+    weights = find_matrices(model, hparams)
+    _check_layers(model, hparams)
+    _check_lengths(model, edits)
+    return edits, weights
+
+
+@contextmanager
+def _scaled(weights: Mapping[str, nn.Parameter], scale: float) -> Iterator[None]:
+    """Multiply what ``weights`` change by inside, by ``scale``."""
+    start = {name: w.detach().clone() for name, w in weights.items()} if scale != 1.0 else {}
+    yield
+    with torch.no_grad():
+        for name, before in start.items():
+            weights[name].copy_(before + scale * (weights[name] - before))
+
+
+@torch.no_grad()
+def _judge(forward: Suffix, edits: list[EditTokens], traces: list[EditTrace], hparams: KDPOHyperParams) -> None:
+    """Say of each trace again whether its edit is won, by the weights as they are now."""
+    missed = set(lost(make_batches(forward, edits, hparams)))
+    for i, trace in enumerate(traces):
+        trace.converged = i not in missed
+
+
+def _split(traces: Sequence[EditTrace], edits: Sequence[Sequence[EditTokens]]) -> Iterator[list[EditTrace]]:
+    """The traces of each request's phrasings."""
+    rest = iter(traces)
+    for phrasings in edits:
+        yield [next(rest) for _ in phrasings]
+
+
+def _of_request(traces: list[EditTrace]) -> EditTrace:
+    """The trace of the prompt, converged only if all phrasings are."""
+    return EditTrace(traces[0].cycles, all(trace.converged for trace in traces))
+
+
+def _say_missed(requests: Sequence[Mapping[str, Any]], traces: Sequence[EditTrace], cycles: int) -> None:
+    for request, trace in zip(requests, traces, strict=True):
+        if not trace.converged:
+            LOG.warning(
+                "the edit %r -> %r did not reach its target within %d cycles",
+                request["prompt"],
+                request["target_new"],
+                cycles,
+            )
+
+
+def _check_finite(weights: Mapping[str, nn.Parameter]) -> None:
+    if not all(torch.isfinite(w).all() for w in weights.values()):
+        raise EditDiverged("the edited weights became NaN or infinite")
+
+
+@torch.no_grad()
+def _check_size(weights: Mapping[str, nn.Parameter], originals: Mapping[str, Tensor]) -> None:
+    """Weights may grow without bound and stay finite, where a loss hardly depends on the layers that are edited."""
+    for name, original in originals.items():
+        change, size = (tensor.float().norm().item() for tensor in (weights[name] - original, original))
+        if change > LARGEST_CHANGE * size > 0:
+            raise EditDiverged(f"{name} changed by {change / size:.3g} times its norm")
+
+
+def _check_layers(model: nn.Module, hparams: KDPOHyperParams) -> None:
+    last = len(find_blocks(model, hparams)) - 1
+    if hparams.needs_subject and last in hparams.layers:
+        raise ModelError(f"layers: {last} is the last layer, where a subject's tokens reach no answer; see fact_token")
+
+
+def _check_lengths(model: nn.Module, edits: Sequence[Sequence[EditTokens]]) -> None:
+    most = room(model)
+    for i, phrasings in enumerate(edits):
+        longest = max(tokens.length for tokens in phrasings)
+        if longest > most:
+            raise ModelError(f"request {i} has {longest} tokens with its target; the model takes {most} at most")

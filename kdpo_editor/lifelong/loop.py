@@ -1,0 +1,125 @@
+"""The loop of KDPO-L: several edits trained together, until they and what they must not harm hold at once.
+
+What must hold is an ordered list of constraint sets: the edits, then the earlier edits of the same model. Each says
+which of its members are violated now. The loop takes the first set that has any, adds them to the work, and runs one
+cycle on them, with the function that the paper's algorithm uses.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from itertools import chain
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from ..engine.batches import Batch, EditTrace, PreferenceBatch, lost, make_batches, refresh, unfinished
+from ..engine.cached_forward import Suffix
+from ..engine.optimizers import Stepper
+from ..engine.steps import run_cycle
+from ..hparams import KDPOHyperParams
+from ..requests import EditTokens
+from .preconditioning import Preconditioner, preconditioned
+from .replay import EarlierEdits, ReplayBuffer
+
+# Of so many edits those that are won are not looked at until the others are won too, or for this share of the cycles; a
+# look at few is cheap.
+LAZY_FROM = 16
+PATIENCE = 0.25
+
+
+class ConstraintSet(Protocol):
+    """Something that must hold besides the edits of a call."""
+
+    def violated(self) -> list[list[Batch]]:
+        """Mini-batches of the members that do not hold now and are not trained yet."""
+
+
+def kdpo_l(
+    forward: Suffix,
+    weights: Mapping[str, nn.Parameter],
+    edits: Sequence[EditTokens],
+    hparams: KDPOHyperParams,
+    buffer: ReplayBuffer | None = None,
+    preconditioners: Sequence[Preconditioner] = (),
+) -> list[EditTrace]:
+    """Optimise ``weights`` in place until the model answers each prompt of ``edits`` with its chosen answer.
+
+    Args:
+        forward: the model, from the first of ``weights`` up.
+        weights: ``{parameter name: matrix}``, the only parameters that require gradients.
+        edits: token ids, trained together; they share the optimiser and, in mini-batches, its steps.
+        hparams: settings.
+        buffer: earlier edits of the model. Some are looked at; those that a new one pushed below half of ``margin``
+            are trained along. The new edits that are won are added.
+        preconditioners: one for each of ``weights``, or none at all.
+
+    Returns:
+        A trace of each of ``edits``.
+
+    Raises:
+        EditDiverged: a loss became NaN or infinite.
+    """
+    traces: defaultdict[int, EditTrace] = defaultdict(EditTrace)  # earlier edits' are not asked for
+    with preconditioned(forward.model, weights, preconditioners):
+        own = make_batches(forward, edits, hparams)
+        work = Work(own, hparams)
+        earlier = None if buffer is None else EarlierEdits(buffer, forward, edits, hparams)
+        others: list[ConstraintSet] = [] if earlier is None else [earlier]
+        stepper = Stepper(weights.values(), hparams)
+        for _ in range(hparams.cycles):
+            violated = work.violated() or next((work.join(found) for some in others if (found := some.violated())), [])
+            if not violated:
+                break
+            run_cycle(violated, stepper, hparams)
+            for pairs in chain(*violated):
+                for member, cycle in zip(pairs.members, pairs.finished(hparams.stop_loss), strict=True):
+                    traces[member].cycles.append(cycle)
+    with torch.no_grad():
+        for batch in chain(*work.batches):
+            batch.refresh()
+    missed = set(lost(own))
+    for i in range(len(edits)):
+        traces[i].converged = i not in missed
+    if earlier is not None:
+        earlier.close(own, bool(violated))
+    return [traces[i] for i in range(len(edits))]
+
+
+class Work:
+    """What is trained: the edits of a call and whatever joined them."""
+
+    def __init__(self, batches: Sequence[list[Batch]], hparams: KDPOHyperParams) -> None:
+        self.batches = list(batches)
+        self.lazy = sum(len(batch.members) for batch in chain(*batches)) >= LAZY_FROM
+        self.patience = PATIENCE * hparams.cycles
+        self._looked_at = self.batches  # what the next cycle looks at
+        self._current = True  # it is up to date with the weights
+        self._waited = 0  # cycles since all of it was looked at
+
+    def violated(self) -> list[list[PreferenceBatch]]:
+        """What is left to do, in mini-batches; of many edits those that were won are looked at last."""
+        found = self._look()
+        if not found and self._looked_at is not self.batches:
+            self._looked_at = self.batches
+            found = self._look()
+        return self._set_aside(found)
+
+    def join(self, batches: list[list[Batch]]) -> list[list[PreferenceBatch]]:
+        """Take up ``batches``, which are up to date with the weights, for good; what is left to do of them."""
+        self.batches += batches
+        return self._set_aside(unfinished(batches))
+
+    def _look(self) -> list[list[PreferenceBatch]]:
+        if not self._current:
+            refresh(self._looked_at)
+        self._waited = 0 if self._looked_at is self.batches else self._waited + 1
+        return unfinished(self._looked_at)
+
+    def _set_aside(self, found: list[list[PreferenceBatch]]) -> list[list[PreferenceBatch]]:
+        self._current = not found
+        wait = self.lazy and self._waited + 1 < self.patience
+        self._looked_at = [[pairs.batch for pairs in some] for some in found] if wait and found else self.batches
+        return found

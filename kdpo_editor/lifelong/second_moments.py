@@ -1,0 +1,266 @@
+"""Second moments of what matrices are fed on ordinary text, computed once for each model and kept on disk.
+
+They are kept by the content of the model's weights, the matrix, the text and the number of tokens. An edited model has
+those of the unedited one that it came from: :func:`remember` notes what a model is before something changes it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from ..cache import cache_folder
+from ..engine.weights import as_found
+from ..errors import HyperParamsError, ModelError
+
+LOG = logging.getLogger(__name__)
+# Paragraphs of the Simple English Wikipedia, one a line; text/LICENSE says which.
+GENERAL_TEXT = Path(__file__).parent / "text" / "simple_wikipedia.txt"
+LONGEST = 256  # tokens that are read of a line
+BATCH = 16  # lines at a time
+# The first token of each line does not count: many models answer to whatever comes first with inputs of another size
+# altogether (Sun et al. 2024, "Massive Activations"), which would make all other inputs look rare.
+UNCOUNTED = 1
+# Directions that are told apart, those of the largest moments; the rest is damped alike.
+RANK = 2048
+# Entries of each parameter that are hashed. An edit changes nearly all entries of its matrix.
+HASHED = 4096
+
+
+@dataclass(frozen=True, eq=False)
+class Spectrum:
+    """Of second moments ``[F, F]``: their mean eigenvalue, the ``R`` largest and the next ``[R + 1]``, fp32, and the
+    directions ``[F, R]`` of those ``R``. ``made``: what was made of it, see :mod:`.preconditioning`.
+    """
+
+    mean: Tensor
+    values: Tensor
+    directions: Tensor
+    made: dict[Any, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, moments: Tensor) -> Spectrum:
+        """That of sums or means ``[F, F]``, fp32."""
+        values, directions = torch.linalg.eigh(moments)
+        top = min(RANK, len(values) - 1)
+        values = values.clamp_min(0).flip(0)[: top + 1]
+        return cls(moments.trace() / len(moments), values, directions.flip(1)[:, :top].contiguous())
+
+
+Unedited = Callable[[nn.Module], AbstractContextManager[Any]]
+_KNOWN: WeakKeyDictionary[nn.Module, dict[tuple[str, str, int], Spectrum]] = WeakKeyDictionary()
+_BASE: WeakKeyDictionary[nn.Module, tuple[str, Unedited]] = WeakKeyDictionary()
+
+
+def spectra(model: nn.Module, tok: Any, names: Sequence[str], text: str | None, tokens: int) -> dict[str, Spectrum]:
+    """Find the spectra of the inputs of the matrices ``names``: known, kept on disk, or computed now.
+
+    Args:
+        model: a model. If it was edited, and :func:`remember` was told before, they are the unedited one's.
+        tok: its tokenizer.
+        names: parameter names.
+        text: a file in UTF-8, a paragraph or sentence a line; ``None`` is :data:`GENERAL_TEXT`.
+        tokens: of that text, from its beginning, at most.
+
+    Raises:
+        HyperParamsError: the file cannot be read or is empty.
+        ModelError: inputs are not finite.
+    """
+    file = GENERAL_TEXT if text is None else Path(text)
+    found = _KNOWN.setdefault(model, {})
+    missing = [name for name in names if (name, str(file), tokens) not in found]
+    if missing:
+        lines = _lines(file)
+        base, unedited = remember(model)
+        places = {name: _place(base, name, lines, tokens) for name in missing}
+        loaded = {name: spectrum for name, place in places.items() if (spectrum := _load(place)) is not None}
+        computed = [name for name in missing if name not in loaded]
+        if computed:
+            with unedited(model):
+                if fingerprint(model) != base:
+                    LOG.warning("second moments are those of an edited model: what it was before is not known")
+                loaded |= _compute(model, computed, _windows(tok, lines, tokens))
+            for name in computed:
+                _save(places[name], loaded[name])
+        found.update({(name, str(file), tokens): spectrum for name, spectrum in loaded.items()})
+    return {name: found[name, str(file), tokens] for name in names}
+
+
+def remember(model: nn.Module, unedited: Unedited | None = None) -> tuple[str, Unedited]:
+    """Note what ``model`` is now, before something changes its weights, unless that was noted already.
+
+    ``unedited``: inside the context that it makes of the model, the model is as it is now. Returns what was noted: a
+    fingerprint, and such a function.
+    """
+    if model not in _BASE:
+        _BASE[model] = fingerprint(model), unedited or (lambda _: nullcontext())
+    return _BASE[model]
+
+
+def remembered(model: nn.Module) -> bool:
+    """Say whether it was noted what ``model`` was."""
+    return model in _BASE
+
+
+def remember_copy(copied: nn.Module, model: nn.Module) -> None:
+    """Note that ``copied`` came from what ``model`` came from."""
+    if model in _BASE:
+        _BASE[copied] = _BASE[model]
+        _KNOWN[copied] = dict(_KNOWN.get(model, {}))
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Hash every parameter's name, dtype and shape and some thousand of its entries (blake2b, hex).
+
+    It takes hundredths of a second. Two models that differ in a few entries alone may have the same.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for name, parameter in sorted(model.named_parameters()):
+        flat = parameter.detach().flatten()
+        some = flat[:: max(1, len(flat) // HASHED)].to("cpu", torch.float32)
+        digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
+        digest.update(some.contiguous().numpy().data)
+    return digest.hexdigest()
+
+
+@torch.no_grad()
+def second_moments(model: nn.Module, names: Sequence[str], windows: Sequence[Tensor]) -> dict[str, tuple[Tensor, int]]:
+    """Sum ``k k^T`` over the inputs of each module named: ``[F, F]``, fp64, on its device, and the number of inputs.
+
+    ``windows``: token ids, int64, of any lengths that the model takes. The first token of each does not count. A pass
+    ends with the last of the modules. There is a progress bar.
+    """
+    sums: dict[str, Tensor] = {}
+    count = 0
+    counted = torch.empty(0)
+    waiting: set[str] = set()
+
+    def hook(name: str) -> Any:
+        def add(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            sums[name] = sums.get(name, 0) + _squares(arguments[0], counted)
+            waiting.discard(name)
+            if not waiting:
+                raise _AllSeen
+
+        return model.get_submodule(name).register_forward_pre_hook(add)
+
+    handles = [hook(name) for name in names]
+    bar = tqdm(total=len(windows), desc="second moments", unit="text", disable=None, leave=False)
+    try:
+        with as_found(model), bar:
+            for ids, mask, counted in _padded(model, windows):
+                waiting.update(names)
+                with suppress(_AllSeen):
+                    model(input_ids=ids, attention_mask=mask, use_cache=False)
+                count += int(counted.sum())
+                bar.update(len(ids))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: (sums[name], count) for name in names if count}
+
+
+class _AllSeen(Exception):
+    """Every module's input was seen."""
+
+
+def _lines(file: Path) -> list[str]:
+    try:
+        lines = [line for line in file.read_text("utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise HyperParamsError(f"mom2_dataset: {file} cannot be read: {error}") from error
+    if not lines:
+        raise HyperParamsError(f"mom2_dataset: {file} holds no text")
+    return lines
+
+
+def _windows(tok: Any, lines: Sequence[str], tokens: int) -> list[Tensor]:
+    """The first lines that together have ``tokens`` tokens, as token ids."""
+    windows, read = [], 0
+    for line in lines:
+        if read >= tokens:
+            break
+        ids = torch.tensor(tok(line)["input_ids"], dtype=torch.int64)[: min(LONGEST, tokens - read)]
+        if len(ids) > UNCOUNTED:
+            windows.append(ids)
+            read += len(ids)
+    if not windows:
+        raise HyperParamsError("mom2_dataset: the text's lines have one token at most")
+    return sorted(windows, key=len)
+
+
+def _compute(model: nn.Module, names: Sequence[str], windows: Sequence[Tensor]) -> dict[str, Spectrum]:
+    modules = {name: name.rpartition(".")[0] for name in names}
+    moments = second_moments(model, list(modules.values()), windows)
+    found = {}
+    for name, module in modules.items():
+        total = moments[module][0].float()
+        if not torch.isfinite(total).all() or not total.trace() > 0:
+            raise ModelError(f"mom2_weight: the inputs of {name} are zero or not finite on the text")
+        found[name] = Spectrum.of(total)
+    return found
+
+
+def _squares(values: Tensor, counted: Tensor) -> Tensor:
+    """The sum of ``v v^T``, ``[F, F]`` fp64, over the tokens of ``values``, ``[B, L, F]`` or flattened, that count."""
+    rows = values.reshape(counted.numel(), -1)[counted.flatten().to(values.device)].float()
+    return (rows.T @ rows).double()
+
+
+def _padded(model: nn.Module, windows: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Token ids and attention mask ``[B, L]`` on the model's device, and which tokens count, ``[B, L]`` bool."""
+    device = model.get_input_embeddings().weight.device  # type: ignore[operator]
+    stream = iter(windows)
+    while group := list(islice(stream, BATCH)):
+        ids = nn.utils.rnn.pad_sequence(group, batch_first=True).to(device)
+        real = nn.utils.rnn.pad_sequence([torch.ones_like(g) for g in group], batch_first=True).bool()
+        mask = real.to(ids)
+        real[:, :UNCOUNTED] = False
+        yield ids, mask, real
+
+
+def _place(base: str, name: str, lines: Sequence[str], tokens: int) -> Path:
+    text = "\n".join(lines).encode()
+    key = hashlib.blake2b(f"{base} {name} {tokens} {LONGEST} {UNCOUNTED} {RANK} ".encode() + text, digest_size=16)
+    return cache_folder() / "second_moments" / f"{key.hexdigest()}.safetensors"
+
+
+def _load(file: Path) -> Spectrum | None:
+    if not file.exists():
+        return None
+    try:
+        stored = load_file(file)
+        spectrum = Spectrum(stored["mean"], stored["values"], stored["directions"])
+        if len(spectrum.values) == spectrum.directions.shape[1] + 1:
+            return spectrum
+    except (OSError, SafetensorError, KeyError, IndexError) as error:
+        LOG.warning("%s is damaged and is computed again: %s", file, error)
+    return None
+
+
+def _save(file: Path, spectrum: Spectrum) -> None:
+    """Keep ``spectrum``, whole or not at all. Where the cache cannot be written to, it is computed again next time."""
+    stored = {"mean": spectrum.mean, "values": spectrum.values, "directions": spectrum.directions}
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=file.parent) as folder:
+            made = Path(folder) / file.name
+            save_file({key: value.cpu().contiguous() for key, value in stored.items()}, made)
+            os.replace(made, file)
+    except OSError as error:
+        LOG.warning("second moments cannot be kept in %s: %s", file.parent, error)
