@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import logging
+import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,16 +16,33 @@ from torch import Tensor
 from .errors import RequestError
 
 LOG = logging.getLogger(__name__)
+# Scripts that write no spaces between words: Thai, Lao, Tibetan, Burmese, Khmer, Chinese and Japanese, the last two
+# with their punctuation and full-width forms.
+UNSPACED = re.compile(
+    "[\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u19e0-\u19ff\u1a20-\u1aaf\u2e80-\u312f\u31a0-\u31ff\u3400-\u9fff"
+    "\uaa60-\uaa7f\uf900-\ufaff\ufe30-\ufe4f\uff01-\uff9f\U0001b000-\U0001b16f\U00020000-\U000323af]"
+)
+# Marks that open in English or French and close in German, and what opens there.
+CLOSES = {"\u201c": "\u201e", "\u2018": "\u201a", "\u00ab": "\u00bb", "\u2039": "\u203a"}
+# What a continuation is tried behind, so that a tokenizer which begins every text with a space adds none to it.
+ANCHORS = ("", "\n", ":", "a", "1")
+# What was warned of. An edit is tokenised more than once; it is said once.
+_WARNED: set[str] = set()
 
 
 @dataclass(frozen=True)
 class EditTokens:
     """The token ids of one edit.
 
-    ``prompt``: ``[P]``, int64. ``chosen``: ``[T]``, int64, the new answer ``y_w``. Both on the CPU. ``subject``: where
-    in ``prompt`` the subject's tokens begin and where they have ended; nowhere unless that was asked for. ``request``:
-    the token ids of the prompt that this is another phrasing of, none where it is the request's own. ``text``: the
-    prompt as it was given.
+    ``prompt``: ``[P]``, int64, exactly what the model is fed when it is asked. ``chosen``: ``[T]``, int64, the new
+    answer ``y_w``. Both on the CPU. ``request``: the token ids of the prompt that this is another phrasing of, none
+    where it is the request's own. ``text``: the prompt as it was given.
+
+    ``subject``: ``(begin, end)``, nowhere (``(0, 0)``) unless that was asked for. ``begin`` is the first token of
+    ``prompt`` that holds a character of the subject and ``end - 1`` the last one. Such a token counts whatever else is
+    in it, such as punctuation or ``'s`` that merged with the subject's end. A space before the subject counts, also
+    where it is a token of its own. A begin token, a line break before the subject, and what follows it in tokens of
+    its own do not count.
     """
 
     prompt: Tensor
@@ -50,18 +70,88 @@ class EditTokens:
 def tokenize(
     tok: Any, requests: Sequence[Mapping[str, Any]], *, append_eos: bool = False, with_subject: bool = False
 ) -> list[list[EditTokens]]:
-    """Tokenise ``prompt + " " + target_new`` once; the answer is what lies past the prompt's own length.
+    """Tokenise each request's prompt and answer, and those of its ``rephrases``: other prompts for the same target.
 
-    Gives the tokens of each request's prompt, followed by those of its ``rephrases``, if it has any: other prompts for
-    the same target. No padding and no truncation takes place, so a tokenizer's settings for them
-    do not matter. With ``append_eos`` the end token closes the answer; with ``with_subject`` each request's ``subject``
-    is found in its prompts. All requests are checked before any is returned.
+    Between prompt and target stands what :func:`joint` says, or the request's own ``separator``. The prompt's ids are
+    those of the prompt alone, as it is fed when the model is asked. The answer's are what follows them in one
+    tokenisation of the joined text. Where that does not begin with the prompt's ids, since the prompt's last token
+    would merge with the answer, the rest of the text is tokenised by itself: ``"The capital is "`` ends in a token of
+    its own, so its answer is ``"Paris"`` and not ``" Paris"``.
 
-    Raises :class:`~kdpo_editor.RequestError`, naming the request's position and what is wrong with it.
+    No padding and no truncation takes place, so a tokenizer's settings for them do not matter. With ``append_eos`` the
+    end token closes the answer. With ``with_subject`` each request's ``subject`` is found in its prompts, where it
+    stands last; one that stands there twice is warned of. All requests are checked before any is returned.
+
+    Raises :class:`~kdpo_editor.RequestError`, naming the request's position and what is wrong with it; so also where
+    the tokenizer cannot write the target.
     """
     if isinstance(requests, (str, Mapping)) or not isinstance(requests, Sequence) or not requests:
         raise RequestError("requests must be a list of at least one {'prompt': ..., 'target_new': ...}")
     return [_tokenize_all(tok, r, f"request {i}", append_eos, with_subject) for i, r in enumerate(requests)]
+
+
+def joint(tok: Any, prompt: str, target: str) -> str:
+    """Say what stands between ``prompt`` and ``target``, where the request has no ``separator`` of its own.
+
+    Nothing, where one of these holds; one space else:
+
+    - ``prompt`` ends in white space, or ``target`` begins with a line break or a tab;
+    - ``prompt`` ends in an opening bracket, or in a quotation mark that opens;
+    - ``prompt`` ends in a special token, or as the tokenizer's chat template ends before an answer. Where the template
+      itself puts white space before its answers (Llama-2's a space, GLM-4's a line break), that is taken;
+    - ``prompt`` and ``target`` are of scripts that write no spaces (Chinese, Japanese, Thai, ...). The letters that are
+      nearest to the joint decide; digits and Western punctuation are looked past. Where one side has no letters, the
+      other decides.
+
+    Before a target that begins with a space there stands another, as in the paper's records and in EasyEdit's scores.
+    """
+    if prompt[-1:].isspace() or (target[:1].isspace() and target[0] != " "):
+        return ""
+    chat = _chat(tok)
+    if chat.end and prompt.endswith(chat.end):
+        return chat.before_answer
+    if prompt.endswith(chat.special) or _opens(prompt):
+        return ""
+    sides = _writes_no_spaces(reversed(prompt)), _writes_no_spaces(target)
+    return "" if True in sides and False not in sides else " "
+
+
+def as_chat(tok: Any, prompt: str) -> str:
+    """Put ``prompt`` into the tokenizer's chat template, up to where the model's answer begins.
+
+    Raises :class:`~kdpo_editor.RequestError` if the tokenizer has no chat template, or one that does not take a
+    question by a user.
+    """
+    if not getattr(tok, "chat_template", None):
+        raise RequestError(
+            f"{getattr(tok, 'name_or_path', '') or 'the tokenizer'} has no chat template to put a prompt in"
+        )
+    return _rendered(tok, [{"role": "user", "content": prompt}], True)
+
+
+def token_ids(tok: Any, text: str) -> list[int]:
+    """Tokenise ``text`` as a model is fed it: with the begin token that the tokenizer adds, but never with two of them.
+
+    An end token that the tokenizer adds after every text is left out, since an answer is to follow.
+    """
+    ids = _without_end(tok, list(tok(text)["input_ids"]))
+    eos = getattr(tok, "eos_token", None)
+    if eos and text.endswith(eos) and ids[-1:] != [tok.eos_token_id]:
+        ids.append(tok.eos_token_id)
+    # A chat template writes the begin token into its text, and the tokenizer puts another before it.
+    added = _without_end(tok, list(tok("")["input_ids"]))
+    n = len(added)
+    doubled = n > 0 and ids[:n] == ids[n : 2 * n] == added
+    return ids[n:] if doubled and set(added) <= set(tok.all_special_ids) else ids
+
+
+def _without_end(tok: Any, ids: list[int]) -> list[int]:
+    while len(ids) > 1 and ids[-1] == tok.eos_token_id:
+        ids.pop()
+    return ids
+
+
+# One request ----------------------------------------------------------------------------------------------------
 
 
 def _tokenize_all(tok: Any, request: Any, name: str, append_eos: bool, with_subject: bool) -> list[EditTokens]:
@@ -90,45 +180,176 @@ def _tokenize(tok: Any, request: Mapping[str, Any], name: str, append_eos: bool,
             raise RequestError(f"{name}: {key!r} is a {type(request[key]).__name__}; it must be text")
         if not request[key].strip():
             raise RequestError(f"{name}: {key!r} is empty")
+    separator = request.get("separator")
+    if separator is None:
+        separator = joint(tok, request["prompt"], request["target_new"])
+        if separator == " " == request["target_new"][0]:
+            _warn(
+                f"the target {request['target_new']!r} begins with a space and gets another before it; strip it", name
+            )
+    if not isinstance(separator, str):
+        raise RequestError(f"{name}: 'separator' is a {type(separator).__name__}; it must be text")
     prompt = token_ids(tok, request["prompt"])
-    joined = token_ids(tok, f"{request['prompt']} {request['target_new']}")
     if not prompt:
         raise RequestError(f"{name}: the prompt {request['prompt']!r} gives no tokens")
-    chosen = joined[len(prompt) :]
+    answer = f"{separator}{request['target_new']}"
+    chosen = _answer_ids(tok, prompt, request["prompt"], answer, name)
     if not chosen:
         raise RequestError(f"{name}: the target {request['target_new']!r} gives no tokens after the prompt")
-    if joined[: len(prompt)] != prompt:
-        LOG.warning(
-            "%s: the prompt's last token merges with the answer (does the prompt end in a space?): %r",
-            name,
-            request["prompt"],
-        )
-        prompt = joined[: len(prompt)]
+    _check_known(tok, prompt, chosen, answer, name)
     if append_eos:
         if tok.eos_token_id is None:
             raise RequestError(f"{name}: append_eos is set but the tokenizer has no end token")
-        chosen.append(tok.eos_token_id)
+        if chosen[-1] != tok.eos_token_id:
+            chosen.append(tok.eos_token_id)
     subject = _find_subject(tok, request, name, prompt) if with_subject else (0, 0)
     return EditTokens(torch.tensor(prompt), torch.tensor(chosen), subject, text=request["prompt"])
+
+
+def _answer_ids(tok: Any, prompt_ids: list[int], prompt: str, answer: str, name: str) -> list[int]:
+    """The token ids of ``answer``, the separator in front included, that follow those of the prompt."""
+    joined = token_ids(tok, prompt + answer)
+    if joined[: len(prompt_ids)] == prompt_ids:
+        return joined[len(prompt_ids) :]
+    wanted = _decode(tok, joined)
+    for anchor in ANCHORS:
+        before, both = token_ids(tok, anchor), token_ids(tok, anchor + answer)
+        ids = both[len(before) :]
+        if both[: len(before)] == before and _decode(tok, prompt_ids + ids) == wanted:
+            return ids
+    raise RequestError(
+        f"{name}: the tokenizer merges the end of the prompt {prompt[-20:]!r} with the answer {answer!r} and has no "
+        "tokens for that answer alone; end the prompt elsewhere"
+    )
+
+
+def _check_known(tok: Any, prompt: list[int], chosen: list[int], answer: str, name: str) -> None:
+    """Raise where the tokens do not say ``answer``; case, white space and Unicode's forms may differ."""
+    head, whole = _decode(tok, prompt), _decode(tok, prompt + chosen)
+    said = whole[len(head) :] if whole.startswith(head) else _decode(tok, chosen)
+    if _folded(said) == _folded(answer):
+        return
+    lost = [character for character in dict.fromkeys(answer) if _folded(character) not in _folded(said)]
+    what = f"{' '.join(map(repr, lost))} of the target" if lost else "the target"
+    raise RequestError(f"{name}: the tokenizer cannot write {what} {answer.strip()!r}; its tokens say {said!r}")
 
 
 def _find_subject(tok: Any, request: Mapping[str, Any], name: str, prompt: list[int]) -> tuple[int, int]:
     """Where the tokens of the subject, where it stands last in the prompt, begin and where they have ended."""
     text, subject = request["prompt"], request["subject"].strip()
-    start = text.rfind(subject)
+    # A chat template's end may say "assistant" or "model", which is no subject.
+    end = _chat(tok).end
+    start = text.rfind(subject, 0, len(text) - (len(end) if text.endswith(end) else 0))
     if start < 0:
         raise RequestError(f"{name}: 'subject' {subject!r} does not stand in the prompt {text!r}")
-    before = token_ids(tok, text[:start].rstrip())
-    # A token that holds part of the subject counts, whatever else is in it.
-    first = next((i for i, (a, b) in enumerate(zip(before, prompt, strict=False)) if a != b), len(before))
-    first = min(first, len(prompt) - 1)
-    return first, min(max(len(token_ids(tok, text[: start + len(subject)])), first + 1), len(prompt))
+    if text.find(subject) < start:
+        _warn(f"the subject {subject!r} stands more than once in {text!r}; the last one is taken", name)
+    # Characters are counted in what tokens say, so that whatever the tokenizer changes or loses counts on both sides.
+    # Where a character has tokens of its bytes, only those ends of tokens are looked at that end a character too.
+    preceding = token_ids(tok, text[:start].rstrip(" "))
+    before = _length(tok, preceding)
+    through = _length(tok, token_ids(tok, text[: start + len(subject)]))
+    begin = next((i for i, (a, b) in enumerate(zip(preceding, prompt, strict=False)) if a != b), len(preceding))
+    begin = min(begin, len(prompt) - 1)
+    while begin and _ends_within(tok, prompt[:begin]):
+        begin -= 1
+    reached = _length(tok, prompt[:begin])
+    for n in range(begin + 1, len(prompt)):
+        if _ends_within(tok, prompt[:n]):
+            continue
+        length = _length(tok, prompt[:n])
+        if reached < length <= before:
+            begin, reached = n, length
+        if length >= through:
+            return begin, n
+    return begin, len(prompt)
 
 
-def token_ids(tok: Any, text: str) -> list[int]:
-    """Of ``text``, without an end token after it."""
-    ids = list(tok(text)["input_ids"])
-    # A tokenizer that closes every text with an end token would otherwise put it between prompt and answer.
-    while len(ids) > 1 and ids[-1] == tok.eos_token_id:
-        ids.pop()
-    return ids
+def _warn(text: str, name: str) -> None:
+    if text not in _WARNED:
+        _WARNED.add(text)
+        LOG.warning("%s: %s", name, text)
+
+
+# Text -----------------------------------------------------------------------------------------------------------
+
+
+def _decode(tok: Any, ids: list[int]) -> str:
+    return str(tok.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+
+def _folded(text: str) -> str:
+    return "".join(unicodedata.normalize("NFKD", text).casefold().split())
+
+
+def _length(tok: Any, ids: list[int]) -> int:
+    """How many characters ``ids`` say, spaces left out."""
+    return len(_decode(tok, ids).replace(" ", ""))
+
+
+def _ends_within(tok: Any, ids: list[int]) -> bool:
+    """Whether the last character of ``ids`` lacks some of its bytes."""
+    return _decode(tok, ids).endswith("\ufffd")
+
+
+def _opens(text: str) -> bool:
+    """Whether ``text`` ends in an opening bracket or quotation mark."""
+    mark, before = text[-1:], text[:-1]
+    kind = unicodedata.category(mark) if mark else ""
+    if kind == "Ps":
+        return True
+    if mark in ('"', "`"):
+        return text.count(mark) % 2 == 1
+    if kind not in ("Pi", "Pf") and mark != "'":
+        return False
+    if not before or before[-1].isspace() or _opens(before):
+        return True
+    # Directly behind a word an apostrophe, a closing mark, or a German text's that closes what another opened.
+    opened = CLOSES.get(mark, "")
+    return kind == "Pi" and not (opened and before.rfind(opened) > before.rfind(mark))
+
+
+def _writes_no_spaces(characters: Any) -> bool | None:
+    """Whether the first letter of ``characters`` is of a script without spaces; ``None`` where there is no letter."""
+    for character in characters:
+        if UNSPACED.match(character):
+            return True
+        if character.isalpha():
+            return False
+    return None
+
+
+class _Chat(NamedTuple):
+    """How prompts of a tokenizer end before an answer: in its template, with what that puts there; special tokens."""
+
+    end: str
+    before_answer: str
+    special: tuple[str, ...]
+
+
+def _chat(tok: Any) -> _Chat:
+    template = getattr(tok, "chat_template", None)
+    return _chat_of(tok, repr(template), len(getattr(tok, "added_tokens_decoder", ())))
+
+
+@lru_cache(maxsize=2)  # Rendering a template takes a millisecond, and a comparison tokenises thousands of prompts.
+def _chat_of(tok: Any, template: str, added: int) -> _Chat:
+    tokens = getattr(tok, "added_tokens_decoder", {}).values()
+    special = tuple(str(token) for token in tokens if token.special and str(token))
+    try:
+        asked = as_chat(tok, "QUESTION")
+        question = {"role": "user", "content": "QUESTION"}
+        answered = _rendered(tok, [question, {"role": "assistant", "content": "ANSWER"}], False)
+    except RequestError:
+        return _Chat("", "", special)
+    between = answered[len(asked) :].partition("ANSWER")[0]
+    whole = answered.startswith(asked) and (between.isspace() or not between)
+    _, found, end = asked.rpartition("QUESTION")
+    return _Chat(end if found else "", between if whole else "", special)
+
+
+def _rendered(tok: Any, messages: list[dict[str, str]], ask: bool) -> str:
+    try:
+        return str(tok.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask))
+    except Exception as error:  # a template is a program of the model's own and may raise anything
+        raise RequestError(f"the chat template fails: {error}") from None

@@ -162,6 +162,7 @@ def test_a_target_without_tokens_is_named(llama: Any, settings: Any) -> None:
         return tok(text.replace("\N{ZERO WIDTH SPACE}", "").rstrip())
 
     forgetful.eos_token_id = tok.eos_token_id  # type: ignore[attr-defined]
+    forgetful.decode = tok.decode  # type: ignore[attr-defined]
     with pytest.raises(RequestError, match=r"request 1: the target .* gives no tokens"):
         apply_kdpo_to_model(model, forgetful, [REQUEST, {**REQUEST, "target_new": "\N{ZERO WIDTH SPACE}"}], settings())
     assert_same(model, before)

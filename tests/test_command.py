@@ -75,6 +75,38 @@ def test_one_edit(tmp_path: Path, capsys: Any) -> None:
     assert generate(model, tok, first["prompt"]) == first["target_new"]
 
 
+def test_prompts_in_the_models_chat_template_are_recorded_and_asked_so(tmp_path: Path, capsys: Any) -> None:
+    model, tok = load_model()
+    tok.chat_template = "{{ '<|endoftext|>User: ' + messages[0].content + '\nBot:' }}"
+    model.save_pretrained(tmp_path / "kdpo-llama-knowedit")
+    tok.save_pretrained(tmp_path / "kdpo-llama-knowedit")
+    named = ["--model", tmp_path / "kdpo-llama-knowedit"]
+    first = FACTS[1]
+    fact = ["--prompt", first["prompt"], "--target", first["target_new"]]
+    templated = {**first, "prompt": f"<|endoftext|>User: {first['prompt']}\nBot:"}
+    code, lines, err = kdpo(capsys, "edit", *named, "--chat", *fact, "--out", tmp_path / "e")
+    assert (code, err) == (0, "")
+    assert lines == [{"edit": 1, **templated, "converged": True, "steps": lines[0]["steps"]}]
+    assert EditLedger(tmp_path / "e").requests == [templated]
+    code, lines, err = kdpo(capsys, "edit", *named, "--chat", *fact, "--out", tmp_path / "e", "--resume")
+    assert (code, lines, err) == (0, [], "kdpo: 1 of 1 edits are in the ledger already\n")
+    for own in ([], ["--chat", "--prompt", first["prompt"]]):
+        _, (shown,), _ = kdpo(capsys, "show", tmp_path / "e", "--json", *own)
+        assert (shown["prompt"], shown["target_new"]) == (templated["prompt"], first["target_new"])
+        assert shown["after"].startswith(first["target_new"])
+
+
+def test_chat_with_a_model_that_has_no_template_is_an_error(tmp_path: Path, capsys: Any) -> None:
+    model, tok = load_model()
+    tok.chat_template = None
+    model.save_pretrained(tmp_path / "kdpo-llama-knowedit")
+    tok.save_pretrained(tmp_path / "kdpo-llama-knowedit")
+    fact = ["--prompt", "a", "--target", "b", "--out", tmp_path / "e"]
+    code, lines, err = kdpo(capsys, "edit", "--model", tmp_path / "kdpo-llama-knowedit", "--chat", *fact)
+    assert (code, lines) == (1, [])
+    assert "kdpo-llama-knowedit has no chat template to put a prompt in" in err
+
+
 def test_an_edit_through_its_subject(tmp_path: Path, capsys: Any) -> None:
     first = FACTS[1]
     own = ["--prompt", first["prompt"], "--target", first["target_new"], "--out", tmp_path / "e"]

@@ -16,6 +16,7 @@ import pytest
 import torch
 from conftest import GOLDEN, PARAMETER, REQUEST, assert_same, load, state
 from small import NAME, Small, add, change, info, make
+from test_earlier import MARGIN, REQUESTS
 
 from kdpo_editor import (
     DamagedFileError,
@@ -547,23 +548,22 @@ def test_a_pipe_in_place_of_the_journal_does_not_make_a_reader_wait(tmp_path: Pa
 
 
 def test_a_resumed_run_with_replay_knows_its_earlier_edits(settings: Any, tmp_path: Path) -> None:
-    facts = list(dict.fromkeys((case["prompt"], case["target_new"]) for case in CASES))[:6]
-    requests = [{"prompt": p, "target_new": t} for p, t in facts]
-    hparams = settings(replay=True, ledger=str(tmp_path / "l"), objective="hinge", margin=2.0, lr=3e-3)
+    options = {**MARGIN, "replay": True}
     undisturbed, tok = load("llama")
-    for request in requests:
-        apply_kdpo_to_model(undisturbed, tok, [request], settings(replay=True, objective="hinge", margin=2.0, lr=3e-3))
+    for request in REQUESTS:
+        apply_kdpo_to_model(undisturbed, tok, [request], settings(**options))
+    hparams = settings(**options, ledger=str(tmp_path / "l"))
     first, _ = load("llama")
-    for request in requests[:3]:
+    for request in REQUESTS[:2]:
         apply_kdpo_to_model(first, tok, [request], hparams)
     resumed, _ = load("llama")
     EditLedger(tmp_path / "l").restore(resumed)
-    for request in requests[3:]:
+    for request in REQUESTS[2:]:
         apply_kdpo_to_model(resumed, tok, [request], hparams)
     assert_same(resumed, state(undisturbed))
     without, _ = load("llama")
-    for request in requests:
-        apply_kdpo_to_model(without, tok, [request], settings(objective="hinge", margin=2.0, lr=3e-3))
+    for request in REQUESTS:
+        apply_kdpo_to_model(without, tok, [request], settings(**MARGIN))
     assert not torch.equal(without.get_parameter(PARAMETER), resumed.get_parameter(PARAMETER)), "replay did something"
 
 

@@ -26,6 +26,7 @@ EXAMPLES = {
   kdpo edit --model kdpo-llama-knowedit --prompt "Which was the family of Stamnophora?" --target Tortricidae --out edits
   kdpo edit --model meta-llama/Llama-2-7b-hf --file facts.jsonl --out edits --set append_eos=true --set margin=1
   kdpo edit --model meta-llama/Llama-2-7b-hf --file facts.jsonl --out edits --resume
+  kdpo edit --model Qwen/Qwen1.5-7B --chat --prompt "Who wrote it?" --target Ann --out edits
 
 each line of facts.jsonl:
   {"prompt": "Which was the family of Stamnophora?", "target_new": "Tortricidae"}""",
@@ -93,6 +94,7 @@ def make_parser(
     sub.add_argument("--prompt", help="what the model is asked")
     sub.add_argument("--target", help="what it shall answer")
     sub.add_argument("--subject", help="what the prompt asks about, word for word (for fact_token)")
+    sub.add_argument("--chat", action="store_true", help="put the prompts into the model's own chat template")
     sub.add_argument("--file", metavar="JSONL", help='edits, one a line; "-" reads standard input')
     sub.add_argument("--out", required=True, metavar="DIR", help="the ledger, made if it is not there")
     sub.add_argument("--hparams", metavar="FILE", help="settings: a YAML file or the name of a ready-made one")
@@ -129,6 +131,7 @@ def make_parser(
     loads(sub, required=False)
     sub.add_argument("--edit", type=_count, metavar="K", help="after edit K (default: the head)")
     sub.add_argument("--prompt", action="append", metavar="TEXT", help="instead of the edits' own; can be repeated")
+    sub.add_argument("--chat", action="store_true", help="put what --prompt says into the model's chat template")
     sub.add_argument("--longest", type=_positive, default=24, metavar="T", help="tokens to generate (default 24)")
     sub.add_argument("--json", action="store_true", help="JSON lines")
 

@@ -71,6 +71,8 @@ def edit(args: argparse.Namespace) -> int:
         _warn_of_damage(ledger)
         dtype = args.dtype or _stored_dtype(ledger) or ("float16" if hparams.fp16 else "float32")
         model, tok = _load(args.model, dtype, args, hparams.device)
+        if args.chat:
+            requests = [(where, _in_chat(tok, request)) for where, request in requests]
         good = []
         for where, request in requests:
             try:
@@ -193,6 +195,7 @@ def show(args: argparse.Namespace) -> int:
     """Generate before and after the edits, side by side."""
     from ..edits.switching import edited
     from ..engine.generation import generate
+    from ..requests import as_chat
 
     ledger = _open(args)
     number = ledger.head if args.edit is None else args.edit
@@ -202,7 +205,8 @@ def show(args: argparse.Namespace) -> int:
     delta = ledger.delta(number, since=0) if number else None
     model, tok = _model_of(ledger, args)
     targets = {r["prompt"]: r.get("target_new", "") for r in (delta.info.requests if delta else [])}
-    prompts = args.prompt or list(targets)
+    asked = [as_chat(tok, prompt) if args.chat else prompt for prompt in args.prompt or []]
+    prompts = asked or list(targets)
     before = [generate(model, tok, prompt, args.longest) for prompt in tqdm(prompts, "before", disable=None)]
     with edited(model, delta) if delta else nullcontext():
         after = [generate(model, tok, prompt, args.longest) for prompt in tqdm(prompts, "after", disable=None)]
@@ -352,6 +356,15 @@ def _requests(args: argparse.Namespace) -> tuple[list[tuple[str, dict[str, Any]]
         raise RequestError(f"{name} has no requests")
     good = [(f"{name}, line {line.number}", line.request) for line in lines if line.request is not None]
     return good, [line.error for line in lines if line.error is not None]
+
+
+def _in_chat(tok: Any, request: dict[str, Any]) -> dict[str, Any]:
+    """``request`` with its prompts in the model's chat template, as the ledger keeps it: so it is asked again."""
+    from ..requests import as_chat
+
+    rephrases = request.get("rephrases")
+    others = {"rephrases": [as_chat(tok, p) for p in rephrases]} if isinstance(rephrases, list) else {}
+    return {**request, "prompt": as_chat(tok, request["prompt"]), **others}
 
 
 def _check(model: Any, tok: Any, request: dict[str, Any], hparams: KDPOHyperParams) -> None:
