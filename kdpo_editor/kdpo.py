@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from .ablation import OwnAnswerRound
+from .derived import complete
 from .engine.batches import Batch, Round, look, lost, make_batches, unfinished
 from .engine.cached_forward import Suffix
 from .engine.optimizers import make_optimizer
@@ -115,6 +116,7 @@ def edit(
     model: nn.Module, tok: Any, requests: Sequence[Mapping[str, Any]], hparams: KDPOHyperParams, copy: bool = False
 ) -> tuple[nn.Module, dict[str, Tensor], list[EditTrace]]:
     """As :func:`apply_kdpo_to_model`, but always with the original weights, and with a trace of each edit."""
+    hparams = complete(hparams, model)
     edits = tokenize(tok, requests, append_eos=hparams.append_eos, with_subject=hparams.needs_subject)
     for key in PHRASINGS:
         if hparams.objective == "dpo" and any(request.get(key) for request in requests):

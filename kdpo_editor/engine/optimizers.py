@@ -146,7 +146,7 @@ class Polyak(Optimizer):
 def make_optimizer(weights: list[nn.Parameter], hparams: KDPOHyperParams) -> Optimizer:
     """The one that the settings name, for ``weights``, the matrix of each of their ``layers``."""
     through_subject = hparams.subject_layers or ()
-    factors = [hparams.subject_rate if layer in through_subject else 1.0 for layer in hparams.layers]
+    factors = [hparams.subject_rate if layer in through_subject else 1.0 for layer in hparams.place[0]]
     if hparams.optimizer == "polyak":
         return Polyak(weights, hparams.norm_constraint, hparams.lr, factors)
     return Adam(weights, hparams.norm_constraint, hparams.lr, hparams.weight_decay, factors)
