@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .ablation import dpo
+from .derived import complete
 from .engine.batches import EditTrace, lost, make_batches
 from .engine.cached_forward import Suffix
 from .engine.steps import recording
@@ -57,6 +58,7 @@ def edit(
         EditDiverged: a loss or weight became NaN or infinite, or a matrix changed by more than ten times its norm.
             Whatever is raised during an edit, the model is left as it was before the call.
     """
+    hparams = complete(hparams, model)
     edits, weights = check(model, tok, requests, hparams)
     spared = preconditioners(model, tok, weights, hparams)
     buffer = ReplayBuffer.of(model, weights) if hparams.replay else None
@@ -162,7 +164,7 @@ def _check_size(weights: Mapping[str, nn.Parameter], originals: Mapping[str, Ten
 
 def _check_layers(model: nn.Module, hparams: KDPOHyperParams) -> None:
     last = len(find_blocks(model, hparams)) - 1
-    if hparams.needs_subject and last in hparams.layers:
+    if hparams.needs_subject and last in hparams.place[0]:
         raise ModelError(f"layers: {last} is the last layer, where a subject's tokens reach no answer; see fact_token")
 
 

@@ -44,10 +44,12 @@ class KDPOHyperParams:
     model_name: str
     """Hugging Face id, folder, or :data:`kdpo_editor.SHIPPED_MODEL`. EasyEdit chooses its loader by what this
     text contains ("llama", "gpt", "qwen", ...)."""
-    layers: list[int]
-    """Indices, from 0, of the blocks whose matrix is edited. The paper edits one."""
-    rewrite_module_tmp: str
-    """Dotted name of the edited matrix with ``{}`` for the layer, with or without ``.weight``."""
+    layers: list[int] | None = None
+    """Indices, from 0, of the blocks whose matrix is edited. The paper edits one. ``None``: by the model's depth
+    (:func:`kdpo_editor.derived.complete`)."""
+    rewrite_module_tmp: str | None = None
+    """Dotted name of the edited matrix with ``{}`` for the layer, with or without ``.weight``. ``None``: found from the
+    model's own structure, the matrix of a block that writes into the residual stream last."""
     device: int | str | None = None
     """CUDA index, "cpu" or "cuda:1"; ``None`` is the GPU where there is one. Read by EasyEdit, which puts the
     model there; an edit runs wherever it finds the model."""
@@ -124,9 +126,13 @@ class KDPOHyperParams:
             setattr(self, f.name, _typed(f.name, getattr(self, f.name), types_[f.name]))
         self._check("alg_name", self.alg_name == "KDPO", '"KDPO"')
         self._check("model_name", bool(self.model_name), "a model's id or folder")
-        self._check("layers", bool(self.layers) and min(self.layers) >= 0, "at least one index, none negative")
-        self._check("layers", len(set(self.layers)) == len(self.layers), "each layer once")
-        self._check("rewrite_module_tmp", self.rewrite_module_tmp.count("{}") == 1, 'one "{}" for the layer')
+        layers = self.layers
+        if layers is not None:
+            self._check("layers", bool(layers) and min(layers) >= 0, "at least one index, none negative, or null")
+            self._check("layers", len(set(layers)) == len(layers), "each layer once")
+        template = self.rewrite_module_tmp
+        named = template is None or template.count("{}") == 1
+        self._check("rewrite_module_tmp", named, 'a name with one "{}" for the layer, or null')
         for key in ("num_steps", "cycles", "max_length", "batch_size", "replay_checks", "mom2_n_samples"):
             self._check(key, getattr(self, key) >= 1, "at least 1")
         for key in ("lr", "beta", "memory_budget", "replay_budget"):
@@ -148,6 +154,17 @@ class KDPOHyperParams:
         self._check("ledger", self.ledger != "", "a folder or null")
 
     @property
+    def place(self) -> tuple[list[int], str]:
+        """``layers`` and ``rewrite_module_tmp``, once they are known.
+
+        Raises :class:`~kdpo_editor.HyperParamsError` where one is still ``None``.
+        """
+        if self.layers is None or self.rewrite_module_tmp is None:
+            key = "layers" if self.layers is None else "rewrite_module_tmp"
+            raise HyperParamsError(f"{key}: not known yet; kdpo_editor.derived.complete finds it from the model")
+        return self.layers, self.rewrite_module_tmp
+
+    @property
     def needs_subject(self) -> bool:
         """Whether requests must name their ``subject``."""
         return self.fact_token != "all"
@@ -162,8 +179,10 @@ class KDPOHyperParams:
             raise HyperParamsError(f"{key}: {getattr(self, key)!r} is not allowed; it must be {allowed}")
 
     @classmethod
-    def from_hparams(cls, path: str | Path) -> KDPOHyperParams:
+    def from_hparams(cls, path: str | Path, model_name: str | None = None) -> KDPOHyperParams:
         """Read a YAML file; as in EasyEdit the suffix ``.yaml`` may be left out.
+
+        ``model_name``: of the model, where the file names none.
 
         Raises ``FileNotFoundError`` for a missing file and :class:`~kdpo_editor.HyperParamsError` for an
         unknown, missing or bad key; both name the file.
@@ -179,6 +198,8 @@ class KDPOHyperParams:
             raise HyperParamsError(f"{file} is not YAML: {error}") from error
         if not isinstance(config, dict):
             raise HyperParamsError(f"{file} must hold keys and values, not {type(config).__name__}")
+        if model_name is not None:
+            config.setdefault("model_name", model_name)
         try:
             return cls._from_dict(config)
         except HyperParamsError as error:
@@ -248,3 +269,16 @@ def settings_folder() -> Path:
     package = Path(__file__).parent
     clone = package.parent / "hparams"
     return clone if (clone / "KDPO").is_dir() else package / "settings"
+
+
+def ready_made(model_name: str, recipe: str = "KDPO") -> Path | None:
+    """The file with ready-made settings for a model, by its id or by the last part of its name; ``None`` if none is.
+
+    ``recipe``: the folder of ``hparams/`` that is looked in.
+    """
+    files = sorted((settings_folder() / recipe).glob("*.yaml"))
+    names = {file: (yaml.safe_load(file.read_text("utf-8")) or {}).get("model_name") for file in files}
+    last = model_name.rstrip("/").rpartition("/")[2].lower()
+    fitting = [f for f, name in names.items() if name == model_name]
+    fitting += [f for f, name in names.items() if name is not None and f.stem == last]
+    return fitting[0] if fitting else None

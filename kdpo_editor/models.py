@@ -70,9 +70,31 @@ def load(
     return model.eval(), tok
 
 
+def outline(name: str, *, trust_remote_code: bool = False) -> nn.Module:
+    """The model's modules without their weights, on the meta device; nothing but its configuration is read.
+
+    Raises :class:`~kdpo_editor.errors.ModelError` where ``name`` has no configuration of a causal language model.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(resolve(name), trust_remote_code=trust_remote_code)
+        with torch.device("meta"):
+            model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"cannot read the configuration of {name}: {error}") from error
+    return model.eval()
+
+
 def room(model: nn.Module) -> float:
     """The most tokens that ``model`` takes; infinite where its configuration does not say."""
-    return getattr(model.config, "max_position_embeddings", None) or inf
+    return getattr(text_config(model), "max_position_embeddings", None) or inf
+
+
+def text_config(model: nn.Module) -> Any:
+    """The configuration of the language model, which multimodal models keep inside their own."""
+    config: Any = getattr(model, "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 def cache_name(model: nn.Module) -> str:

@@ -55,7 +55,7 @@ def write(folder: Path, text: str) -> Path:
         ("layers: []", r"layers: \[\] is not allowed; it must be at least one index"),
         ("layers: [-1]", r"layers: \[-1\]"),
         ("layers: [3, 3]", r"layers: \[3, 3\] .* each layer once"),
-        ("layers: 21", r"layers: 21 is not allowed; it must be a list of int"),
+        ("layers: 21", r"layers: 21 is not allowed; it must be a list of int or null"),
         ("layers: [a]", r"layers: 'a' is not allowed"),
         ("rewrite_module_tmp: mlp.down_proj", r"rewrite_module_tmp: .*one \"\{\}\""),
         ("objective: simpo", r"objective: 'simpo' is not allowed; it must be one of kdpo, hinge, ce, dpo"),
@@ -90,8 +90,13 @@ def test_a_file_that_is_no_mapping_is_named(tmp_path: Path, text: str) -> None:
 
 
 def test_missing_keys_are_named(tmp_path: Path) -> None:
-    with pytest.raises(HyperParamsError, match=r"missing keys layers, rewrite_module_tmp"):
-        KDPOHyperParams.from_hparams(write(tmp_path, "model_name: llama\n"))
+    with pytest.raises(HyperParamsError, match=r"missing key model_name"):
+        KDPOHyperParams.from_hparams(write(tmp_path, "layers: [21]\n"))
+
+
+def test_a_models_name_is_enough(tmp_path: Path) -> None:
+    hparams = KDPOHyperParams.from_hparams(write(tmp_path, "model_name: llama\n"))
+    assert hparams == KDPOHyperParams(model_name="llama", layers=None, rewrite_module_tmp=None)
 
 
 def test_a_missing_file_is_named_with_its_neighbours(tmp_path: Path) -> None:

@@ -13,13 +13,16 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import assert_same, state
+import yaml
+from conftest import GOLDEN, assert_same, state
 from small import make
 
-from kdpo_editor import SHIPPED_MODEL, EditDelta, EditLedger
+from kdpo_editor import SHIPPED_MODEL, EditDelta, EditLedger, KDPOHyperParams
 from kdpo_editor.cli.arguments import EXAMPLES
 from kdpo_editor.cli.main import main
+from kdpo_editor.derived import complete
 from kdpo_editor.engine.generation import generate
+from kdpo_editor.models import load
 from kdpo_editor.testbed import load_model, load_records
 
 MODEL = ["--model", SHIPPED_MODEL]
@@ -137,6 +140,62 @@ def test_settings_can_be_set(tmp_path: Path, capsys: Any) -> None:
     hparams = EditLedger(tmp_path / "e").branch[0].info.hparams
     assert hparams is not None
     assert (hparams["schedule"], hparams["append_eos"]) == ("breadth_first", True)
+
+
+def test_a_model_without_ready_made_settings_is_edited(tmp_path: Path, capsys: Any) -> None:
+    """The folder's name fits no file; what was found from its structure is said, and written down."""
+    model = str(GOLDEN / "llama-mini")
+    own = ["--prompt", FACTS[0]["prompt"], "--target", FACTS[0]["target_new"], "--out", tmp_path / "e"]
+    code, lines, err = kdpo(capsys, "edit", "--model", model, *own, "--set", "lr=1e-3")
+    assert (code, lines[0]["converged"]) == (0, True)
+    assert "from the model's structure: layers [4], rewrite_module_tmp model.layers.{}.mlp.down_proj" in err
+    hparams = EditLedger(tmp_path / "e").branch[0].info.hparams
+    assert hparams is not None
+    assert (hparams["layers"], hparams["rewrite_module_tmp"]) == ([4], "model.layers.{}.mlp.down_proj")
+
+
+@pytest.mark.parametrize("model", [SHIPPED_MODEL, str(GOLDEN / "llama-mini"), str(GOLDEN / "gpt2-mini")])
+def test_settings_are_printed_as_a_file_to_keep(model: str, tmp_path: Path, capsys: Any) -> None:
+    assert main(["settings", "--model", model, "--set", "lr=3e-4"]) == 0
+    file = tmp_path / "kept.yaml"
+    file.write_text(capsys.readouterr().out, "utf-8")
+    kept = KDPOHyperParams.from_hparams(file)
+    assert (kept.model_name, kept.layers, kept.lr) == (model, [4], 3e-4)
+    assert kept == complete(kept, load(model)[0])
+    assert main(["settings", "--model", model, "--hparams", str(file)]) == 0
+    assert yaml.safe_load(capsys.readouterr().out) == kept.to_dict()
+
+
+def test_a_settings_file_need_not_name_its_model(tmp_path: Path, capsys: Any) -> None:
+    file = tmp_path / "any.yaml"
+    file.write_text("lr: 2e-3\n", "utf-8")
+    assert main(["settings", "--model", str(GOLDEN / "gpt2-mini"), "--hparams", str(file)]) == 0
+    said = yaml.safe_load(capsys.readouterr().out)
+    assert (said["lr"], said["rewrite_module_tmp"]) == (2e-3, "transformer.h.{}.mlp.c_proj")
+
+
+@pytest.mark.parametrize("files", [["auto.yaml"], ["auto.yaml", "llama-mini.yaml"]], ids=["any", "its own"])
+def test_a_recipe_has_a_file_for_any_model(
+    files: list[str], tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its file for this model, by the folder's name, wins."""
+    (tmp_path / "KDPO-L").mkdir()
+    for margin, name in enumerate(files, start=1):
+        named = "" if name == "auto.yaml" else "model_name: somebody/llama\n"
+        (tmp_path / "KDPO-L" / name).write_text(f"{named}margin: {margin}\n", "utf-8")
+    for module in ("hparams", "cli.main"):
+        monkeypatch.setattr(f"kdpo_editor.{module}.settings_folder", lambda: tmp_path)
+    assert main(["settings", "--model", str(GOLDEN / "llama-mini"), "--recipe", "KDPO-L"]) == 0
+    out = capsys.readouterr().out
+    assert f"from KDPO-L/{files[-1]}" in out
+    assert yaml.safe_load(out)["margin"] == len(files)
+
+
+def test_a_recipe_without_settings_for_a_model_is_refused(tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
+    monkeypatch.setattr("kdpo_editor.cli.main.settings_folder", lambda: tmp_path)
+    code, _, err = kdpo(capsys, "settings", "--model", str(GOLDEN / "llama-mini"), "--recipe", "KDPO-L")
+    assert code == 1
+    assert "--recipe KDPO-L: it has no settings for" in err
 
 
 def test_an_edit_that_misses_its_target_gives_exit_code_one(tmp_path: Path, capsys: Any) -> None:
@@ -330,10 +389,7 @@ def test_wrong_usage_gives_exit_code_two_and_a_hint(arguments: list[str], messag
     ("arguments", "message"),
     [
         (["edit", *MODEL, "--file", "nowhere.jsonl", "--out", "e"], "nowhere.jsonl"),
-        (
-            ["edit", "--model", "gpt-5", "--prompt", "x", "--target", "y", "--out", "e"],
-            "no ready-made settings for gpt-5",
-        ),
+        (["settings", "--model", "/no/model"], "/no/model"),
         (
             [
                 "edit",

@@ -198,6 +198,17 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_a_cell_says_what_was_derived_from_the_model(tmp_path: Path) -> None:
+    from kdpo_editor.compare.run.cell import run
+
+    left_out = ("~method.hparams.layers", "method.hparams.rewrite_module_tmp=null", "n_edits=1")
+    cell = run(composed(tmp_path, *left_out))
+    derived = {"layers": [4], "rewrite_module_tmp": "model.layers.{}.mlp.down_proj"}
+    assert (manifest(cell.folder)["status"], manifest(cell.folder)["derived"]) == ("complete", derived)
+    written = yaml.safe_load((cell.folder / "config.yaml").read_text("utf-8"))["method"]["hparams"]
+    assert {key: written[key] for key in derived} == derived
+
+
 def test_a_cell_holds_its_settings_versions_figures_and_generations(finished: Path) -> None:
     (cell,) = cells(finished).values()
     found = manifest(cell)

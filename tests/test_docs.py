@@ -15,7 +15,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -245,11 +245,11 @@ def check_report(arguments: list[str], folder: Path) -> None:
 
 
 def check_figures(arguments: list[str], folder: Path) -> None:
-    from kdpo_editor.cli.main import settings
+    from kdpo_editor.cli.main import chosen_settings
     from kdpo_editor.compare.report import paper_figures
 
     if arguments[0] == "cycle":
-        settings(paper_figures.make_parser().parse_args(arguments))
+        chosen_settings(paper_figures.make_parser().parse_args(arguments))
     else:
         words = [str(folder / a) if i == 1 else a for i, a in enumerate(arguments)]
         assert paper_figures.main(words) == 1  # there are no results here; wrong usage would exit
@@ -347,6 +347,7 @@ def test_every_setting_is_explained() -> None:
         said = yaml.safe_load(table[field.name].strip().strip("`"))
         default = field.default
         if said == "required":
+            assert default is MISSING, field.name
             continue
         numeric = isinstance(default, float)
         assert (float(said) if numeric else said) == default, field.name

@@ -143,7 +143,7 @@ def test_the_command_draws_a_record_s_cycle(tmp_path: Path, capsys: pytest.Captu
         (["--record", "301"], "--record 301: shipped has records 0 to 300"),
         (["--record", "0", "--set", "lrr=1"], "lrr"),
         (["--record", "0", "--dataset", "none.json"], "none.json"),
-        (["--prompt", "Who?", "--target", "Ada", "--model", "no-such"], "no ready-made settings for no-such"),
+        (["--prompt", "Who?", "--target", "Ada", "--model", "/no/model"], "cannot load the model /no/model"),
         (["--prompt", "Who?", "--target", "  "], "target_new"),
     ],
 )

@@ -32,6 +32,8 @@ LLAMA_LIKE = {
 NO_GROUPS = {k: v for k, v in LLAMA_LIKE.items() if k != "num_key_value_heads"}
 GPT_LIKE = {"vocab_size": 97, "n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 64, "bos_token_id": 1}
 WINDOW = {"head_dim": 8, "sliding_window": 4}
+MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_chunk_size": 8}
+STATES = {"vocab_size": 97, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "hidden_size": 32, "state_size": 8}
 # Config class, list of blocks, edited matrix, settings, and whether replay begins at the matrix.
 ARCHITECTURES: dict[str, tuple[str, str, str, dict[str, Any], bool]] = {
     "gpt2": ("GPT2", "transformer.h", "mlp.c_proj", GPT_LIKE, True),
@@ -80,11 +82,54 @@ ARCHITECTURES: dict[str, tuple[str, str, str, dict[str, Any], bool]] = {
         {**LLAMA_LIKE, "residual_multiplier": 0.3, "logits_scaling": 7.0},
         False,
     ),
+    "smollm3": ("SmolLM3", "model.layers", "mlp.down_proj", {**LLAMA_LIKE, "no_rope_layer_interval": 2}, True),
+    "olmo3": ("Olmo3", "model.layers", "mlp.down_proj", {**LLAMA_LIKE, "sliding_window": 4}, False),
+    "glm4": ("Glm4", "model.layers", "mlp.down_proj", {**LLAMA_LIKE, "head_dim": 8}, False),
+    "starcoder2": ("Starcoder2", "model.layers", "mlp.c_proj", LLAMA_LIKE, True),
+    # Convolutions and states beside attention, or instead of it.
+    "lfm2": (
+        "Lfm2",
+        "model.layers",
+        "feed_forward.w2",
+        {**LLAMA_LIKE, "layer_types": ["conv", "full_attention"] * 2},
+        True,
+    ),
+    "falcon_h1": (
+        "FalconH1",
+        "model.layers",
+        "feed_forward.down_proj",
+        {**LLAMA_LIKE, **MAMBA, "head_dim": 8, "mamba_d_ssm": 64, "lm_head_multiplier": 0.5},
+        True,
+    ),
+    "granite_hybrid": (
+        "GraniteMoeHybrid",
+        "model.layers",
+        "shared_mlp.output_linear",
+        {
+            **LLAMA_LIKE,
+            **MAMBA,
+            "num_local_experts": 0,
+            "shared_intermediate_size": 64,
+            "layer_types": ["mamba", "attention"] * 2,
+            "residual_multiplier": 0.3,
+        },
+        False,
+    ),
+    "mamba": ("Mamba", "backbone.layers", "mixer.out_proj", {**STATES, "num_hidden_layers": 4}, True),
+    "mamba2": (
+        "Mamba2",
+        "backbone.layers",
+        "mixer.out_proj",
+        {**STATES, "num_hidden_layers": 4, "num_heads": 8, "head_dim": 8, "n_groups": 1, "chunk_size": 8},
+        True,
+    ),
 }
 
 
 def tiny(name: str, dtype: torch.dtype = torch.float32) -> tuple[Any, str, str]:
     family, blocks, matrix, settings, _ = ARCHITECTURES[name]
+    if not hasattr(transformers, f"{family}Config"):
+        pytest.skip(f"transformers {transformers.__version__} has no {family}")
     torch.manual_seed(0)
     config = getattr(transformers, f"{family}Config")(**settings)
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
@@ -162,6 +207,19 @@ def test_replay_equals_full_forward(name: str, layer: int) -> None:
     rows = suffix.head_rows(pair)
     assert rows is not None
     torch.testing.assert_close(suffix.logits(suffix.replay(captured), rows), after.gather(-1, pair), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@torch.no_grad()
+def test_padding_on_the_right_changes_nothing(name: str) -> None:
+    """A batch of rows of different lengths gives what each row gives by itself; so do its states, where it has such."""
+    model, suffix, _ = suffix_of(name, 1)
+    captured, first = suffix.capture(padded()[0].masked_fill(padded()[1] == 0, 50), POSITIONS)
+    alone = [
+        model(input_ids=ids[None, :n]).logits[0, at].float() for ids, n, at in zip(IDS, LENGTHS, POSITIONS, strict=True)
+    ]
+    for hidden in (first, suffix.replay(captured)):
+        torch.testing.assert_close(suffix.logits(hidden), torch.stack(alone), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.usefixtures("worth")

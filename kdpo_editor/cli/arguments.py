@@ -30,6 +30,9 @@ EXAMPLES = {
 
 each line of facts.jsonl:
   {"prompt": "Which was the family of Stamnophora?", "target_new": "Tortricidae"}""",
+    "settings": """\
+  kdpo settings --model Qwen/Qwen3-0.6B > qwen3.yaml
+  kdpo settings --model meta-llama/Llama-2-7b-hf --set lr=2e-5""",
     "apply": "  kdpo apply saved-delta --model kdpo-llama-knowedit --out edits",
     "undo": "  kdpo undo edits\n  kdpo undo edits -n 3",
     "redo": "  kdpo redo edits",
@@ -43,6 +46,7 @@ each line of facts.jsonl:
   kdpo export edits --as delta --to one-edit --edit 3 --since 2""",
     "compact": "  kdpo compact edits\n  kdpo compact edits --keep 10",
 }
+RECIPES = ("KDPO", "KDPO-L")
 DTYPES = ("float32", "float16", "bfloat16", "float64")
 
 
@@ -77,7 +81,8 @@ def make_parser(
             allow_abbrev=False,
         )
         sub.set_defaults(run=run)
-        sub.add_argument("--skip-damaged", action="store_true", help="leave out damaged lines of the ledger")
+        if name != "settings":  # the one command without a ledger
+            sub.add_argument("--skip-damaged", action="store_true", help="leave out damaged lines of the ledger")
         return sub
 
     def writes(sub: argparse.ArgumentParser) -> None:
@@ -89,6 +94,15 @@ def make_parser(
         sub.add_argument("--device", help='CUDA index, "cpu" or "cuda:1" (default: the GPU where there is one)')
         sub.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
 
+    def sets(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument(
+            "--hparams",
+            metavar="FILE",
+            help="settings: a YAML file or the name of a ready-made one (default: the model's, or found from it)",
+        )
+        sub.add_argument("--recipe", choices=RECIPES, default=RECIPES[0], help="which ready-made ones (default KDPO)")
+        sub.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="one setting; can be repeated")
+
     sub = command("edit")
     loads(sub, required=True)
     sub.add_argument("--prompt", help="what the model is asked")
@@ -97,12 +111,15 @@ def make_parser(
     sub.add_argument("--chat", action="store_true", help="put the prompts into the model's own chat template")
     sub.add_argument("--file", metavar="JSONL", help='edits, one a line; "-" reads standard input')
     sub.add_argument("--out", required=True, metavar="DIR", help="the ledger, made if it is not there")
-    sub.add_argument("--hparams", metavar="FILE", help="settings: a YAML file or the name of a ready-made one")
-    sub.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="one setting; can be repeated")
+    sets(sub)
     sub.add_argument("--dtype", choices=DTYPES, help="of the model (default: the ledger's, else the settings')")
     sub.add_argument("--keep-going", action="store_true", help="skip bad lines and edits that diverge")
     sub.add_argument("--resume", action="store_true", help="leave out edits that are in the ledger already")
     writes(sub)
+
+    sub = command("settings")
+    loads(sub, required=True)
+    sets(sub)
 
     sub = command("apply")
     sub.add_argument("delta", nargs="+", metavar="DELTA", help="folder that kdpo export --as delta or EditDelta made")

@@ -19,11 +19,12 @@ from ..errors import (
     HyperParamsError,
     KDPOError,
     LedgerError,
+    ModelError,
     RequestError,
     StorageError,
 )
-from ..hparams import KDPOHyperParams, settings_folder
-from .arguments import check_options, make_parser
+from ..hparams import KDPOHyperParams, ready_made, settings_folder
+from .arguments import RECIPES, check_options, make_parser
 from .terminal import columns, complain, put, say
 
 if TYPE_CHECKING:
@@ -58,9 +59,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def edit(args: argparse.Namespace) -> int:
     """Edit a model, request by request, each journaled before the next."""
+    from ..derived import complete
     from ..edits.ledger import EditLedger
 
-    hparams = settings(args)
+    hparams, _ = chosen_settings(args)
     requests, skipped = _requests(args)
     if skipped and not args.keep_going:
         for text in skipped:
@@ -73,6 +75,10 @@ def edit(args: argparse.Namespace) -> int:
         model, tok = _load(args.model, dtype, args, hparams.device)
         if args.chat:
             requests = [(where, _in_chat(tok, request)) for where, request in requests]
+        found = complete(hparams, model)
+        if found != hparams:
+            complain(f"from the model's structure: {_derived(hparams, found)}; kdpo settings prints all settings")
+        hparams = found
         good = []
         for where, request in requests:
             try:
@@ -141,6 +147,35 @@ def apply(args: argparse.Namespace) -> int:
             ledger.apply(model, delta, force=args.force)
             put({"edit": ledger.head, "delta": path, "requests": len(delta.info.requests), "bytes": delta.nbytes})
     return 0
+
+
+def settings(args: argparse.Namespace) -> int:
+    """Print all settings for a model, as a YAML file to keep and change."""
+    from ..derived import complete
+    from ..models import outline
+
+    chosen, source = chosen_settings(args)
+    try:
+        model = outline(args.model, trust_remote_code=args.trust_remote_code)
+    except ModelError:
+        if not Path(args.model).exists():
+            raise
+        # A kind of file without a configuration beside it.
+        model, _ = _load(args.model, "auto", args, "cpu")
+    found = complete(chosen, model)
+    say(f"# {args.recipe} for {args.model}, from {source}. To be used with kdpo edit --hparams.")
+    if found != chosen:
+        say(f"# From the model's structure: {_derived(chosen, found)}.")
+    lines = yaml.safe_dump(found.to_dict(), sort_keys=False, default_flow_style=None, allow_unicode=True, width=1000)
+    for line in lines.splitlines():
+        say(line)
+    return 0
+
+
+def _derived(chosen: KDPOHyperParams, found: KDPOHyperParams) -> str:
+    """What ``found`` has beyond ``chosen``."""
+    before, after = chosen.to_dict(), found.to_dict()
+    return ", ".join(f"{key} {after[key]}" for key in after if after[key] != before[key])
 
 
 def undo(args: argparse.Namespace) -> int:
@@ -257,7 +292,7 @@ def compact(args: argparse.Namespace) -> int:
     return 0
 
 
-COMMANDS = (edit, apply, undo, redo, checkout, log, show, export, compact)
+COMMANDS = (edit, settings, apply, undo, redo, checkout, log, show, export, compact)
 
 
 # Their parts --------------------------------------------------------------------------------------------------
@@ -308,24 +343,28 @@ def _load(name: str, dtype: str, args: argparse.Namespace, device: str | int | N
     return load(name, dtype=dtype, device=wanted, trust_remote_code=args.trust_remote_code, safetensors_only=True)
 
 
-def settings(args: argparse.Namespace) -> KDPOHyperParams:
-    """Settings: the file that was named, or the ready-made one for the model; then what ``--set`` says."""
-    folder = settings_folder() / "KDPO"
+def chosen_settings(args: argparse.Namespace) -> tuple[KDPOHyperParams, str]:
+    """Settings, and where they are from; then what ``--set`` says. Those that the model decides may be left out.
+
+    They are those of the file that was named; or the recipe's ready-made ones for the model; or those that the recipe
+    has for any model.
+    """
+    recipe = getattr(args, "recipe", RECIPES[0])
+    folder = settings_folder() / recipe
+    file = ready_made(args.model, recipe)
     if args.hparams:
         file = Path(args.hparams)
         if not file.exists() and not file.with_name(file.name + ".yaml").exists() and file.name == args.hparams:
             file = folder / args.hparams
+    elif file is None and (folder / "auto.yaml").exists():
+        file = folder / "auto.yaml"
+    elif file is None and recipe != RECIPES[0]:
+        raise HyperParamsError(f"--recipe {recipe}: it has no settings for {args.model}; give --hparams")
+    if file is None:
+        chosen = KDPOHyperParams(model_name=args.model)
     else:
-        ready = {f: yaml.safe_load(f.read_text("utf-8"))["model_name"] for f in sorted(folder.glob("*.yaml"))}
-        last = args.model.rstrip("/").rpartition("/")[2].lower()
-        fitting = [f for f, name in ready.items() if name == args.model] or [f for f in ready if f.stem == last]
-        if not fitting:
-            raise HyperParamsError(
-                f"there are no ready-made settings for {args.model}; give --hparams, a file or one of "
-                f"{', '.join(f.stem for f in ready)}"
-            )
-        file = fitting[0]
-    values = KDPOHyperParams.from_hparams(file).to_dict()
+        chosen = KDPOHyperParams.from_hparams(file, args.model)
+    values = chosen.to_dict()
     for pair in args.set:
         key, equals, text = pair.partition("=")
         if not equals:
@@ -336,7 +375,8 @@ def settings(args: argparse.Namespace) -> KDPOHyperParams:
             values[key] = text
     if values["ledger"] is not None:
         raise HyperParamsError("ledger: here the ledger is what --out names")
-    return KDPOHyperParams.from_config({**values, "model_name": args.model})
+    source = "the defaults, which are the paper's" if file is None else f"{file.parent.name}/{file.name}"
+    return KDPOHyperParams.from_config({**values, "model_name": args.model}), source
 
 
 def _requests(args: argparse.Namespace) -> tuple[list[tuple[str, dict[str, Any]]], list[str]]:

@@ -12,6 +12,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from ..derived import complete
 from ..editing import edit
 from ..engine.batches import EditTrace
 from ..engine.generation import generate, says_target
@@ -59,6 +60,7 @@ class EditDelta:
         cls, model: nn.Module, tok: Any, requests: Sequence[Mapping[str, Any]], hparams: KDPOHyperParams
     ) -> EditDelta:
         """Edit ``model`` in place, as :func:`kdpo_editor.edit` does, and return the change."""
+        hparams = complete(hparams, model)
         _, originals, traces = edit(model, tok, requests, hparams)
         return cls.of(model, originals, requests, hparams, traces)
 

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..derived import complete
 from ..editing import edit
 from ..engine.batches import EditTrace
 from ..engine.weights import find_matrices, restore
@@ -169,6 +170,7 @@ class EditLedger(History):
             StorageError: the edit could not be written down. The model is as before the call.
         """
         self._check_writable()
+        hparams = complete(hparams, model)  # what is written down is what the edit is made with
         matrices = find_matrices(model, hparams)
         self.follow(model)
         self._remember(model)

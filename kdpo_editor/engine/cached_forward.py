@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
+from transformers.utils import ModelOutput
 
 from ..errors import ModelError
 from ..hparams import KDPOHyperParams
@@ -45,12 +46,14 @@ class Examined:
     """What was found out about a model and one edited module.
 
     ``inside``: replay may begin at the matrix, not only at its block. ``head_alone``: logits are what the head gives,
-    and nothing else follows. ``after``: names of what follows the last block in the module that holds the blocks.
-    ``narrow``: names of the modules in the last block that are needed only where logits are read.
+    and nothing else follows. ``result``: the class of what the module that holds the blocks gives. ``after``: names of
+    what follows the last block there. ``narrow``: names of the modules in the last block that are needed only where
+    logits are read.
     """
 
     inside: bool
     head_alone: bool
+    result: type[ModelOutput] = BaseModelOutputWithPastAndCrossAttentions
     after: tuple[str, ...] = ()
     narrow: tuple[str, ...] = ()
 
@@ -158,13 +161,14 @@ class Suffix:
         self._after: list[nn.Module] = []
         self._narrow: list[tuple[nn.Module, int]] = []  # with their number of parameters
         self._head_alone = False
+        self._result: type[ModelOutput] = BaseModelOutputWithPastAndCrossAttentions
         if module_name in _EXAMINED.get(model, {}):
             self._adopt(_EXAMINED[model][module_name])
 
     @classmethod
     def above(cls, model: nn.Module, weights: Iterable[str], hparams: KDPOHyperParams) -> Suffix:
         """From the first of the edited matrices up; ``weights``: their names, in the order of ``hparams.layers``."""
-        modules = {layer: name.rpartition(".")[0] for layer, name in zip(hparams.layers, weights, strict=True)}
+        modules = {layer: name.rpartition(".")[0] for layer, name in zip(hparams.place[0], weights, strict=True)}
         first = min(modules)
         return cls(model, blocks_name(hparams), first, modules[first], list(modules.values()), hparams.fact_token)
 
@@ -244,9 +248,9 @@ class Suffix:
             if head_rows is not None:
                 patches.enter_context(forward_is(head, head_rows))
             if self._head_alone:
-                logits: Tensor = head(hidden)
+                logits: Tensor = head(hidden.to(head.weight.dtype))  # Mamba's residual stream is fp32
             else:
-                output = BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden)
+                output = self._result(last_hidden_state=hidden)  # type: ignore[call-arg]
                 patches.enter_context(forward_is(self.holder, lambda *args, **kwargs: output))
                 logits = self.model(inputs_embeds=hidden, use_cache=False, return_dict=True).logits
         return logits.float()
@@ -264,6 +268,7 @@ class Suffix:
         narrow = [self.blocks[-1].get_submodule(name) for name in examined.narrow]
         self._narrow = [(module, sum(p.numel() for p in module.parameters())) for module in narrow]
         self._head_alone = examined.head_alone
+        self._result = examined.result
         self._after = [self.holder.get_submodule(name) for name in examined.after]
 
     @contextmanager
@@ -332,10 +337,10 @@ class Suffix:
             if inside:
                 hooks.callback(self.module.register_forward_hook(set_aside).remove)
                 hooks.callback(self.blocks[0].register_forward_hook(put_back).remove)
-            output = self.holder(input_ids=ids, use_cache=False, return_dict=True).last_hidden_state
+            result = self.holder(input_ids=ids, use_cache=False, return_dict=True)
         if len(calls) != len(self.blocks) or (inside and "rest" not in kept):
             raise ModelError(f"{len(self.blocks)} blocks were to run once each, but {len(calls)} calls were seen")
-        self._after = after
+        self._after, self._result = after, type(result)
         inputs, arguments = [], []
         for args, kwargs in calls:
             inputs.append(args[0] if args else kwargs.pop("hidden_states"))
@@ -344,7 +349,7 @@ class Suffix:
             captured = Captured(kept["rest"], kept["inner"], arguments[1:], positions)
         else:
             captured = Captured(inputs[0].detach(), None, arguments, positions)
-        return captured, captured.places.read(output)
+        return captured, captured.places.read(result.last_hidden_state)
 
     @torch.no_grad()
     def _examine(self, ids: Tensor) -> Examined | None:
@@ -366,7 +371,7 @@ class Suffix:
                 disturbance.append((3 * scale * noise).to(output))
             return output + disturbance[0].view(output.shape)
 
-        worst = float("inf")
+        found = "cannot be tried"
         for inside in (True, False):
             try:
                 captured, before = self._run(ids, positions, inside)
@@ -380,10 +385,17 @@ class Suffix:
                 full = self.model(input_ids=ids[swapped], use_cache=False, return_dict=True).logits.float()
                 hidden = self.replay(captured)
                 replayed = self.logits(hidden).to(full.device)
-                head = self.model.get_output_embeddings()(hidden).float()  # type: ignore[operator]
+                head = self.model.get_output_embeddings()  # type: ignore[operator]
+                alone = head(hidden.to(head.weight.dtype)).float()
                 pair = torch.stack([positions % full.shape[-1], full.argmax(-1).to(positions.device)], -1)
                 rows = self.head_rows(pair)
                 part = None if rows is None else self.logits(hidden, rows).to(full.device)
+            except torch.OutOfMemoryError:
+                raise
+            except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+                # Blocks or a head that want more than what they were seen to be given.
+                found = f"fails ({type(error).__name__}: {error})"
+                continue
             finally:
                 handle.remove()
             if not torch.isfinite(full).all():
@@ -392,16 +404,16 @@ class Suffix:
             # What rounding may cost: a share of the change, and of the numbers themselves.
             change = (full - self.logits(before[swapped.to(before.device)]).to(full.device)).norm()
             allowed = (0.05 if half else 1e-3) * change + (2e-2 if half else 1e-5) * full.norm()
-            error = (full - replayed).norm()
+            difference = (full - replayed).norm()
             if part is not None:
-                error = torch.maximum(error, (full.gather(-1, pair.to(full.device)) - part).norm())
-            if error <= allowed:
+                difference = torch.maximum(difference, (full.gather(-1, pair.to(full.device)) - part).norm())
+            if difference <= allowed:
                 after = [name for name, child in self.holder.named_children() if child in self._after]
-                return Examined(inside, torch.equal(replayed, head.to(full.device)), tuple(after))
-            worst = min(worst, (error / change).item())
+                return Examined(inside, torch.equal(replayed, alone.to(full.device)), self._result, tuple(after))
+            found = f"differs from the full forward (by {(difference / change).item():.2g} of the change)"
         raise ModelError(
-            f"{type(self.model).__name__}: replaying what lies above {self.module_name} differs from the full forward "
-            f"(by {worst:.2g} of the change); this architecture cannot be edited"
+            f"{type(self.model).__name__}: replaying what lies above {self.module_name} {found}; this architecture "
+            "cannot be edited"
         )
 
     @torch.no_grad()

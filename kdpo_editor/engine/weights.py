@@ -22,21 +22,16 @@ def find_matrices(model: nn.Module, hparams: KDPOHyperParams) -> dict[str, nn.Pa
             names no list of blocks, a layer lies outside it, or the name matches no matrix or several; or the
             matrix is quantised or not in memory.
     """
-    name = hparams.rewrite_module_tmp
-    config = getattr(model, "config", None)
-    if getattr(config, "is_encoder_decoder", False):
-        raise ModelError(f"{type(model).__name__} is an encoder-decoder; only decoder-only models can be edited")
-    if getattr(model, "is_quantized", False):
-        raise ModelError(f"{type(model).__name__} was loaded quantised; load it in floating point to edit it")
+    check_kind(model)
+    layers, name = hparams.place
     blocks = find_blocks(model, hparams)
     found = {}
-    for layer in hparams.layers:
+    for layer in layers:
         if layer >= len(blocks):
             raise ModelError(
                 f"layers: {layer} is outside the model, which has {len(blocks)} layers, 0 to {len(blocks) - 1}"
             )
-        if any(n.rpartition(".")[2] == "experts" for n, _ in blocks[layer].named_modules()):
-            raise ModelError(f"layer {layer} of {type(model).__name__} is a mixture of experts, which cannot be edited")
+        check_kind(model, {layer: blocks[layer]})
         wanted = name.format(layer).removesuffix(".weight")
         matches = {
             n: p for n, p in model.named_parameters() if p.ndim >= 2 and (n == wanted or n.startswith(wanted + "."))
@@ -62,9 +57,30 @@ def find_matrices(model: nn.Module, hparams: KDPOHyperParams) -> dict[str, nn.Pa
     return found
 
 
+def check_kind(model: nn.Module, blocks: Mapping[int, nn.Module] | None = None) -> None:
+    """Raise :class:`ModelError` for a kind of model that cannot be edited.
+
+    ``blocks``: by index, those that must not be mixtures of experts.
+    """
+    kind = type(model).__name__
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise ModelError(f"{kind} is an encoder-decoder; only decoder-only models can be edited")
+    if getattr(model, "is_quantized", False):
+        raise ModelError(f"{kind} was loaded quantised; load it in floating point to edit it")
+    for index, block in (blocks or {}).items():
+        if any(_is_mixture(name, module) for name, module in block.named_modules()):
+            raise ModelError(f"layer {index} of {kind} is a mixture of experts, which cannot be edited")
+
+
+def _is_mixture(name: str, module: nn.Module) -> bool:
+    """Whether ``module`` routes tokens to experts or holds their matrices, stacked or one by one."""
+    stacked = any(p.ndim == 3 for p in module.parameters(recurse=False)) and not isinstance(module, nn.Conv1d)
+    return stacked or name.rpartition(".")[2] in ("experts", "router")
+
+
 def blocks_name(hparams: KDPOHyperParams) -> str:
     """Dotted name of the list of blocks: the template up to its ``.{}``."""
-    return hparams.rewrite_module_tmp.partition(".{}")[0]
+    return (hparams.rewrite_module_tmp or "").partition(".{}")[0]
 
 
 def find_blocks(model: nn.Module, hparams: KDPOHyperParams) -> nn.ModuleList:

@@ -241,7 +241,7 @@ def _listed(values: Iterable[Any]) -> str:
 def _cycle(args: argparse.Namespace) -> Iterator[Picture]:
     import matplotlib as mpl
 
-    from ...cli.main import settings
+    from ...cli.main import chosen_settings
     from ...models import load
     from ..run.datasets import load as load_records
     from ..run.watch import watch
@@ -255,7 +255,7 @@ def _cycle(args: argparse.Namespace) -> Iterator[Picture]:
             raise DataError(f"--record {args.record}: {args.dataset} has records 0 to {len(records) - 1}")
         record = records[args.record]
         request, of = {"prompt": record.prompt, "target_new": record.target_new}, f"{args.dataset}-{args.record}"
-    hparams = settings(args)
+    hparams, _ = chosen_settings(args)
     model, tok = load(args.model, device=args.device)
     watched = watch(model, tok, request, hparams)
     steps = sum(cycle.steps for cycle in watched.cycles)

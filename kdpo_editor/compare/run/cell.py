@@ -9,7 +9,7 @@ import logging
 import time
 import traceback
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,14 @@ from typing import Any
 import torch
 import yaml
 from omegaconf import OmegaConf
+from torch import nn
 from tqdm import tqdm
 
 from ... import easyedit, models
+from ...derived import complete
 from ...edits.storage import write_file
 from ...errors import DataError, HyperParamsError, KDPOError
-from ...hparams import settings_folder
+from ...hparams import KDPOHyperParams, settings_folder
 from ...requests import tokenize
 from ...testbed import taught_texts
 from . import statistics
@@ -67,7 +69,7 @@ def run(config: Compare) -> Cell:
         started = datetime.now(timezone.utc).isoformat(timespec="seconds")
         form = easyedit.form().lower()
         cell.note(status="running", started=started, form=form, versions=versions(), error=None, notes=[])
-        write_file(cell.folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(config)).encode())
+        _write_config(cell, config)
         with _log_to(cell.folder / "run.log"):
             try:
                 _compute(config, cell, edited, unrelated)
@@ -90,6 +92,7 @@ def _compute(config: Compare, cell: Cell, edited: Sequence[Record], unrelated: S
         return
     model, tok = models.load(config.model.name, dtype=config.model.dtype, device=config.model.device)
     model.requires_grad_(False)
+    settings = _completed(settings, model, config, cell)
     before = fingerprint(model)
     stats = Path(config.stats_dir or Path(config.cache) / "stats" / before[:16]).absolute()
     if settings is not None:
@@ -326,6 +329,23 @@ def _settings(config: Compare) -> tuple[dict[str, Any] | None, list[str]]:
         taken: dict[str, Any] = yaml.safe_load(other.read_text("utf-8"))
         return taken, [f"EasyEdit's {form} form knows {without} instead; settings are those of hparams/{without}"]
     return None, [f"EasyEdit's {form} form does not have this method"]
+
+
+def _completed(settings: dict[str, Any] | None, model: nn.Module, config: Compare, cell: Cell) -> dict[str, Any] | None:
+    """KDPO's settings with what is found from the model's structure; the cell's config and manifest say it too."""
+    if settings is None or settings["alg_name"] != "KDPO":
+        return settings
+    found = complete(KDPOHyperParams.from_config(settings), model).to_dict()
+    derived = {key: found[key] for key in ("layers", "rewrite_module_tmp") if settings.get(key) is None}
+    if derived:
+        method = replace(config.method, hparams={**(config.method.hparams or {}), **derived})
+        _write_config(cell, replace(config, method=method))
+        cell.note(derived=derived)
+    return {**settings, **derived}
+
+
+def _write_config(cell: Cell, config: Compare) -> None:
+    write_file(cell.folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(config)).encode())
 
 
 def _progress(config: Compare, numbers: range, done: int) -> Iterator[int]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...derived import complete
 from ...editing import edit
 from ...engine.weights import find_matrices, restore
 from ...errors import HyperParamsError, RequestError
@@ -62,6 +63,7 @@ def watch(model: nn.Module, tok: Any, request: Mapping[str, Any], hparams: KDPOH
     if request.get("rephrases"):
         raise RequestError("'rephrases' cannot be watched; leave them out")
     ((tokens, *_),) = tokenize(tok, [request], append_eos=hparams.append_eos)
+    hparams = complete(hparams, model)
     matrices = find_matrices(model, hparams)
     matrix = next(iter(matrices.values()))
     seen: list[Tensor] = []

@@ -1,0 +1,83 @@
+"""Settings that were left out, found from the model's own structure; ready-made ones go before them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from weakref import WeakKeyDictionary
+
+from torch import nn
+
+from .engine.structure import editable_layers, structure_of
+from .engine.weights import find_blocks
+from .hparams import KDPOHyperParams, ready_made
+
+LOG = logging.getLogger(__name__)
+# The place of the edited block in the model's depth. The paper edits block 21 of 32 in four of its models, and one
+# between 0.65 and 0.875 of the depth in all of them.
+PUBLISHED = 21 / 32
+# Through the subject's tokens alone: the blocks between these. Of SmolLM2's 30 blocks 4 to 8 did best, which are also
+# MEMIT's for Llama-2-7B; of Gemma-3's 18 these are 2 to 4, and higher ones harmed more of what the model knew.
+FIRST_FOR_SUBJECT, LAST_FOR_SUBJECT = 2 / 15, 1 / 4
+# What was said of a model already.
+_SAID: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
+
+
+def complete(hparams: KDPOHyperParams, model: nn.Module) -> KDPOHyperParams:
+    """Fill in ``layers`` and ``rewrite_module_tmp`` where they are ``None``, and leave everything else as it is.
+
+    The matrix is the one that a block writes with into the residual stream last, by the structure of ``model``. The
+    layers are those of the ready-made settings for a model of this name. Without such, they go by the model's depth and
+    ``fact_token``. Blocks of a hybrid model without the matrix are passed over. What was derived is logged at level
+    INFO, once.
+
+    Raises:
+        ModelError: the model is an encoder-decoder, quantised or a mixture of experts, its structure cannot be found,
+            or ``rewrite_module_tmp`` names no list of blocks.
+    """
+    if hparams.layers is not None and hparams.rewrite_module_tmp is not None:
+        return hparams
+    derived = {}
+    template = hparams.rewrite_module_tmp
+    if template is None:
+        template = derived["rewrite_module_tmp"] = structure_of(model).matrix
+    layers = hparams.layers
+    if layers is None:
+        depth = len(find_blocks(model, replace(hparams, rewrite_module_tmp=template)))
+        whole = hparams.fact_token == "all"
+        layers = (_published_layers(hparams.model_name, template, depth) if whole else None) or default_layers(
+            depth, editable_layers(model, template) or range(depth), whole
+        )
+        derived["layers"] = str(layers)
+    said = f"{hparams.model_name}: derived {', '.join(f'{key}: {value}' for key, value in sorted(derived.items()))}"
+    if said not in _SAID.setdefault(model, set()):
+        _SAID[model].add(said)
+        LOG.info(said)
+    return replace(hparams, layers=list(layers), rewrite_module_tmp=template)
+
+
+def default_layers(depth: int, editable: Sequence[int], all_tokens: bool = True) -> list[int]:
+    """The layers that are edited by default in a model of ``depth`` blocks.
+
+    Args:
+        depth: how many blocks there are.
+        editable: the indices of those that have the matrix; the nearest of them are taken.
+        all_tokens: whether matrices are trained through all tokens, and not the subject's alone.
+    """
+    if all_tokens:
+        wanted = [round(PUBLISHED * depth)]
+    else:
+        first, last = round(FIRST_FOR_SUBJECT * depth), round(LAST_FOR_SUBJECT * depth)
+        wanted = [*range(min(first, last), last + 1)]
+    return sorted({min(editable, key=lambda layer: abs(layer - one)) for one in wanted})
+
+
+def _published_layers(model_name: str, template: str, depth: int) -> list[int] | None:
+    """The layers of the ready-made settings, if their matrix is ``template`` and the model is deep enough for them."""
+    file = ready_made(model_name)
+    if file is None:
+        return None
+    published = KDPOHyperParams.from_hparams(file)
+    fits = published.rewrite_module_tmp == template and max(published.layers or [depth]) < depth
+    return published.layers if fits else None
