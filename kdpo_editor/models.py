@@ -11,7 +11,9 @@ import torch
 from torch import nn
 
 from .errors import ModelError
-from .testbed import resolve
+from .gguf_files import converted, gguf_file
+from .packaged_models import PACKAGED
+from .testbed import SHIPPED_MODEL, resolve
 
 DTYPES = ("float32", "bfloat16", "float16", "float64", "auto")
 
@@ -27,7 +29,8 @@ def load(
     """A causal language model in evaluation mode, and its tokenizer, which has a padding token.
 
     Args:
-        name: Hugging Face id, folder, or :data:`kdpo_editor.SHIPPED_MODEL`.
+        name: Hugging Face id, folder, ``.gguf`` file or folder with one, a name of
+            :data:`~kdpo_editor.packaged_models.PACKAGED`, or :data:`kdpo_editor.SHIPPED_MODEL`.
         dtype: one of :data:`DTYPES`; "auto" is as saved.
         device: "cpu", "cuda", "cuda:1", a GPU's number, "auto" (spread over all GPUs); ``None`` is the GPU where
             there is one.
@@ -36,6 +39,7 @@ def load(
 
     Raises:
         ModelError: ``dtype`` is unknown, ``name`` cannot be loaded, or ``device`` is not there.
+        StorageError: the model is in a ``.gguf`` file and the cache cannot be written.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
@@ -46,7 +50,7 @@ def load(
         raise ModelError(f"dtype: {dtype!r} is not one of {', '.join(DTYPES)}")
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    folder = resolve(name)
+    folder = converted(name) or resolve(name)
     try:
         tok = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
         model = AutoModelForCausalLM.from_pretrained(
@@ -78,12 +82,23 @@ def outline(name: str, *, trust_remote_code: bool = False) -> nn.Module:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
-        config = AutoConfig.from_pretrained(resolve(name), trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(converted(name) or resolve(name), trust_remote_code=trust_remote_code)
         with torch.device("meta"):
             model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise ModelError(f"cannot read the configuration of {name}: {error}") from error
     return model.eval()
+
+def is_known_here(name: str) -> bool:
+    """Whether ``name`` is a model that only :func:`load` can load: a name of this package's, or a ``.gguf`` file."""
+    return name == SHIPPED_MODEL or name in PACKAGED or gguf_file(name) is not None
+
+
+def dequantised_from(model: nn.Module) -> dict[str, str] | None:
+    """The name and SHA-256 of the ``.gguf`` file that ``model``'s weights were dequantised from, if they were."""
+    config = getattr(model, "config", None)
+    name, sha256 = (getattr(config, key, None) for key in ("dequantised_from", "dequantised_sha256"))
+    return None if name is None or sha256 is None else {"file": name, "sha256": sha256}
 
 
 def room(model: nn.Module) -> float:

@@ -24,6 +24,7 @@ import kdpo_editor  # noqa: E402
 LAZY = "easyeditor" not in sys.modules
 
 import numpy as np  # noqa: E402
+import tiny_gguf  # noqa: E402
 import torch  # noqa: E402
 import yaml  # noqa: E402
 from easyeditor import BaseEditor  # noqa: E402
@@ -241,6 +242,22 @@ def rivals() -> dict[str, Any]:
     return out
 
 
+def gguf_file() -> dict[str, Any]:
+    # By a name with "llama" in it the framework takes a model for one that it loads itself.
+    file = tiny_gguf.write(Path("tiny-llama.gguf").absolute())
+    editor = BaseEditor.from_hparams(kdpo(model_name=str(file), layers=[1], lr=1e-2))
+    before = weight(editor)
+    request = {"prompts": ["the sea is on the"], "target_new": ["ton"], "ground_truth": ["sea"], "subject": ["sea"]}
+    metrics, model, _ = editor.edit(**request, verbose=False, **kept(False))
+    return {
+        "rewrite": float(np.mean(metrics[0]["post"]["rewrite_acc"])),
+        "edited": not torch.equal(before, weight(editor)),
+        "names": [
+            Path(str(n)).name for n in (editor.model_name, editor.hparams.model_name, model.config._name_or_path)
+        ],
+    }
+
+
 def user_mistakes() -> dict[str, Any]:
     out = {}
     for name, overrides in {
@@ -263,7 +280,7 @@ def main() -> None:
     results = {}
     for scenario in (
         importing, single, sequential, replayed, batch_edit, edit_requests, generate_edit, ledger_of_a_sequence,
-        ledger_of_single_edits, rivals, user_mistakes,
+        ledger_of_single_edits, rivals, gguf_file, user_mistakes,
     ):  # fmt: skip
         try:
             results[scenario.__name__] = scenario()

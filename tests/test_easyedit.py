@@ -60,7 +60,7 @@ def form(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="module")
 def results(form: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp(form)
-    run = python([str(SCENARIOS), "out.json"], form, folder)
+    run = python([str(SCENARIOS), "out.json"], form, folder, KDPO_CACHE=str(folder / "cache"))
     assert run.returncode == 0, run.stderr[-3000:]
     return dict(json.loads((folder / "out.json").read_text("utf-8")))
 
@@ -213,3 +213,10 @@ def test_a_missing_framework_is_explained(tmp_path: Path) -> None:
 def test_importing_kdpo_editor_does_not_import_easyeditor(tmp_path: Path) -> None:
     run = python("import sys, kdpo_editor; sys.exit('easyeditor' in sys.modules)", "pypi", tmp_path)
     assert run.returncode == 0, run.stderr
+
+
+def test_a_model_in_a_gguf_file_is_edited_by_its_path(results: dict[str, Any]) -> None:
+    found = scenario(results, "gguf_file")
+    assert found["rewrite"] == 1.0
+    assert found["edited"]
+    assert found["names"] == ["tiny-llama.gguf"] * 3

@@ -89,7 +89,8 @@ def make_parser(
         sub.add_argument("--wait", type=_seconds, default=0.0, metavar="S", help="seconds to wait for another writer")
 
     def loads(sub: argparse.ArgumentParser, required: bool) -> None:
-        text = "Hugging Face id, folder, or kdpo-llama-knowedit" + ("" if required else " (default: the ledger's)")
+        text = "Hugging Face id, folder, .gguf file, or a name like smollm2-135m"
+        text += "" if required else " (default: the ledger's)"
         sub.add_argument("--model", required=required, metavar="ID", help=text)
         sub.add_argument("--device", help='CUDA index, "cpu" or "cuda:1" (default: the GPU where there is one)')
         sub.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")

@@ -22,11 +22,12 @@ def with_model_loaded(init: Callable[..., None], upstream: bool) -> Callable[...
 
     @functools.wraps(init)
     def wrapped(self: Any, hparams: Any) -> None:
-        from ..testbed import SHIPPED_MODEL
+        from ..models import is_known_here
 
         name = getattr(hparams, "model_name", None)
         known = LOADS_ITSELF["upstream" if upstream else "pypi"]
-        if not isinstance(name, str) or (name != SHIPPED_MODEL and any(letters in name.lower() for letters in known)):
+        loads_itself = isinstance(name, str) and any(letters in name.lower() for letters in known)
+        if not isinstance(name, str) or (loads_itself and not is_known_here(name)):
             init(self, hparams)
             return
         hparams.model_name = _load(name, hparams)

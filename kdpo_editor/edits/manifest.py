@@ -22,6 +22,8 @@ from .storage import NAMES, Spec, dump_json, field, hash_from, spec_from, spec_o
 # What a config says that does not make another model of it.
 VOLATILE = ("architectures", "dtype", "torch_dtype", "transformers_version", "use_cache", "return_dict", "id2label",
             "label2id", "problem_type", "chunk_size_feed_forward")  # fmt: skip
+# What it says that another copy of the same model may say otherwise; `dequantised_sha256` beside it tells models apart.
+UNCHECKED = ("dequantised_from",)
 
 
 @dataclass(frozen=True)
@@ -174,7 +176,9 @@ def check_config(config: dict[str, Any], model: nn.Module, what: str) -> None:
     if config_hash(here) == config_hash(config):
         return
     other = [
-        f"{k} is {here[k]!r:.40} here, {config[k]!r:.40} there" for k in here if k in config and here[k] != config[k]
+        f"{k} is {here[k]!r:.40} here, {config[k]!r:.40} there"
+        for k in here
+        if k in config and here[k] != config[k] and k not in UNCHECKED
     ]
     if other:
         raise FingerprintError(f"{what} was made on another model: {'; '.join(other[:5])}")

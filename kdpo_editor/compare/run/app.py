@@ -17,6 +17,7 @@ from hydra.errors import CompactHydraException
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
+from ...cache import cache_folder
 from ...errors import KDPOError
 from ...hparams import settings_folder
 from . import config as schema
@@ -25,6 +26,7 @@ from . import config as schema
 _OUT: dict[str, Any] = {}
 
 OmegaConf.register_new_resolver("kdpo_settings", lambda: str(settings_folder()), replace=True)
+OmegaConf.register_new_resolver("kdpo_cache", lambda: str(cache_folder()), replace=True)
 OmegaConf.register_new_resolver("gpu", lambda: _gpu(), replace=True)
 _store = ConfigStore.instance()
 _store.store("schema", schema.Compare)
@@ -62,7 +64,7 @@ class RememberOut(Callback):
     on_multirun_start = on_run_start
 
 
-@hydra.main(version_base="1.3", config_path="conf", config_name="config")
+@hydra.main(version_base="1.3", config_path="../conf", config_name="config")
 def one_cell(config: DictConfig) -> float:
     """Compute one cell; returns what a sweeper maximises: rewrite, rephrase and locality, averaged."""
     from .cell import run

@@ -104,7 +104,7 @@ def _compute(config: Compare, cell: Cell, edited: Sequence[Record], unrelated: S
     if editing.ignored:
         notes.append(f"of no use to EasyEdit's installed form and left out: {', '.join(editing.ignored)}")
     scorer = Scorer(config, editing, list(edited), list(unrelated), before)
-    cell.note(model_fingerprint=before, notes=notes)
+    cell.note(model_fingerprint=before, dequantised_from=models.dequantised_from(model), notes=notes)
     count, log, state = cell.load_checkpoint()
     if count == 0:
         scorer.before(log)

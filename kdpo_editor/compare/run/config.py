@@ -37,7 +37,7 @@ class Model:
     """What is edited."""
 
     name: str = MISSING
-    """Hugging Face id, folder, or the shipped model's name."""
+    """Hugging Face id, folder, ``.gguf`` file, or a name of this package's: smollm2-135m, kdpo-llama-knowedit, ..."""
     settings: str = ""
     """The name of its files in the folders of ``hparams/``."""
     dtype: str = "float32"

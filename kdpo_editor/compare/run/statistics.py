@@ -105,7 +105,7 @@ def _save(file: Path, moment: Tensor, count: int, samples: int) -> None:
 def main(argv: list[str] | None = None) -> int:
     """The command ``kdpo-statistics``."""
     parser = argparse.ArgumentParser(prog="kdpo-statistics", description=__doc__.partition("\n")[0])
-    parser.add_argument("--model", required=True, help="Hugging Face id, folder, or the shipped model's name")
+    parser.add_argument("--model", required=True, help="Hugging Face id, folder, .gguf file, or like smollm2-135m")
     parser.add_argument("--text", required=True, help='a text file (plain, .xz, .gz, .bz2), or "shipped"')
     parser.add_argument("--hparams", required=True, help="a MEMIT, AlphaEdit or ROME settings file: layers and names")
     parser.add_argument("--out", default="data/stats", help="the stats_dir of those settings (default data/stats)")
