@@ -89,6 +89,7 @@ def outline(name: str, *, trust_remote_code: bool = False) -> nn.Module:
         raise ModelError(f"cannot read the configuration of {name}: {error}") from error
     return model.eval()
 
+
 def is_known_here(name: str) -> bool:
     """Whether ``name`` is a model that only :func:`load` can load: a name of this package's, or a ``.gguf`` file."""
     return name == SHIPPED_MODEL or name in PACKAGED or gguf_file(name) is not None

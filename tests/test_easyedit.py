@@ -193,7 +193,7 @@ def test_a_module_that_transformers_dropped_is_stood_in_for_and_using_it_is_an_e
 
 
 def test_a_checkout_without_easyeditor_is_named(tmp_path: Path) -> None:
-    run = python("import kdpo_editor", "pypi", tmp_path, **{VARIABLE: str(tmp_path)})
+    run = python("import kdpo_editor, easyeditor", "pypi", tmp_path, **{VARIABLE: str(tmp_path)})
     assert run.returncode != 0
     assert f"{VARIABLE}={tmp_path}: there is no folder easyeditor/ in it" in run.stderr
 
@@ -208,6 +208,13 @@ def test_a_missing_framework_is_explained(tmp_path: Path) -> None:
     run = python(code, "pypi", tmp_path)
     assert "pip install --no-deps easyeditor==0.0.1.dev0" in run.stderr
     assert VARIABLE in run.stderr
+
+
+@pytest.mark.parametrize("checkout", ["nowhere", "."])
+def test_importing_kdpo_editor_looks_for_nothing_and_changes_no_path(tmp_path: Path, checkout: str) -> None:
+    code = "import sys; before = list(sys.path); import kdpo_editor; sys.exit(sys.path != before)"
+    run = python(code, "pypi", tmp_path, **{VARIABLE: str(tmp_path / checkout)})
+    assert run.returncode == 0, run.stderr
 
 
 def test_importing_kdpo_editor_does_not_import_easyeditor(tmp_path: Path) -> None:

@@ -7,8 +7,7 @@ import importlib.util
 import os
 import sys
 from collections.abc import Sequence
-from importlib.machinery import ModuleSpec
-from pathlib import Path
+from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 
 VARIABLE = "KDPO_EASYEDIT"
@@ -17,14 +16,9 @@ VARIABLE = "KDPO_EASYEDIT"
 def install() -> None:
     """Register KDPO with ``easyeditor``: now, if it is imported already, else as soon as it is.
 
-    Raises ``ModuleNotFoundError`` if the environment variable names a folder without ``easyeditor``.
+    Nothing else is done before that. The folder that the environment variable names is looked into when ``easyeditor``
+    is imported, and only for it.
     """
-    checkout = os.environ.get(VARIABLE)
-    if checkout and "easyeditor" not in sys.modules:
-        if not (Path(checkout) / "easyeditor" / "__init__.py").is_file():
-            raise ModuleNotFoundError(f"{VARIABLE}={checkout}: there is no folder easyeditor/ in it")
-        if checkout not in sys.path:
-            sys.path.insert(0, checkout)
     if "easyeditor" in sys.modules:
         from .registering import register
 
@@ -34,7 +28,7 @@ def install() -> None:
 
 
 class _Watcher(importlib.abc.MetaPathFinder):
-    """Waits for ``import easyeditor``, lends it what it lacks meanwhile, and registers KDPO afterwards."""
+    """Finds ``easyeditor`` for who imports it, lends it what it lacks meanwhile, and registers KDPO afterwards."""
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
@@ -43,7 +37,7 @@ class _Watcher(importlib.abc.MetaPathFinder):
             return None
         sys.meta_path.remove(self)
         try:
-            spec = importlib.util.find_spec(name)
+            spec = _spec()
         finally:
             sys.meta_path.insert(0, self)
         if spec is None or spec.loader is None:
@@ -61,3 +55,17 @@ class _Watcher(importlib.abc.MetaPathFinder):
 
         spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
+
+
+def _spec() -> ModuleSpec | None:
+    """``easyeditor`` in the checkout that the environment variable names, or wherever Python finds it.
+
+    Raises ``ModuleNotFoundError`` if the variable names a folder without it.
+    """
+    checkout = os.environ.get(VARIABLE)
+    if not checkout:
+        return importlib.util.find_spec("easyeditor")
+    spec = PathFinder.find_spec("easyeditor", [checkout])
+    if spec is None or spec.loader is None:
+        raise ModuleNotFoundError(f"{VARIABLE}={checkout}: there is no folder easyeditor/ in it", name=VARIABLE)
+    return spec
