@@ -62,7 +62,7 @@ class RememberOut(Callback):
     on_multirun_start = on_run_start
 
 
-@hydra.main(version_base="1.3", config_path="conf", config_name="config")
+@hydra.main(version_base="1.3", config_path="../conf", config_name="config")
 def one_cell(config: DictConfig) -> float:
     """Compute one cell; returns what a sweeper maximises: rewrite, rephrase and locality, averaged."""
     from .cell import run
