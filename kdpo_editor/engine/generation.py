@@ -40,7 +40,8 @@ def end_tokens(model: Any, tok: Any) -> list[int]:
     ``model``: also one of EasyEdit's wrappers around a model.
     """
     configured = getattr(getattr(inner(model), "generation_config", None), "eos_token_id", None)
-    ends = {tok.eos_token_id, *(configured if isinstance(configured, (list, tuple)) else [configured])}
+    ends = {getattr(tok, "eos_token_id", None)}
+    ends |= set(configured) if isinstance(configured, (list, tuple)) else {configured}
     return sorted(token for token in ends if token is not None)
 
 
@@ -61,7 +62,7 @@ def greedy(
     Args:
         model: a causal language model, or one of EasyEdit's wrappers around one (WISE, GRACE). Its mode, dropout and
             ``generation_config`` are as before afterwards.
-        tok: its tokenizer.
+        tok: its tokenizer, or ``None``: it is asked for its end and padding tokens alone.
         prompts: as :func:`~kdpo_editor.requests.token_ids` gives them.
         longest: tokens generated at most.
         ignore_end: go on behind end tokens, up to ``longest``, and keep them.
@@ -72,7 +73,9 @@ def greedy(
     found = [Continuation([], False)] * len(prompts)
     base = inner(model)
     ends = [] if ignore_end else end_tokens(model, tok)
-    pad = tok.pad_token_id if tok.pad_token_id is not None else (tok.eos_token_id or 0)
+    pad = next(
+        (token for name in ("pad_token_id", "eos_token_id") if (token := getattr(tok, name, None)) is not None), 0
+    )
     config = GenerationConfig(
         do_sample=False,
         num_beams=1,
