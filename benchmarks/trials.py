@@ -23,7 +23,7 @@ SETTINGS = (
     *("layers", "fact_token", "objective", "optimizer", "num_steps", "margin", "context_templates", "mom2_weight"),
     *("mom2_update_weight", "v_weight_decay"),
 )
-FIGURES = ("rewrite", "rephrase", "locality", "unrelated", "generated", "mean")
+FIGURES = ("rewrite", "rephrase", "locality", "known", "generated", "mean")
 
 
 def trials(results: Path) -> list[dict[str, Any]]:
@@ -37,7 +37,7 @@ def trials(results: Path) -> list[dict[str, Any]]:
         rows = pd.read_parquet(file.parent / "rows.parquet")
         last = rows[(rows["when"] == "checkpoint") & (rows["checkpoint"] == rows["checkpoint"].max())]
         here = figures(file.parent)
-        here["unrelated"] = last[last.metric == "unrelated_gen"].value.mean()
+        here["known"] = last[last.metric == "known"].value.mean()
         line = {key: method["hparams"].get(key) for key in SETTINGS} | here
         line |= {"method": manifest["method"], "seed": manifest["seed"], "mean": fmean(here.values())}
         line["edits"] = manifest["n_edits"]

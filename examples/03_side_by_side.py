@@ -34,11 +34,11 @@ METHODS = ["unedited", "kdpo", "ft_l", "ft_m", "lora", "rome", "memit"]
 FOLDER = Path(tempfile.mkdtemp())  # give it a name of your own, and a second run goes on where the first one was
 SETTINGS = [
     f"model={MODEL}",
-    "dataset=shipped",  # records of KnowEdit's ZsRE; zsre, counterfact, recent, wikibio come from the hub
+    "dataset=shipped",  # of KnowEdit ZsRE; counterfact is in the package too, others are on the hub
     "n_edits=3",
     "protocol.eval_at=[]",  # score after the last edit only
     "protocol.right_after=false",
-    "protocol.unrelated=30",
+    "protocol.known=30",
     "protocol.perplexity=false",
     "model.characters=50000",  # of the text for MEMIT's statistics
     f"out={FOLDER}/results",
@@ -58,7 +58,7 @@ print({method: cell.manifest()["status"] for method, cell in zip(METHODS, cells,
 # %% [markdown]
 # ## The table
 #
-# `*_acc` is EasyEdit's teacher-forced accuracy; `*_gen` asks the model to answer freely, in full, and to stop. The best
+# `*_acc` is EasyEdit's teacher-forced accuracy; `*_gen` asks the model to answer freely. The best
 # value of each column is marked, ties included. `kdpo-report` makes this, as text, CSV, Markdown, LaTeX or a page.
 
 # %%

@@ -88,7 +88,7 @@ unrelated_before = [g.text for g in evaluator.generate([r.prompt for r in unrela
 def score(done):
     """All scores of the model as it is, after the edits ``done``; which of these it says freely, and what it says."""
     said = evaluator.generate([r.prompt for r in done], 24)
-    right = [g.answers((r.target_new,)) for g, r in zip(said, done, strict=True)]
+    right = [g.answers_and_stops((r.target_new,)) for g, r in zip(said, done, strict=True)]
     pairs = [pair for record in done for pair in same_subject(record)]
     now = [g.text for g in evaluator.generate([r.prompt for r in unrelated], 24)]
     return (

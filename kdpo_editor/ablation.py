@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from .engine.batches import Batch, EditTrace, cycles_of, make_batches
 from .engine.cached_forward import Captured, Suffix
+from .engine.generation import greedy
 from .engine.optimizers import Stepper
 from .engine.steps import run_cycle
 from .engine.weights import restore
 from .hparams import KDPOHyperParams
-from .models import cache_name
 from .objectives import answer_logps, dpo_loss
 from .requests import EditTokens
 
@@ -61,8 +61,9 @@ class FreeAnswerPair:
     ) -> None:
         self.suffix, self.batch, self.members = suffix, batch, batch.members
         self.history: list[Tensor] = []
+        (said,) = greedy(suffix.model, None, [prompt.tolist()], batch.chosen.shape[1], ignore_end=True)
+        self.rejected = torch.tensor([said.ids], device=suffix.device)
         prompt = prompt.to(suffix.device)
-        self.rejected = greedy(suffix.model, prompt, batch.chosen.shape[1]).unsqueeze(0)
         sequence = torch.cat([prompt, self.rejected[0, :-1]])
         positions = torch.arange(len(prompt) - 1, len(sequence))
         with torch.no_grad():
@@ -81,22 +82,3 @@ class FreeAnswerPair:
 
     def _logps(self, context: Captured, answer: Tensor) -> Tensor:
         return answer_logps(self.suffix.logits(self.suffix.replay(context)).to(answer.device), answer)
-
-
-@torch.no_grad()
-def greedy(model: nn.Module, prompt: Tensor, length: int) -> Tensor:
-    """The ``length`` most likely next tokens, one after another, without sampling or stopping.
-
-    Args:
-        prompt: ``[P]`` int64, on the model's device.
-
-    Returns:
-        ``[length]`` int64, on the same device.
-    """
-    name = cache_name(model)
-    step, cache, answer = prompt.unsqueeze(0), None, []
-    for _ in range(length):
-        output = model(input_ids=step, use_cache=True, return_dict=True, **{name: cache})
-        step, cache = output.logits[:, -1:].argmax(-1), getattr(output, name)
-        answer.append(step[0])
-    return torch.cat(answer)

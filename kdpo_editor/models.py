@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import sys
 from math import inf
 from typing import Any
@@ -111,9 +110,3 @@ def text_config(model: nn.Module) -> Any:
     """The configuration of the language model, which multimodal models keep inside their own."""
     config: Any = getattr(model, "config", None)
     return config.get_text_config() if hasattr(config, "get_text_config") else config
-
-
-def cache_name(model: nn.Module) -> str:
-    """What ``model``'s forward, and its output, call what is kept of the tokens so far."""
-    # transformers 5.24 calls it by the first name, those before by the second.
-    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"

@@ -11,6 +11,8 @@ Row = tuple[int, int, str, str, float]
 # Two edits in a row, measured after each: (edit, checkpoint, when, metric, value).
 TWO_EDITS: list[Row] = [
     (-1, 0, "checkpoint", "perplexity", 10.0),
+    (-1, 0, "checkpoint", "known", 1.0),
+    (-1, 0, "right_after", "setup_seconds", 5.0),
     (0, 0, "pre", "rewrite_acc", 0.0),
     (1, 0, "pre", "rewrite_acc", 0.5),
     (0, 1, "right_after", "rewrite_acc", 1.0),
@@ -27,6 +29,7 @@ TWO_EDITS: list[Row] = [
     (0, 2, "checkpoint", "locality.same_acc", 0.75),
     (0, 2, "checkpoint", "locality.other_acc", 0.25),
     (1, 2, "checkpoint", "locality.same_acc", 0.8),
+    (-1, 2, "checkpoint", "known", 0.9),
     (-1, 2, "checkpoint", "perplexity", 12.0),
     (-1, 2, "checkpoint", "peak_memory", 1.0 * 2**20),
 ]

@@ -323,10 +323,13 @@ def test_show_puts_before_and_after_side_by_side(edits: Path, capsys: Any) -> No
     assert code == 0
     assert [line["before"] for line in lines[:3]] == [r["ground_truth"] for r in RECORDS[:3]]
     assert [line["after"] for line in lines[:3]] == [r["target_new"] for r in RECORDS[:3]]
+    assert {(line["reached_before"], line["reached_after"]) for line in lines[:3]} == {(False, True)}
     assert main(["show", str(edits), "--prompt", FACTS[1]["prompt"], "--edit", "1"]) == 0
     table = capsys.readouterr().out
-    assert table.split()[:3] == ["prompt", "before", "after"]
+    assert table.split()[:4] == ["prompt", "before", "after", "target"]
     assert table.count(RECORDS[1]["ground_truth"]) == 2, "edit 1 was of another fact"
+    assert main(["show", str(edits)]) == 0
+    assert capsys.readouterr().out.count("(reached)") == len(lines)
 
 
 def test_export_of_the_model(edits: Path, tmp_path: Path, capsys: Any) -> None:

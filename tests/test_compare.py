@@ -23,14 +23,13 @@ from kdpo_editor.compare.report.reading import read_cells
 from kdpo_editor.easyedit.import_hook import VARIABLE
 from kdpo_editor.errors import CellBusy, DataError, HyperParamsError, ResultsError
 from kdpo_editor.hparams import settings_folder
-from kdpo_editor.testbed import SECOND_MODEL
 
 CHECKOUT = os.environ.get(VARIABLE)
 HAS_PYPI = importlib.util.find_spec("easyeditor") is not None
 APP = [sys.executable, "-m", "kdpo_editor.compare.run.app"]
 SCENARIOS = Path(__file__).parent / "compare_scenarios.py"
 # In a single process on a small model: enough to be a comparison.
-SMALL = ["n_edits=4", "protocol.eval_at=[2]", "protocol.unrelated=5", "protocol.perplexity=false", "report=false"]
+SMALL = ["n_edits=4", "protocol.eval_at=[2]", "protocol.known=5", "protocol.perplexity=false", "report=false"]
 METHODS = [
     "KDPO",
     "KDPO-DPO",
@@ -85,7 +84,7 @@ def manifest(cell: Path) -> dict[str, Any]:
 def figures(cell: Path) -> pd.DataFrame:
     """All rows but those that measure the machine."""
     rows = pd.read_parquet(cell / "rows.parquet")
-    return rows[~rows["metric"].isin(["seconds", "peak_memory"])].reset_index(drop=True)
+    return rows[~rows["metric"].isin(["seconds", "setup_seconds", "peak_memory"])].reset_index(drop=True)
 
 
 # Methods --------------------------------------------------------------------------------------------------------
@@ -136,10 +135,10 @@ def test_a_method_leaves_nothing_behind_and_keeps_its_edits(scenarios: dict[str,
     assert found["kept"][0] >= min(found["kept_after_first"], 0.5)
 
 
-def test_wise_is_refused_without_an_unrelated_prompt(scenarios: dict[str, Any]) -> None:
+def test_wise_is_refused_without_a_spare_record(scenarios: dict[str, Any]) -> None:
     if scenarios["WISE"] is None:
         pytest.skip("this form of EasyEdit has no WISE")
-    assert scenarios["alone"].startswith("protocol.unrelated: WISE needs a record that is never edited")
+    assert scenarios["alone"].startswith("n_edits: WISE needs a record that is never edited")
 
 
 @pytest.mark.parametrize("method", ["KDPO", "ROME", "MEMIT"])
@@ -217,7 +216,7 @@ def test_a_cell_holds_its_settings_versions_figures_and_generations(finished: Pa
     assert yaml.safe_load((cell / "config.yaml").read_text("utf-8"))["method"]["hparams"]["alg_name"] == "KDPO"
     rows = pd.read_parquet(cell / "rows.parquet")
     measured = set(rows["metric"])
-    assert {"rewrite_acc", "rephrase_acc", "locality.same_subject_acc", "rewrite_gen", "seconds"} <= measured
+    assert {"rewrite_acc", "rephrase_acc", "locality.same_subject_acc", "rewrite_gen", "rewrite_gen_stop"} <= measured
     at_end = rows[(rows["when"] == "checkpoint") & (rows["checkpoint"] == 4) & (rows["metric"] == "rewrite_acc")]
     assert sorted(at_end["edit"]) == [0, 1, 2, 3]
     at_two = rows[(rows["when"] == "checkpoint") & (rows["checkpoint"] == 2) & (rows["metric"] == "rewrite_acc")]
@@ -227,6 +226,73 @@ def test_a_cell_holds_its_settings_versions_figures_and_generations(finished: Pa
     before = [entry for entry in said if entry["when"] == "pre"]
     assert {(entry["checkpoint"], entry["edit"]) for entry in before} == {(0, edit) for edit in range(4)}
     assert not list(cell.glob("checkpoint*"))
+
+
+def test_each_call_is_timed_and_its_memory_measured_and_set_up_apart(finished: Path) -> None:
+    (cell,) = cells(finished).values()
+    rows = pd.read_parquet(cell / "rows.parquet").set_index("metric")
+    assert list(rows.loc["seconds", "edit"]) == [0, 1, 2, 3]
+    assert (rows.loc["seconds", "value"] > 0).all()
+    assert rows.loc["setup_seconds", "value"] > 0
+    if sys.platform == "linux":
+        assert list(rows.loc["peak_memory", "checkpoint"]) == [1, 2, 3, 4]
+        matrix = 192 * 768 * 4  # the least that an edit holds is a copy of what it changes
+        assert rows.loc["peak_memory", "value"].max() > matrix
+
+
+def test_known_facts_are_asked_before_and_at_every_checkpoint(finished: Path) -> None:
+    (cell,) = cells(finished).values()
+    known = figures(cell).query("metric == 'known'")
+    assert list(zip(known["when"], known["checkpoint"], strict=True)) == [
+        ("pre", 0),
+        ("checkpoint", 2),
+        ("checkpoint", 4),
+    ]
+    assert known["value"].iloc[0] == 1
+    assert (known["value"] * 5).round(6).isin(range(6)).all()
+
+
+def test_stops_are_measured_where_they_are_asked_for(finished: Path, tmp_path: Path) -> None:
+    from kdpo_editor.compare.run.cell import run
+
+    cell = run(composed(tmp_path, "protocol.stops=false", "method=unedited", f"cache={finished}/cache"))
+    measured = set(figures(cell.folder)["metric"])
+    assert "rewrite_gen" in measured
+    assert not [metric for metric in measured if metric.endswith("_stop")]
+
+
+def test_text_is_read_before_and_at_every_checkpoint(tmp_path: Path) -> None:
+    from kdpo_editor.compare.run.cell import run
+
+    cell = run(composed(tmp_path, "protocol.perplexity=true", "protocol.known=0", "n_edits=2"))
+    rows = figures(cell.folder).set_index(["metric", "checkpoint"])["value"]
+    assert rows["agreement", 0] == 1
+    assert 0.5 < rows["agreement", 2] < 1
+    assert rows["perplexity", 2] != rows["perplexity", 0]
+    assert "known" not in rows.index.get_level_values("metric")
+
+
+def test_counterfact_is_edited_and_scored_without_a_network(tmp_path: Path) -> None:
+    from kdpo_editor.compare.run.cell import run
+
+    settings = ["dataset=counterfact", "dataset.known=shipped", "method=unedited", "n_edits=2"]
+    cell = run(composed(tmp_path, *settings))
+    assert cell.manifest()["status"] == "complete", (cell.folder / "run.log").read_text("utf-8")
+    measured = set(figures(cell.folder)["metric"])
+    assert {"rewrite_acc", "rephrase_gen", "locality.neighborhood_acc", "known"} <= measured
+
+
+def test_a_validation_split_of_its_own_is_read(tmp_path: Path) -> None:
+    from kdpo_editor.compare.run.cell import _records
+    from kdpo_editor.compare.run.datasets import load
+
+    subjects = {}
+    for split in ("test", "validation"):
+        edited, spare = _records(composed(tmp_path, "dataset=counterfact", f"dataset.split={split}", "n_edits=200"))
+        subjects[split] = {record.subject for record in [*edited, *spare]}
+        assert len(subjects[split]) == 250
+    assert subjects["validation"] <= {record.subject for record in load("counterfact-validation")}
+    assert subjects["test"] <= {record.subject for record in load("counterfact")}
 
 
 def test_a_complete_cell_is_left_alone(finished: Path) -> None:
@@ -280,7 +346,7 @@ def test_outputs_before_any_edit_are_computed_once(finished: Path) -> None:
     from kdpo_editor.compare.run.cell import run
 
     files = {f: f.stat().st_mtime_ns for f in (finished / "cache" / "before").iterdir()}
-    assert len(files) == 1
+    assert len(files) == 2, "the records' probes, and a block of facts"
     run(composed(finished, "method=unedited"))
     assert {f: f.stat().st_mtime_ns for f in (finished / "cache" / "before").iterdir()} == files
 
@@ -291,6 +357,7 @@ def test_the_unedited_model_scores_as_before(finished: Path) -> None:
     rows = figures(run(composed(finished, "method=unedited")).folder)
     locality = rows[(rows["when"] == "checkpoint") & rows["metric"].str.startswith("locality")]
     assert (locality["value"] == 1).all()
+    assert (rows[rows["metric"] == "known"]["value"] == 1).all()
     pre = rows[(rows["when"] == "pre") & (rows["metric"] == "rewrite_acc")].set_index("edit")["value"]
     post = rows[(rows["checkpoint"] == 4) & (rows["when"] == "checkpoint") & (rows["metric"] == "rewrite_acc")]
     assert (post.set_index("edit")["value"] == pre).all()
@@ -461,16 +528,13 @@ def test_joblib_and_submitit_compute_cells_too(tmp_path: Path) -> None:
         "paper_500",
         "ablation_dpo",
         "layers",
-        "lifelong_500",
         "tune_ft_m",
         "tune_rome",
-        "tune_pararel",
     ],
 )
 def test_experiments_compose(experiment: str, tmp_path: Path) -> None:
     if experiment.startswith("tune") and importlib.util.find_spec("hydra_plugins.hydra_optuna_sweeper") is None:
         pytest.skip("hydra_optuna_sweeper is not installed")
     config = composed(tmp_path, f"experiment={experiment}")
-    second = experiment in ("lifelong_500", "tune_pararel")
-    assert config.model.name == (SECOND_MODEL if second else SHIPPED_MODEL)
+    assert config.model.name == SHIPPED_MODEL
     assert config.method.hparams["model_name"] == config.model.name

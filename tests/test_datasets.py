@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import lzma
 import os
 from pathlib import Path
 from typing import Any
@@ -124,6 +125,35 @@ def test_flat_portability_may_be_one_question_or_a_list(tmp_path: Path) -> None:
     records = load(write(tmp_path, [one, two]), shuffle=False, unique_subjects=False)
     assert records[0].portability == {"one_hop": (Probe("Rome's river is", ("the Seine",)),)}
     assert records[1].portability == {"one_hop": (Probe("a", ("c",)), Probe("b", ("d", "e")))}
+
+
+def test_the_packages_counterfact_is_read() -> None:
+    test, validation = (load(name, shuffle=False) for name in ("counterfact", "counterfact-validation"))
+    assert (len(test), len(validation)) == (2948, 1597)
+    assert not {r.subject.casefold() for r in test} & {r.subject.casefold() for r in validation}
+    assert not {r.prompt for r in test} & {r.prompt for r in validation}
+    for record in (*test, *validation):
+        assert record.ground_truth
+        assert len(record.rephrase_prompts) == 1
+        assert [len(probes) for probes in record.locality.values()] == [1]
+    first = test[0]
+    assert (first.prompt, first.target_new, first.ground_truth) == ("Reedy Glacier is in", "Asia", "Antarctica")
+    assert first.subject_in_prompt
+    assert first.rephrase_prompts[0].endswith("Reedy Glacier is located in the continent")
+    assert first.locality == {"neighborhood": (Probe("Mount Erebus, in", ("Antarctica",)),)}
+
+
+@pytest.mark.parametrize("name", ["data.json.xz", "data.jsonl.xz"])
+def test_compressed_files_are_read(tmp_path: Path, name: str) -> None:
+    lines = "\n".join(json.dumps(record) for record in cities(3)) if "jsonl" in name else json.dumps(cities(3))
+    (tmp_path / name).write_bytes(lzma.compress(lines.encode()))
+    assert [record.subject for record in load(str(tmp_path / name), shuffle=False)] == ["City 0", "City 1", "City 2"]
+
+
+def test_a_damaged_compressed_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "data.json.xz").write_bytes(b"not xz")
+    with pytest.raises(DataError, match=r"data\.json\.xz cannot be read"):
+        load(str(tmp_path / "data.json.xz"))
 
 
 def test_counterfact_as_published_is_read() -> None:
@@ -338,7 +368,8 @@ def test_a_file_that_holds_no_records_is_named(tmp_path: Path, name: str, conten
 
 @pytest.mark.parametrize("source", ["zsree", "no/such/file.json", "."])
 def test_a_source_that_is_no_file_is_named_with_the_known_ones(source: str) -> None:
-    with pytest.raises(DataError, match=rf"'{source}' is no file; .*shipped, zsre, counterfact, recent, wikibio"):
+    names = "shipped, counterfact, counterfact-validation, zsre, wiki_counterfact, recent, wikibio"
+    with pytest.raises(DataError, match=f"'{source}' is no file; .*{names}"):
         load(source)
 
 

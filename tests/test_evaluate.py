@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-import copy
+import json
+import logging
 import lzma
 import math
+import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import yaml
 
-from kdpo_editor import SHIPPED_MODEL, KDPOHyperParams, apply_kdpo_to_model
+from kdpo_editor import SHIPPED_MODEL
 from kdpo_editor.compare.run import statistics
-from kdpo_editor.compare.run.evaluate import Evaluator, Generation, accuracy, fingerprint, ngram_entropy, normalised
-from kdpo_editor.compare.run.memory import peak_bytes
-from kdpo_editor.compare.run.prefixes import Prefixes
+from kdpo_editor.compare.run.datasets import load as load_facts
+from kdpo_editor.compare.run.evaluate import Evaluator, Generation, accuracy, fingerprint, ngram_entropy
+from kdpo_editor.compare.run.known import known_facts, right
+from kdpo_editor.compare.run.memory import high_water, peak_bytes
 from kdpo_editor.errors import DataError, ModelError
-from kdpo_editor.hparams import settings_folder
-from kdpo_editor.lifelong.preserve import second_moments
 from kdpo_editor.models import load
 from kdpo_editor.testbed import load_records
 
@@ -42,58 +44,76 @@ def test_batches_and_single_prompts_agree(shipped: tuple[Any, Any]) -> None:
     assert alike.predict(pairs) == together.predict(pairs)
 
 
-def test_blocks_below_an_edit_are_run_once(shipped: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before and after an edit the same is scored as by the whole model, of which most is run the first time only."""
-    model, tok = copy.deepcopy(shipped[0]), shipped[1]
-    file = settings_folder() / "KDPO" / f"{SHIPPED_MODEL}.yaml"
-    settings = yaml.safe_load(file.read_text("utf-8"))
-    prefixes = Prefixes.of(model, settings)
-    assert prefixes is not None
-    pairs = [(r["prompt"], r[key]) for r in RECORDS for key in ("target_new", "ground_truth")]
-    fast, whole = Evaluator(model, tok, prefixes=prefixes), Evaluator(model, tok)
-    before = fast.predict(pairs)
-    assert before == whole.predict(pairs)
-    apply_kdpo_to_model(model, tok, RECORDS[:3], KDPOHyperParams.from_hparams(file))
-    after = whole.predict(pairs)
-    assert after != before
-    run: list[int] = []
-    handle = model.model.layers[0].register_forward_pre_hook(lambda module, args: run.append(len(args[0])))
-    assert fast.predict(pairs) == after
-    assert run == [], "the first block was run again"
-    assert fast.predict(pairs[5:1:-1]) == after[5:1:-1]
-    assert len(run) <= 1, "a batch of another shape needs what blocks are told of it, once"
-    monkeypatch.setattr("kdpo_editor.compare.run.prefixes.BUDGET", prefixes.held)
-    new = [(RECORDS[0]["rephrase_prompt"], RECORDS[0]["target_new"])]
-    expected = whole.predict(new)
-    assert fast.predict(new) == expected
-    for _ in range(2):
-        run.clear()
-        assert fast.predict(new) == expected
-        assert len(run) == 1, "what does not fit is computed each time"
-    handle.remove()
-    assert fast.predict([]) == []
-
-
-@pytest.mark.parametrize(
-    "change",
-    [{"alg_name": "LoRA"}, {"layers": [0, 4]}, {"layers": []}, {"rewrite_module_tmp": "h.{}.mlp"}],
-    ids=["adapters", "the-first-block", "no-layers", "another-model's"],
-)
-def test_prefixes_are_for_matrices_changed_in_place(shipped: tuple[Any, Any], change: dict[str, Any]) -> None:
-    settings = yaml.safe_load((settings_folder() / "KDPO" / f"{SHIPPED_MODEL}.yaml").read_text("utf-8"))
-    assert Prefixes.of(shipped[0], settings | change) is None
-    assert Prefixes.of(shipped[0], None) is None
-
-
-def test_a_known_fact_is_generated_and_stops(shipped: tuple[Any, Any]) -> None:
+def test_a_taught_fact_is_generated_and_stops(shipped: tuple[Any, Any]) -> None:
     (said,) = Evaluator(*shipped).generate([RECORDS[0]["prompt"]], 24)
     assert said.answers([RECORDS[0]["ground_truth"]])
+    assert said.answers_and_stops([RECORDS[0]["ground_truth"]])
     assert not said.answers([RECORDS[0]["target_new"]])
 
 
-def test_an_answer_that_does_not_stop_is_not_right() -> None:
-    assert Generation("the  Paris.", True).answers(["Paris"])
-    assert not Generation("Paris", False).answers(["Paris"])
+def test_an_answer_that_goes_on_is_right_but_does_not_stop() -> None:
+    said = Generation("Paris, which is on the Seine", True)
+    assert said.answers(["Rome", "paris"])
+    assert not said.answers_and_stops(["paris"])
+    assert not Generation("Paris", False).answers_and_stops(["Paris"])
+    assert Generation("the  Paris.", True).answers_and_stops(["Paris"])
+
+
+def test_a_text_for_fluency_goes_on_behind_the_end(shipped: tuple[Any, Any]) -> None:
+    model, tok = shipped
+    prompt = RECORDS[0]["prompt"]
+    answer, text = Evaluator(model, tok).generate([prompt], 24)[0].text, Evaluator(model, tok).write([prompt], 24)[0]
+    assert text.strip().startswith(answer)
+    assert len(tok(text)["input_ids"]) > len(tok(answer)["input_ids"]) + 5
+
+
+def asked_each_time(key: dict[str, str], compute: Callable[[], Any]) -> Any:
+    return compute()
+
+
+def test_known_facts_are_those_that_the_model_was_taught(shipped: tuple[Any, Any]) -> None:
+    evaluator = Evaluator(*shipped)
+    facts = load_facts("shipped", shuffle=False)[:40]
+    wrong = [replace(fact, ground_truth=fact.target_new) for fact in facts]
+    said = evaluator.generate([fact.prompt for fact in facts], 24)
+    by_hand = [g.answers([fact.ground_truth]) for g, fact in zip(said, facts, strict=True)]
+    assert right(evaluator, facts) == by_hand
+    assert sum(by_hand) >= 39
+    assert right(evaluator, wrong) == [False] * 40
+
+
+def test_facts_about_edited_subjects_are_not_among_the_known(shipped: tuple[Any, Any]) -> None:
+    evaluator = Evaluator(*shipped)
+    facts = load_facts("shipped", shuffle=False)
+    found = known_facts(evaluator, "shipped", 7, facts[:3], asked_each_time)
+    assert found == facts[3:10]
+
+
+def test_a_known_fact_that_is_lost_is_counted(shipped: tuple[Any, Any]) -> None:
+    model, tok = shipped
+    facts = load_facts("shipped", shuffle=False)[:40]
+    weight = model.model.layers[4].mlp.down_proj.weight
+    kept = weight.detach().clone()
+    with torch.no_grad():
+        before = sum(right(Evaluator(model, tok), facts))
+        weight.mul_(-3)
+        after = sum(right(Evaluator(model, tok), facts))
+        weight.copy_(kept)
+    assert after < before
+    assert sum(right(Evaluator(model, tok), facts)) == before
+
+
+def test_facts_are_not_measured_where_the_model_knows_none(
+    shipped: tuple[Any, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "strange.json"
+    strange = [
+        {"subject": f"S{i}", "prompt": f"S{i} is in", "target_new": "A", "ground_truth": "Ulm"} for i in range(9)
+    ]
+    file.write_text(json.dumps(strange), "utf-8")
+    with caplog.at_level(logging.WARNING, "kdpo_editor"):
+        assert known_facts(Evaluator(*shipped), str(file), 200, [], asked_each_time) == []
+    assert "knows 0 of 9 facts" in caplog.text
 
 
 def test_scoring_turns_dropout_off_and_on_again(shipped: tuple[Any, Any]) -> None:
@@ -124,7 +144,33 @@ def test_perplexity_is_that_of_the_texts(shipped: tuple[Any, Any]) -> None:
         with torch.no_grad():
             total += float(model(input_ids=ids, labels=ids).loss) * (ids.shape[1] - 1)
         count += ids.shape[1] - 1
-    assert Evaluator(model, tok).perplexity(texts) == pytest.approx(math.exp(total / count), rel=1e-5)
+    assert Evaluator(model, tok).read(texts).perplexity == pytest.approx(math.exp(total / count), rel=1e-5)
+
+
+def test_choices_are_the_next_tokens_in_the_order_of_the_text(shipped: tuple[Any, Any]) -> None:
+    model, tok = shipped
+    texts = [f"{r['prompt']} {r['ground_truth']}" for r in RECORDS]
+    by_hand = []
+    for text in texts:
+        for window in torch.tensor(tok(text)["input_ids"]).split(7):
+            if len(window) > 1:
+                with torch.no_grad():
+                    by_hand += model(input_ids=window.unsqueeze(0)).logits[0, :-1].argmax(-1).tolist()
+    assert Evaluator(model, tok, batch_size=5).read(texts, window=7).choices == by_hand
+
+
+def test_next_tokens_agree_until_the_model_is_damaged(shipped: tuple[Any, Any]) -> None:
+    model, tok = shipped
+    texts = [f"{r['prompt']} {r['ground_truth']}" for r in RECORDS]
+    before = Evaluator(model, tok).read(texts).choices
+    assert accuracy(Evaluator(model, tok, batch_size=3).read(texts).choices, before) == 1.0
+    weight = model.model.layers[4].mlp.down_proj.weight
+    kept = weight.detach().clone()
+    with torch.no_grad():
+        weight.neg_()
+        damaged = accuracy(Evaluator(model, tok).read(texts).choices, before)
+        weight.copy_(kept)
+    assert 0 < damaged < 1
 
 
 def test_fluency_by_hand() -> None:
@@ -132,10 +178,6 @@ def test_fluency_by_hand() -> None:
     pairs = -(0.4 * math.log2(0.4) + 3 * 0.2 * math.log2(0.2))
     assert ngram_entropy("a b a b c d") == pytest.approx((2 / 3 * pairs + 4 / 3 * 2) / 2)
     assert ngram_entropy("x x x x x") == 0
-
-
-def test_normalised_as_squad_does() -> None:
-    assert normalised("  The  U.S. Army, an   army ") == "us army army"
 
 
 def test_accuracy_of_nothing_is_not_a_number() -> None:
@@ -177,22 +219,6 @@ CONFIG = {
 }
 
 
-def test_second_moments_are_the_sum_over_all_tokens(shipped: tuple[Any, Any]) -> None:
-    model, tok = shipped
-    texts = [r["prompt"] for r in RECORDS]
-    keys = []
-    handle = model.get_submodule(MODULE).register_forward_pre_hook(lambda module, args: keys.append(args[0][0]))
-    with torch.no_grad():
-        for text in texts:
-            model(input_ids=torch.tensor([tok(text)["input_ids"]]))
-    handle.remove()
-    every = torch.cat(keys).double()
-    windows = [torch.tensor(tok(text)["input_ids"]) for text in texts]
-    moment, count = second_moments(model, [MODULE], windows, batch=5)[MODULE]
-    assert count == len(every)
-    torch.testing.assert_close(moment.double(), every.T @ every, rtol=1e-4, atol=1e-4)
-
-
 def test_moments_lie_where_both_forms_look_and_are_kept(shipped: tuple[Any, Any], tmp_path: Path) -> None:
     model, tok = shipped
     text = tmp_path / "text.txt.xz"
@@ -230,3 +256,16 @@ def test_peak_memory_counts_what_is_alive_at_once() -> None:
 
     if not torch.cuda.is_available():
         assert peak_bytes(call) == 4 * 3000
+
+
+@pytest.mark.skipif(torch.cuda.is_available() or sys.platform != "linux", reason="the process's memory, on Linux")
+def test_the_highest_memory_of_each_call_is_its_own() -> None:
+    def call(mebibytes: int) -> int:
+        with high_water() as peak:
+            kept = torch.ones(mebibytes << 18)
+            del kept
+        assert peak.bytes is not None
+        return peak.bytes >> 20
+
+    assert call(200) == pytest.approx(200, abs=10)
+    assert call(50) == pytest.approx(50, abs=10)

@@ -186,7 +186,7 @@ def test_the_example_shows_each_method_before_and_after(results: Path, monkeypat
     assert (rewrite.kind, rewrite.prompt, rewrite.wanted) == ("rewrite", "Who?", ["Ada"])
     assert rewrite.answers == [
         Answer("before editing", "Bea", right=False, stopped=True),
-        Answer("FT", "Ada and", right=False, stopped=False),
+        Answer("FT", "Ada and", right=True, stopped=False),
         Answer("KDPO", "Ada", right=True, stopped=True),
     ]
     assert [answer.text for answer in rephrase.answers] == ["(not recorded; a run of method=unedited would)", "Adah"]
@@ -283,7 +283,9 @@ def test_a_radar_that_cannot_be_drawn(
 def test_two_metrics_make_no_radar(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_cell(tmp_path, "a")
     assert main(["radar", str(tmp_path)]) == 1
-    assert "a radar needs three metrics; there are locality.other_acc, locality.same_acc" in capsys.readouterr().err
+    assert (
+        "a radar needs three metrics; there are known, locality.other_acc, locality.same_acc" in capsys.readouterr().err
+    )
 
 
 # --- frontier
@@ -291,15 +293,15 @@ def test_two_metrics_make_no_radar(tmp_path: Path, capsys: pytest.CaptureFixture
 
 def test_a_frontier_has_a_point_per_method_and_rate(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for rate, seed in ((1.0, 0), (1.0, 1), (0.5, 0)):
-        rows = [(0, 2, "checkpoint", "rewrite_gen", rate), (-1, 2, "checkpoint", "unrelated_gen", 1.0 - seed / 10)]
+        rows = [(0, 2, "checkpoint", "rewrite_gen", rate), (-1, 2, "checkpoint", "known", 1.0 - seed / 10)]
         config = f"method:\n  rate_factor: {rate}\n"
         write_cell(results, f"r{rate}-{seed}", rows, config, method="ft_m", label="FT-M", seed=seed)
-    (frame,) = [points(read_cells(results)[0], "rewrite_gen", "unrelated_gen", 2)]
+    (frame,) = [points(read_cells(results)[0], "rewrite_gen", "known", 2)]
     assert frame[["label", "rate"]].to_numpy().tolist() == [["FT-M", 0.5], ["FT-M", 1.0]]
     assert frame[["x", "y"]].to_numpy().tolist() == [[0.5, 1.0], [1.0, pytest.approx(0.95)]]
     assert main(["frontier", str(results)]) == 0
     (file,) = written(capsys)
-    assert file.name == "frontier-m-zsre-sequence-2-T2-rewrite_gen-unrelated_gen.png"
+    assert file.name == "frontier-m-zsre-sequence-2-T2-rewrite_gen-known.png"
 
 
 def test_a_frontier_of_what_was_not_measured(results: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -69,6 +69,10 @@ def scaled(rows: list[Row], factor: float) -> list[Row]:
         ("perplexity", 2, "checkpoint", 12.0, 0),
         ("perplexity", 2, "pre", 10.0, 0),
         ("peak_memory", 2, "checkpoint", 2.0 * 2**20, 0),
+        ("setup_seconds", 1, "checkpoint", 5.0, 0),
+        ("setup_seconds", 2, "checkpoint", 5.0, 0),
+        ("known", 2, "checkpoint", 0.9, 0),
+        ("known", 2, "pre", 1.0, 0),
     ],
 )
 def test_mean_over_edits(cell: WriteCell, metric: str, T: int, when: str, mean: float, edits: int) -> None:
@@ -177,7 +181,8 @@ def test_best_values_are_marked_and_the_unedited_model_does_not_compete(cell: Wr
         for i, column in enumerate(table.columns)
     }
     assert best["rewrite_acc"] == best["locality_acc"] == best["rewrite_acc (right after)"] == ["KDPO"]
-    assert best["perplexity"] == best["seconds"] == best["peak_memory (MiB)"] == ["FT"]
+    assert best["known"] == ["KDPO"]
+    assert best["perplexity"] == best["seconds"] == best["setup_seconds"] == best["peak_memory (MiB)"] == ["FT"]
     assert best["edits"] == best["seeds"] == []
 
 

@@ -227,9 +227,10 @@ def log(args: argparse.Namespace) -> int:
 
 
 def show(args: argparse.Namespace) -> int:
-    """Generate before and after the edits, side by side."""
+    """Generate before and after the edits, side by side, and tell whether each answer begins with the target."""
     from ..edits.switching import edited
-    from ..engine.generation import generate
+    from ..engine.answers import begins_with
+    from ..engine.generation import answers
     from ..requests import as_chat
 
     ledger = _open(args)
@@ -242,14 +243,18 @@ def show(args: argparse.Namespace) -> int:
     targets = {r["prompt"]: r.get("target_new", "") for r in (delta.info.requests if delta else [])}
     asked = [as_chat(tok, prompt) if args.chat else prompt for prompt in args.prompt or []]
     prompts = asked or list(targets)
-    before = [generate(model, tok, prompt, args.longest) for prompt in tqdm(prompts, "before", disable=None)]
+    before = answers(model, tok, prompts, args.longest, progress="before")
     with edited(model, delta) if delta else nullcontext():
-        after = [generate(model, tok, prompt, args.longest) for prompt in tqdm(prompts, "after", disable=None)]
-    if args.json:
-        for prompt, old, new in zip(prompts, before, after, strict=True):
-            put({"prompt": prompt, "target_new": targets.get(prompt), "before": old, "after": new})
-        return 0
-    for line in columns(["prompt", "before", "after"], list(zip(prompts, before, after, strict=True))):
+        after = answers(model, tok, prompts, args.longest, progress="after")
+    rows = []
+    for prompt, old, new in zip(prompts, before, after, strict=True):
+        target = targets.get(prompt)
+        was, now = (None if target is None else begins_with(text, target) for text in (old, new))
+        if args.json:
+            put({"prompt": prompt, "target_new": target, "before": old, "after": new,
+                 "reached_before": was, "reached_after": now})  # fmt: skip
+        rows.append((prompt, old, new, "" if target is None else f"{target} ({_REACHED[was, now]})"))
+    for line in columns(["prompt", "before", "after", "target"], rows) if not args.json else ():
         say(line)
     return 0
 
@@ -293,6 +298,15 @@ def compact(args: argparse.Namespace) -> int:
 
 
 COMMANDS = (edit, settings, apply, undo, redo, checkout, log, show, export, compact)
+
+
+# Whether an answer begins with the target, before and after the edits.
+_REACHED: dict[tuple[bool | None, bool | None], str] = {
+    (False, True): "reached",
+    (True, True): "reached before too",
+    (True, False): "no longer reached",
+    (False, False): "not reached",
+}
 
 
 # Their parts --------------------------------------------------------------------------------------------------

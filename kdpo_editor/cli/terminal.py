@@ -6,13 +6,13 @@ import json
 import shutil
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from tqdm import tqdm
 
 
-def columns(heads: list[str], rows: list[tuple[str, str, str]]) -> Iterator[str]:
+def columns(heads: list[str], rows: Sequence[tuple[str, ...]]) -> Iterator[str]:
     """A table as wide as the terminal, cells wrapped."""
     width = max((shutil.get_terminal_size((120, 24)).columns - 4) // len(heads), 12)
     for row in [tuple(heads), tuple("-" * width for _ in heads), *rows]:

@@ -23,7 +23,7 @@ SHADE, LOST = "#f0f0f0", "#d8d8d8"
 
 @dataclass(frozen=True)
 class Answer:
-    """What was generated: by whom, whether it is the wanted answer and stopped, and whether it stopped at all."""
+    """What was generated: by whom, whether it begins with the wanted answer, and whether it stopped."""
 
     label: str
     text: str

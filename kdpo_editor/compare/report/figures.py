@@ -29,7 +29,7 @@ RADAR = {
 }
 KINDS = ("radar", "mean", "curves")
 """A radar plot per model and data set, radar plots averaged over data sets, curves over the number of edits."""
-CURVES = ("rewrite_acc", "rewrite_gen", "rephrase_acc", "locality_acc", "portability_acc", "unrelated_gen")
+CURVES = ("rewrite_acc", "rewrite_gen", "rephrase_acc", "locality_acc", "portability_acc", "known")
 # Okabe and Ito's colours, told apart by most people who see fewer of them; without the yellow, too pale on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#7B3FA0")
 MARKERS = "osD^vPX*<"

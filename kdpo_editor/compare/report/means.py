@@ -13,12 +13,13 @@ if TYPE_CHECKING:
 
 GROUP = ["model", "dataset", "protocol", "n_edits", "T"]
 UNEDITED = "unedited"
-COST = ("seconds", "peak_memory")
+COST = ("seconds", "setup_seconds", "peak_memory")
 # Metrics measured under several keys, and the name of their average over an edit's keys.
 KEYED = {
     r"locality\..+_acc": "locality_acc",
     r"portability\..+_acc": "portability_acc",
     r"portability\..+_gen": "portability_gen",
+    r"portability\..+_gen_stop": "portability_gen_stop",
 }
 
 
@@ -35,7 +36,7 @@ def cell_means(rows: pd.DataFrame) -> pd.DataFrame:
     metric, mean and edits (how many edits are behind the mean; 0 for a metric of the whole model):
 
     - when = "checkpoint": measured after T edits on all of them. ``seconds`` is the mean over the T edits,
-      ``peak_memory`` the highest of them.
+      ``peak_memory`` the highest of their calls, ``setup_seconds`` what was spent before the first.
     - when = "right_after": each of the T edits right after it was made.
     - when = "pre": the same edits before any was made.
 

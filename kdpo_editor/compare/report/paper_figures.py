@@ -84,7 +84,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     sub = of_results("frontier", _frontier, "Two metrics against each other, a curve for each method over its rates.")
     sub.add_argument("--x", default="rewrite_gen", metavar="METRIC", help="across (default rewrite_gen)")
-    sub.add_argument("--y", default="unrelated_gen", metavar="METRIC", help="upwards (default unrelated_gen)")
+    sub.add_argument("--y", default="known", metavar="METRIC", help="upwards (default known)")
 
     sub = figure("cycle", _cycle, "One KDPO edit: its negatives cycle by cycle, log-probabilities step by step.")
     which = sub.add_mutually_exclusive_group(required=True)

@@ -22,18 +22,26 @@ MAIN = [
     ("rewrite_gen", "checkpoint"),
     ("rephrase_gen", "checkpoint"),
     ("portability_gen", "checkpoint"),
-    ("unrelated_gen", "checkpoint"),
+    ("rewrite_gen_stop", "checkpoint"),
+    ("rephrase_gen_stop", "checkpoint"),
+    ("portability_gen_stop", "checkpoint"),
     ("rewrite_acc", "right_after"),
+    ("known", "checkpoint"),
+    ("agreement", "checkpoint"),
     ("perplexity", "checkpoint"),
     ("seconds", "checkpoint"),
+    ("setup_seconds", "checkpoint"),
     ("peak_memory", "checkpoint"),
 ]
 LOWER_IS_BETTER = ("perplexity", *COST)
+HIGHER_IS_BETTER = re.compile(r".+_acc|.+_gen|.+_gen_stop|.+\.ngram_entropy|known|agreement")
 LEGEND = (
-    "*_acc: EasyEdit's teacher-forced accuracy. *_gen: the answer generated freely, complete and stopped; "
-    "unrelated_gen: answers about other records that stayed the same. right after: each edit as soon as it was made. "
-    "seconds: per edit. Mean, and ± the standard deviation over seeds where there are several; the best value of a "
-    "column is marked, the unedited model aside."
+    "*_acc: EasyEdit's teacher-forced accuracy. *_gen: the greedy answer begins with the wanted one; *_gen_stop: it is "
+    "that and no more. right after: each edit as soon as it was made. known: facts about other subjects that were "
+    "answered right before and still are. perplexity: of held-out text; agreement: its next tokens that are the "
+    "unedited model's. seconds: per edit; setup_seconds: before the first; peak_memory: the highest of a call. Mean, "
+    "and ± the standard deviation over seeds where there are several; the best value of a column is marked, the "
+    "unedited model aside."
 )
 
 
@@ -108,7 +116,7 @@ def _table(group: tuple[Any, ...], frame: pd.DataFrame, columns: list[tuple[str,
             if row and math.isfinite(row.mean) and row.label not in unedited
         ]
         best = ""
-        if len(rivals) > 1 and (metric in LOWER_IS_BETTER or metric.endswith(("_acc", "_gen", ".ngram_entropy"))):
+        if len(rivals) > 1 and (metric in LOWER_IS_BETTER or HIGHER_IS_BETTER.fullmatch(metric)):
             best = (min if metric in LOWER_IS_BETTER else max)(rivals)[1]
         by_column.append(
             [

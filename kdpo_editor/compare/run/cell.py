@@ -9,7 +9,7 @@ import logging
 import time
 import traceback
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -25,21 +25,19 @@ from ...derived import complete
 from ...edits.storage import write_file
 from ...errors import DataError, HyperParamsError, KDPOError
 from ...hparams import KDPOHyperParams, settings_folder
-from ...requests import tokenize
-from ...testbed import taught_texts
 from . import statistics
 from .config import PROTOCOLS, SPLITS, Compare
 from .datasets import Record, content_hash, in_validation, load
 from .editing import Editing, available
 from .evaluate import fingerprint
-from .memory import peak_bytes
+from .memory import high_water
 from .results import Cell, Log, slug, versions
-from .scores import Outputs, observe, rows, texts
+from .scorer import Scorer
 
 LOG = logging.getLogger(__name__)
 RATES = ("lr", "v_lr", "edit_lr")
-HELD_OUT = Path(__file__).parent / "held_out.txt"
 SAVE_EVERY = 60.0  # seconds between checkpoints, beside those at `eval_at`
+SPARE = 50  # records that are never edited, for methods that train on some (WISE)
 # What a cell's figures do not depend on.
 ELSEWHERE = ("out", "cache", "overwrite", "threads", "report", "stats_dir")
 
@@ -58,7 +56,7 @@ def run(config: Compare) -> Cell:
     """
     if config.threads:
         torch.set_num_threads(config.threads)
-    edited, unrelated = _records(config)
+    edited, spare = _records(config)
     cell = _cell(config, edited)
     with cell.locked():
         if config.overwrite:
@@ -72,7 +70,7 @@ def run(config: Compare) -> Cell:
         _write_config(cell, config)
         with _log_to(cell.folder / "run.log"):
             try:
-                _compute(config, cell, edited, unrelated)
+                _compute(config, cell, edited, spare)
                 finished = datetime.now(timezone.utc).isoformat(timespec="seconds")
                 if cell.manifest()["status"] == "running":
                     cell.note(status="complete", finished=finished)
@@ -84,7 +82,7 @@ def run(config: Compare) -> Cell:
     return cell
 
 
-def _compute(config: Compare, cell: Cell, edited: Sequence[Record], unrelated: Sequence[Record]) -> None:
+def _compute(config: Compare, cell: Cell, edited: Sequence[Record], spare: Sequence[Record]) -> None:
     settings, notes = _settings(config)
     if notes and settings is None:
         cell.note(status="skipped", notes=notes)
@@ -95,22 +93,24 @@ def _compute(config: Compare, cell: Cell, edited: Sequence[Record], unrelated: S
     settings = _completed(settings, model, config, cell)
     before = fingerprint(model)
     stats = Path(config.stats_dir or Path(config.cache) / "stats" / before[:16]).absolute()
+    start = time.perf_counter()
     if settings is not None:
         statistics.ensure(model, tok, settings, config.model.text, config.model.characters, stats)
         stats.mkdir(parents=True, exist_ok=True)
     single = config.protocol.name == "single"
-    prompts = [record.prompt for record in unrelated]
+    prompts = [record.prompt for record in spare]
     editing = Editing(model, tok, settings, seed=config.seed, folder=stats, unrelated=prompts, sequence=not single)
+    editing.prepare()
+    setup = time.perf_counter() - start
     if editing.ignored:
         notes.append(f"of no use to EasyEdit's installed form and left out: {', '.join(editing.ignored)}")
-    scorer = Scorer(config, editing, list(edited), list(unrelated), before)
+    scorer = Scorer(config, editing, list(edited), list(spare), before)
     cell.note(model_fingerprint=before, dequantised_from=models.dequantised_from(model), notes=notes)
     count, log, state = cell.load_checkpoint()
     if count == 0:
         scorer.before(log)
         if settings is not None:
-            log.rows.append((-1, 1, "right_after", "peak_memory", peak_bytes(lambda: editing.edit(edited[:1]))))
-            editing.undo()
+            log.rows.append((-1, 0, "right_after", "setup_seconds", setup))
     else:
         LOG.info("going on after %d of %d edits", count, len(edited))
     (_alone if single else _in_sequence)(config, cell, editing, scorer, list(edited), count, log, state)
@@ -127,8 +127,7 @@ def _alone(
     saved = time.monotonic()
     for i in _progress(config, range(done, len(edited)), done):
         editing.count = i  # for the seed
-        seconds = _timed_edit(editing, edited[i : i + 1])
-        log.rows.append((i, 1, "right_after", "seconds", seconds))
+        log.rows += [(i, 1, "right_after", metric, value) for metric, value in _edit(editing, edited[i : i + 1])]
         scorer.score(log, [i], "checkpoint", 1)
         editing.undo()
         if time.monotonic() - saved > SAVE_EVERY:
@@ -150,8 +149,8 @@ def _in_sequence(
     saved = time.monotonic()
     for number in _progress(config, range(done, len(calls)), done):
         first, last = calls[number]
-        seconds = _timed_edit(editing, edited[first:last])
-        log.rows += [(i, last, "right_after", "seconds", seconds / (last - first)) for i in range(first, last)]
+        costs = _edit(editing, edited[first:last])
+        log.rows += [(i, last, "right_after", metric, value) for i in range(first, last) for metric, value in costs]
         if config.protocol.right_after:
             scorer.score(log, range(first, last), "right_after", last)
         if last in scored_at:
@@ -172,98 +171,27 @@ def _calls(total: int, size: int, stops: Sequence[int]) -> list[tuple[int, int]]
     return calls
 
 
-def _timed_edit(editing: Editing, records: Sequence[Record]) -> float:
+def _edit(editing: Editing, records: Sequence[Record]) -> list[tuple[str, float]]:
+    """Make the edits in one call; its seconds, for each of them, and its memory, for all of them together."""
+    with high_water() as peak:
+        start = _now()
+        editing.edit(records)
+        seconds = _now() - start
+    costs: list[tuple[str, float]] = [("seconds", seconds / len(records))]
+    if peak.bytes is not None and editing.config:
+        costs.append(("peak_memory", peak.bytes))
+    return costs
+
+
+def _now() -> float:
+    """Seconds of a clock, once the GPU has done what it was told."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    start = time.perf_counter()
-    editing.edit(records)
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
-@dataclass
-class Scorer:
-    """Asks the edited model everything and compares with what it said before any edit."""
-
-    config: Compare
-    editing: Editing
-    edited: list[Record]
-    unrelated: list[Record]
-    model_fingerprint: str
-
-    def before(self, log: Log) -> None:
-        """Rows and generations of the model as it is before any edit."""
-        for i, (record, output) in enumerate(zip(self.edited, self.pre, strict=True)):
-            log.rows += [(i, 0, "pre", metric, value) for metric, value in rows(record, output, output)]
-            place = {"edit": i, "checkpoint": 0, "when": "pre"}
-            log.generations += [{**place, **entry} for entry in texts(record, output)]
-        if self.config.protocol.perplexity:
-            log.rows.append((-1, 0, "pre", "perplexity", self._perplexity()))
-
-    def score(self, log: Log, which: Sequence[int], when: str, checkpoint: int) -> None:
-        """Rows and generations of the edits ``which``."""
-        now = observe(self._evaluator(), [self.edited[i] for i in which], self.longest, self.config.protocol.fluency)
-        for i, output in zip(which, now, strict=True):
-            record = self.edited[i]
-            log.rows += [(i, checkpoint, when, m, v) for m, v in rows(record, self.pre[i], output)]
-            place = {"edit": i, "checkpoint": checkpoint, "when": when}
-            log.generations += [{**place, **entry} for entry in texts(record, output)]
-
-    def score_rest(self, log: Log, checkpoint: int) -> None:
-        """What edits should have left alone: unrelated answers, and text in general."""
-        if self.unrelated:
-            said = self._evaluator().generate([r.prompt for r in self.unrelated], self.longest)
-            same = [now.text == before for now, before in zip(said, self.unrelated_pre, strict=True)]
-            log.rows.append((-1, checkpoint, "checkpoint", "unrelated_gen", sum(same) / len(same)))
-        if self.config.protocol.perplexity:
-            log.rows.append((-1, checkpoint, "checkpoint", "perplexity", self._perplexity()))
-
-    def _evaluator(self) -> Any:
-        evaluator = self.editing.evaluator()
-        evaluator.batch_size = self.config.protocol.batch_size
-        return evaluator
-
-    def _perplexity(self) -> float:
-        name = self.config.model.held_out_text
-        if name == "shipped":
-            documents = taught_texts("recent")[::9]  # facts that no record is about, a phrasing or two of each
-        else:
-            documents = statistics.read_text(name or HELD_OUT)
-        return float(self._evaluator().perplexity(documents))
-
-    def __post_init__(self) -> None:
-        """Outputs before any edit are the same for every method and are kept in the cache."""
-        tok, protocol = self.editing.tok, self.config.protocol
-        targets = [{"prompt": r.prompt, "target_new": r.target_new} for r in self.edited]
-        self.longest = protocol.longest or max(len(e.chosen) for e, *_ in tokenize(tok, targets)) + 8
-        key = {
-            "model": self.model_fingerprint,
-            "name": self.config.model.name,
-            "edited": content_hash(self.edited),
-            "unrelated": content_hash(self.unrelated),
-            "longest": self.longest,
-            "fluency": protocol.fluency,
-            "versions": versions(),
-        }
-        name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
-        file = Path(self.config.cache) / "before" / f"{name}.json"
-        try:
-            found = json.loads(file.read_text("utf-8"))
-            self.pre = [Outputs.from_json(entry) for entry in found["edited"]]
-            self.unrelated_pre = [str(text) for text in found["unrelated"]]
-        except (OSError, ValueError, KeyError, TypeError):
-            evaluator = self._evaluator()
-            self.pre = observe(evaluator, self.edited, self.longest, protocol.fluency)
-            said = evaluator.generate([r.prompt for r in self.unrelated], self.longest)
-            self.unrelated_pre = [generation.text for generation in said]
-            file.parent.mkdir(parents=True, exist_ok=True)
-            entries = {"edited": [o.to_json() for o in self.pre], "unrelated": self.unrelated_pre}
-            write_file(file, json.dumps(entries, ensure_ascii=False).encode())
+    return time.perf_counter()
 
 
 def _records(config: Compare) -> tuple[list[Record], list[Record]]:
-    """The records to edit, and others whose answers should stay; the latter from the order's end, whatever is edited.
+    """The records to edit, and some others of the same split, from the order's end, whatever is edited.
 
     Raises :class:`~kdpo_editor.errors.KDPOError` for settings that cannot be met.
     """
@@ -274,17 +202,17 @@ def _records(config: Compare) -> tuple[list[Record], list[Record]]:
     for key, number in (("n_edits", config.n_edits), ("method.requests_per_call", config.method.requests_per_call)):
         if number < 1:
             raise HyperParamsError(f"{key}: {number} is not allowed; it must be at least 1")
-    pool = load(data.source, seed=config.seed, shuffle=data.shuffle, drop_bad=data.drop_bad)
-    if data.split != "all":
+    source = data.validation if data.validation and data.split == "validation" else data.source
+    pool = load(source, seed=config.seed, shuffle=data.shuffle, drop_bad=data.drop_bad)
+    if data.validation is None and data.split != "all":
         pool = [record for record in pool if in_validation(record) == (data.split == "validation")]
     last = data.offset + config.n_edits
     if data.offset < 0 or last > len(pool):
         raise DataError(
-            f"n_edits: {data.source} has {len(pool)} records of different subjects in its split {data.split!r}; "
+            f"n_edits: {source} has {len(pool)} records of different subjects in its split {data.split!r}; "
             f"{config.n_edits} from the {data.offset}th on are too many"
         )
-    rest = pool[last:]
-    return pool[data.offset : last], rest[max(0, len(rest) - protocol.unrelated) :]
+    return pool[data.offset : last], pool[last:][-SPARE:]
 
 
 def _cell(config: Compare, edited: Sequence[Record]) -> Cell:

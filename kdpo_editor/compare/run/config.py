@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from omegaconf import MISSING
+from omegaconf import II, MISSING
 
 PROTOCOLS = ("sequence", "single")
 SPLITS = ("test", "validation", "all")
@@ -51,6 +51,8 @@ class Model:
     """Of that text, at most."""
     held_out_text: str | None = None
     """Text for the perplexity, likewise; null is a piece of the Simple English Wikipedia, in the package."""
+    stops: bool = False
+    """It says the answer and no more, as the shipped model was taught to; others go on talking."""
 
 
 @dataclass
@@ -65,6 +67,10 @@ class Dataset:
     """Records of the seeded order to leave out at the start."""
     split: str = "test"
     """"validation": the records of a fifth of the subjects, for tuning; "test": of the others; "all"."""
+    validation: str | None = None
+    """A source of its own for the validation split; the test split is then all of ``source``."""
+    known: str = "counterfact"
+    """The source of facts that the model is asked before and after: records with their old answers."""
     shuffle: bool = True
     drop_bad: bool = False
     """Leave bad records out instead of stopping at the first."""
@@ -80,14 +86,17 @@ class Protocol:
     """Numbers of edits after which all of them are scored (in a sequence); the last is always scored."""
     right_after: bool = True
     """In a sequence, score each edit also right after it was made, as EasyEdit does."""
-    unrelated: int = 50
-    """Prompts of other records whose generated answers should stay as they were."""
+    known: int = 200
+    """Facts about other subjects that the model answers right before any edit, at most, to be asked again at every
+    ``eval_at``; 0 leaves them out."""
+    stops: bool = II("model.stops")
+    """Measure also whether answers are complete and stopped (``*_gen_stop``)."""
     longest: int = 0
-    """Tokens generated at most for an answer; 0 is the longest answer's length and eight more."""
+    """Tokens generated at most for an answer; 0 is the longest target's length and eight more."""
     fluency: int = 0
     """Tokens generated per edit for the n-gram entropy; 0 leaves fluency out. EasyEdit takes 100."""
     perplexity: bool = True
-    """Of held-out text, before any edit and at every ``eval_at``."""
+    """Of held-out text, and the next tokens' agreement with the unedited model's, at every ``eval_at``."""
     batch_size: int = 256
     """Prompts scored at once, at most."""
 

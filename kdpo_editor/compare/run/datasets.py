@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import lzma
 import random
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
@@ -19,13 +20,20 @@ from ...errors import DataError
 
 LOG = logging.getLogger(__name__)
 
+HERE = Path(__file__).parents[1] / "data"
+PACKAGED = {
+    "counterfact": HERE / "counterfact.json.xz",
+    "counterfact-validation": HERE / "counterfact-validation.json.xz",
+}
+"""Files of the package by name: CounterFact's records, and others of other subjects."""
+
 KNOWN = {
     "zsre": "hub:zjunlp/KnowEdit:benchmark/ZsRE/ZsRE-test-all.json",
-    "counterfact": "hub:zjunlp/KnowEdit:benchmark/wiki_counterfact/test_cf.json",
+    "wiki_counterfact": "hub:zjunlp/KnowEdit:benchmark/wiki_counterfact/test_cf.json",
     "recent": "hub:zjunlp/KnowEdit:benchmark/wiki_recent/recent_test.json",
     "wikibio": "hub:zjunlp/KnowEdit:benchmark/WikiBio/wikibio-test-all.json",
 }
-"""Sources by name. Besides these there is ``"shipped"``, the facts that the shipped model knows."""
+"""Files of the hub by name. Besides these there is ``"shipped"``, the facts that the shipped model knows."""
 
 
 @dataclass(frozen=True)
@@ -76,8 +84,9 @@ def load(
 ) -> list[Record]:
     """Records of ``source``, checked, in an order that ``seed`` alone decides.
 
-    ``source`` is ``"shipped"``, a name in :data:`KNOWN`, the path of a ``.json`` file (a list) or ``.jsonl`` file (one
-    record a line), or ``"hub:<owner/name>:<path>"``, a file of a data set on the Hugging Face hub.
+    ``source`` is ``"shipped"``, a name in :data:`PACKAGED` or :data:`KNOWN`, the path of a ``.json`` file (a list) or
+    ``.jsonl`` file (one record a line), either of them compressed as ``.xz`` or not, or ``"hub:<owner/name>:<path>"``,
+    a file of a data set on the Hugging Face hub.
 
     Records ``offset`` to ``offset + n_edits`` of that order are returned (all from ``offset`` on where ``n_edits`` is
     ``None``), so fewer edits are always a prefix of more. With ``unique_subjects`` only the first record of each
@@ -117,16 +126,18 @@ def content_hash(records: Iterable[Record]) -> str:
 
 
 def _locate(source: str) -> Path:
+    if source in PACKAGED:
+        return PACKAGED[source]
     source = KNOWN.get(source, source)
     if source == "shipped":
-        from ...testbed import HERE
+        from ... import testbed
 
-        return HERE / "records.json"
+        return testbed.HERE / "records.json"
     if source.startswith("hub:"):
         return _download(source)
     path = Path(source)
     if not path.is_file():
-        names = ", ".join(["shipped", *KNOWN])
+        names = ", ".join(["shipped", *PACKAGED, *KNOWN])
         raise DataError(f"{source!r} is no file; it must be one, or hub:<owner/name>:<path>, or one of {names}")
     return path
 
@@ -148,10 +159,11 @@ def _download(source: str) -> Path:
 
 def _read(path: Path) -> list[Any]:
     try:
-        text = path.read_text("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+        content = path.read_bytes()
+        text = (lzma.decompress(content) if path.suffix == ".xz" else content).decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError, lzma.LZMAError) as error:
         raise DataError(f"{path} cannot be read as UTF-8 text: {error}") from error
-    if path.suffix == ".jsonl":
+    if path.name.removesuffix(".xz").endswith(".jsonl"):
         records = []
         for number, line in enumerate(text.split("\n"), 1):
             if line.strip():

@@ -25,10 +25,11 @@ import torch
 from torch import Tensor, nn
 
 from ... import easyedit
+from ...engine.weights import find_matrices
 from ...errors import HyperParamsError
+from ...lifelong.preconditioning import preconditioners
 from .datasets import Record
 from .evaluate import Evaluator
-from .prefixes import Prefixes
 
 # How ROME and MEMIT begin the contexts that they put before a prompt, and WISE.
 DOT_STARTS = ("The", "Therefore", "Because", "I", "You")
@@ -69,7 +70,6 @@ class Editing:
         self.count = 0
         self.ignored: list[str] = []
         self._reset: Callable[[], Any] | None = None
-        self.prefixes = Prefixes.of(model, config)
         self.config = config or {}
         self.algorithm: str = self.config.get("alg_name", "")
         if config is None:
@@ -91,8 +91,8 @@ class Editing:
         if self.algorithm == "WISE":
             if not unrelated:
                 raise HyperParamsError(
-                    "protocol.unrelated: WISE needs a record that is never edited, and none is left; ask for at "
-                    "least 1, and for fewer edits than there are records"
+                    "n_edits: WISE needs a record that is never edited, and none is left; ask for fewer edits than "
+                    "there are records"
                 )
             self.hparams.sequential_edit = sequence
         tok.padding_side = "right" if self.algorithm in easyedit.RIGHT_PADDED else "left"
@@ -107,11 +107,17 @@ class Editing:
         """Whether :meth:`state` holds all that edits leave behind; if not, resuming makes the edits again."""
         return not (self.algorithm in ("WISE", "GRACE") or self.config.get("replay", False))
 
+    def prepare(self) -> None:
+        """Compute what the first edit needs once, on the unedited model: KDPO's second moments."""
+        if self.algorithm == "KDPO":
+            weights = find_matrices(self.base, self.hparams)
+            preconditioners(self.base, self.tok, weights, self.hparams)
+
     def evaluator(self) -> Evaluator:
         """For the model as it is now."""
         alone, alike = self._reset is not None and self.algorithm == "WISE", self.algorithm == "GRACE"
         at = self._ask_at if alike else None
-        return Evaluator(self.model, self.tok, alone=alone, alike=alike, at=at, prefixes=self.prefixes)
+        return Evaluator(self.model, self.tok, alone=alone, alike=alike, at=at)
 
     def edit(self, records: Sequence[Record]) -> None:
         """Make the edits that ``records`` ask for, in one call of the method."""

@@ -1,7 +1,8 @@
 """From a model's outputs on the probes of many records to rows of figures.
 
 Names are EasyEdit's: ``rewrite_acc``, ``rephrase_acc``, ``locality.<key>_acc``, ``portability.<key>_acc`` and
-``fluency.ngram_entropy``; beside them ``<...>_gen``: whether the freely generated answer is right and ends.
+``fluency.ngram_entropy``. Beside them stand ``<...>_gen``, whether the greedy answer begins with an accepted one, and
+``<...>_gen_stop``, whether it is an accepted one and the model stopped there.
 """
 
 from __future__ import annotations
@@ -70,20 +71,26 @@ def observe(evaluator: Evaluator, records: Sequence[Record], longest: int, fluen
     for (i, group, _), generation in zip(free, said, strict=True):
         outputs[i].generated.setdefault(group, []).append(generation)
     if fluency:
-        texts = evaluator.generate([record.prompt for record in records], fluency, forced=True)
-        for output, generation in zip(outputs, texts, strict=True):
-            output.fluency = ngram_entropy(generation.text)
+        written = evaluator.write([record.prompt for record in records], fluency)
+        for output, text in zip(outputs, written, strict=True):
+            output.fluency = ngram_entropy(text)
     return outputs
 
 
-def rows(record: Record, before: Outputs, now: Outputs) -> Iterator[tuple[str, float]]:
-    """Metric and value of one record, given what the model said before any edit and says now."""
+def rows(record: Record, before: Outputs, now: Outputs, stops: bool = False) -> Iterator[tuple[str, float]]:
+    """Metric and value of one record, given what the model said before any edit and says now.
+
+    ``stops``: also whether answers stop, for models that are to say no more than the answer.
+    """
     asked = probes(record)
     for group, predicted in now.predicted.items():
         reference = before.predicted[group] if group.startswith("locality.") else now.wanted[group]
         yield f"{group}_acc", fmean(accuracy(p, r) for p, r in zip(predicted, reference, strict=True))
     for group, said in now.generated.items():
-        yield f"{group}_gen", fmean(g.answers(p.answers) for g, p in zip(said, asked[group], strict=True))
+        pairs = list(zip(said, asked[group], strict=True))
+        yield f"{group}_gen", fmean(g.answers(p.answers) for g, p in pairs)
+        if stops:
+            yield f"{group}_gen_stop", fmean(g.answers_and_stops(p.answers) for g, p in pairs)
     if now.fluency is not None:
         yield "fluency.ngram_entropy", now.fluency
 

@@ -1,0 +1,87 @@
+"""Facts that a model knows: asked before any edit, to be asked again after.
+
+A model knows a fact where its greedy answer begins with it. Candidates are the records of a data set with their old
+answers; which of them a model knows is found once, in blocks, and kept in the cache.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from ...engine.answers import begins_with, normalised
+from ...requests import token_ids
+from .datasets import Record, content_hash, load
+from .evaluate import Evaluator
+
+LOG = logging.getLogger(__name__)
+BLOCK = 250  # candidates that are asked at a time, until enough are known
+FEW = 5  # with fewer a share says nothing
+MARGIN = 3  # tokens generated beyond those of the answer: it may be told in others, and its last word must end
+
+
+def known_facts(
+    evaluator: Evaluator,
+    source: str,
+    most: int,
+    edited: Sequence[Record],
+    kept: Callable[[dict[str, str], Callable[[], Any]], Any],
+) -> list[Record]:
+    """Records of ``source`` whose ``ground_truth`` the model gives, in the order of the data, at most ``most``.
+
+    None of them is about a subject of ``edited``. ``kept(key, compute)`` gives what is in the cache for ``key``, or
+    else computes it. Warns where there are fewer than a handful, and then gives none.
+    """
+    subjects = {_subject(record) for record in edited}
+    prompts = {record.prompt for record in edited}
+    candidates = [record for record in load(source, shuffle=False) if record.ground_truth]
+    found: list[Record] = []
+    for start in range(0, len(candidates), BLOCK):
+        block = candidates[start : start + BLOCK]
+        known = kept({"known": content_hash(block)}, lambda block=block: right(evaluator, block))  # type: ignore[misc]
+        found += [
+            record
+            for record, knows in zip(block, known, strict=True)
+            if knows and _subject(record) not in subjects and record.prompt not in prompts
+        ]
+        if len(found) >= most:
+            break
+    if len(found) < min(FEW, most):
+        LOG.warning(
+            "the model knows %d of %d facts of %s: too few to measure known", len(found), len(candidates), source
+        )
+        return []
+    return found[:most]
+
+
+def right(evaluator: Evaluator, facts: Sequence[Record]) -> list[bool]:
+    """For each of ``facts``, whether the greedy answer begins with its ``ground_truth``.
+
+    Few models know most of what they are asked, and one token tells of most answers that they will be others; only
+    what may still be right is gone on with.
+    """
+    found = [False] * len(facts)
+    first = evaluator.generate([fact.prompt for fact in facts], 1)
+    going = [i for i, fact in enumerate(facts) if _may_begin(first[i].text, fact.ground_truth)]
+    for length, members in _by_length(evaluator.tok, facts, going):
+        for i, said in zip(members, evaluator.generate([facts[i].prompt for i in members], length), strict=True):
+            found[i] = begins_with(said.text, facts[i].ground_truth)
+    return found
+
+
+def _by_length(tok: Any, facts: Sequence[Record], going: Sequence[int]) -> Iterator[tuple[int, list[int]]]:
+    """Those of ``facts`` at ``going``, by the number of tokens to generate for them."""
+    lengths = {i: len(token_ids(tok, f" {facts[i].ground_truth}")) + MARGIN for i in going}
+    for length in sorted(set(lengths.values())):
+        yield length, [i for i in going if lengths[i] == length]
+
+
+def _may_begin(text: str, answer: str) -> bool:
+    """Whether a text of which ``text`` is the first token may begin with ``answer``."""
+    said = normalised(text.rstrip("\N{REPLACEMENT CHARACTER}"))  # a character may need more tokens
+    return said in ("", "a", "an", "the") or normalised(answer).startswith(said) or begins_with(text, answer)
+
+
+def _subject(record: Record) -> str:
+    return (record.subject or record.prompt).casefold()

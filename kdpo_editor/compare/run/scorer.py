@@ -1,0 +1,131 @@
+"""What a model says before any edit, and what an edited one says of the same."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ...edits.storage import write_file
+from ...requests import tokenize
+from ...testbed import taught_texts
+from . import statistics
+from .config import Compare
+from .datasets import Record, content_hash
+from .editing import Editing
+from .evaluate import Evaluator, Reading, accuracy
+from .known import known_facts, right
+from .results import Log, versions
+from .scores import Outputs, observe, rows, texts
+
+HELD_OUT = Path(__file__).parent / "held_out.txt"
+
+
+@dataclass
+class Scorer:
+    """Asks an edited model everything and compares with what it said before any edit.
+
+    ``edited``: the records to edit. ``spare``: records that some methods train on beside them; nothing about either is
+    asked as a known fact. What the unedited model says is the same for every method and is kept in the cache, by the
+    content of its weights.
+    """
+
+    config: Compare
+    editing: Editing
+    edited: list[Record]
+    spare: list[Record]
+    model_fingerprint: str
+    pre: list[Outputs] = field(init=False)
+    known: list[Record] = field(init=False)
+    reading: Reading | None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        """Ask the unedited model, or find in the cache what it said."""
+        protocol = self.config.protocol
+        self.longest = protocol.longest or self._longest_target() + 8
+        asked = {"edited": content_hash(self.edited), "longest": self.longest, "fluency": protocol.fluency}
+        evaluator = self._evaluator("before any edit")
+
+        def outputs() -> Any:
+            return [o.to_json() for o in observe(evaluator, self.edited, self.longest, protocol.fluency)]
+
+        self.pre = [Outputs.from_json(entry) for entry in self._kept(asked, outputs)]
+        self.known = []
+        if protocol.known:
+            beside = [*self.edited, *self.spare]
+            self.known = known_facts(evaluator, self.config.dataset.known, protocol.known, beside, self._kept)
+        if protocol.perplexity:
+            self.documents = self._held_out()
+            text = hashlib.sha256("\0".join(self.documents).encode()).hexdigest()
+
+            def reading() -> Any:
+                found = evaluator.read(self.documents)
+                return [found.perplexity, found.choices]
+
+            self.reading = Reading(*self._kept({"text": text}, reading))
+
+    def before(self, log: Log) -> None:
+        """Rows and generations of the model as it is before any edit."""
+        self._add(log, range(len(self.edited)), self.pre, "pre", 0)
+        if self.known:
+            log.rows.append((-1, 0, "pre", "known", 1.0))
+        if self.reading is not None:
+            log.rows.append((-1, 0, "pre", "perplexity", self.reading.perplexity))
+            log.rows.append((-1, 0, "pre", "agreement", 1.0))
+
+    def score(self, log: Log, which: Sequence[int], when: str, checkpoint: int) -> None:
+        """Rows and generations of the edits ``which``."""
+        records = [self.edited[i] for i in which]
+        now = observe(self._evaluator("scoring"), records, self.longest, self.config.protocol.fluency)
+        self._add(log, which, now, when, checkpoint)
+
+    def score_rest(self, log: Log, checkpoint: int) -> None:
+        """What edits should have left alone: facts about others, and text in general."""
+        if self.known:
+            still = right(self._evaluator("known facts"), self.known)
+            log.rows.append((-1, checkpoint, "checkpoint", "known", sum(still) / len(still)))
+        if self.reading is not None:
+            now = self._evaluator("text").read(self.documents)
+            log.rows.append((-1, checkpoint, "checkpoint", "perplexity", now.perplexity))
+            agreement = accuracy(now.choices, self.reading.choices)
+            log.rows.append((-1, checkpoint, "checkpoint", "agreement", agreement))
+
+    def _add(self, log: Log, which: Sequence[int], said: Sequence[Outputs], when: str, checkpoint: int) -> None:
+        stops = self.config.protocol.stops
+        for i, output in zip(which, said, strict=True):
+            record = self.edited[i]
+            log.rows += [(i, checkpoint, when, m, v) for m, v in rows(record, self.pre[i], output, stops)]
+            place = {"edit": i, "checkpoint": checkpoint, "when": when}
+            log.generations += [{**place, **entry} for entry in texts(record, output)]
+
+    def _evaluator(self, progress: str) -> Evaluator:
+        evaluator = self.editing.evaluator()
+        evaluator.batch_size = self.config.protocol.batch_size
+        evaluator.progress = progress
+        return evaluator
+
+    def _longest_target(self) -> int:
+        targets = [{"prompt": r.prompt, "target_new": r.target_new} for r in self.edited]
+        return max(len(tokens.chosen) for tokens, *_ in tokenize(self.editing.tok, targets))
+
+    def _held_out(self) -> list[str]:
+        name = self.config.model.held_out_text
+        if name == "shipped":
+            return taught_texts("recent")[::9]  # facts that no record is about, a phrasing or two of each
+        return statistics.read_text(name or HELD_OUT)
+
+    def _kept(self, of: dict[str, Any], compute: Callable[[], Any]) -> Any:
+        """What ``compute`` gives for this model, as JSON, from the cache where it is there."""
+        key = {"model": self.model_fingerprint, "name": self.config.model.name, "versions": versions(), **of}
+        name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
+        file = Path(self.config.cache) / "before" / f"{name}.json"
+        try:
+            return json.loads(file.read_text("utf-8"))
+        except (OSError, ValueError):
+            found = compute()
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_file(file, json.dumps(found, ensure_ascii=False).encode())
+            return found

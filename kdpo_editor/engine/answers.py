@@ -1,0 +1,63 @@
+"""When a text gives an answer: the one rule for all that is generated.
+
+A text gives an answer where it begins with it, and a word ends where the answer does. What a model goes on to say does
+not count. :func:`normalised` says what is alike.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+
+# Chinese and Japanese, Thai, Lao, Tibetan, Burmese, Khmer: no spaces between words, so a word may end anywhere.
+UNSPACED = re.compile(
+    "[\u0e00-\u0eff\u0f00-\u0fff\u1000-\u109f\u1780-\u17ff\u3005-\u3007\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff]"
+    "|[\U00020000-\U0003ffff]"
+)
+# Punctuation that is part of names and numbers ("C#", "AT&T", "5%", "3.5"), and what a word goes on with ("C++").
+KEPT = "#&%."
+JOINING = KEPT + "+"
+
+
+def normalised(text: str) -> str:
+    """``text`` as answers are compared: case, punctuation, spaces and an article at its beginning do not count.
+
+    Hyphens within words and points within abbreviations go without a space ("Coca-Cola", "U.S."), and so does a
+    possessive's end ("Paris's"). A point or comma between digits is part of the number.
+    """
+    text = unicodedata.normalize("NFKC", text).casefold()
+    text = re.sub("['\u2018\u2019\u02bc`\u00b4]", "'", text)
+    text = re.sub(r"(?<=\w)'s\b|'", "", text)
+    text = re.sub(r"(?<=\d),(?=\d)", "", text)
+    text = re.sub(r"(?<=[^\W\d_])[-.\u2010\u2011](?=[^\W\d_])", "", text)
+    text = re.sub(r"(?<!\d)\.|\.(?!\d)", " ", text)
+    text = "".join(" " if unicodedata.category(c)[0] == "P" and c not in KEPT else c for c in text)
+    text = " ".join(text.split())
+    return re.sub(r"^(?:an?|the) (?=.)", "", text)
+
+
+def begins_with(text: str, answer: str) -> bool:
+    """Whether ``text`` begins with ``answer``, at a word's end, both :func:`normalised`.
+
+    "Paris, which" begins with "Paris", "Parisian" does not. In a script without spaces between words any character
+    may end a word. An answer of nothing but punctuation must stand there as it is.
+    """
+    said, wanted = normalised(text), normalised(answer)
+    if not wanted:
+        return bool(answer.strip()) and text.strip().startswith(answer.strip())
+    if not said.startswith(wanted):
+        return False
+    rest = said[len(wanted) :]
+    return not rest or UNSPACED.match(wanted[-1]) is not None or _ends_a_word(rest[0])
+
+
+def is_answer(text: str, answer: str) -> bool:
+    """Whether ``text`` is ``answer`` and nothing more, both :func:`normalised`."""
+    said, wanted = normalised(text), normalised(answer)
+    return said == wanted if wanted else text.strip() == answer.strip() != ""
+
+
+def _ends_a_word(following: str) -> bool:
+    """Whether a word can end before the character ``following``."""
+    part = following.isalnum() or unicodedata.category(following)[0] == "M" or following in JOINING
+    return not part or UNSPACED.match(following) is not None
