@@ -368,7 +368,10 @@ def test_every_method_of_the_comparison_is_described() -> None:
         assert f"`{file.stem}`" in text, file.stem
 
 
-@pytest.mark.parametrize("file", sorted((ROOT / "hparams/KDPO").glob("*.yaml")), ids=lambda f: f.stem)
+CARDS = sorted(file for file in (ROOT / "hparams/KDPO").glob("*.yaml") if file.stem != "auto")
+
+
+@pytest.mark.parametrize("file", CARDS, ids=lambda f: f.stem)
 def test_model_cards_are_of_their_files(file: Path) -> None:
     hparams = KDPOHyperParams.from_hparams(file)
     text = (ROOT / "docs/models.md").read_text("utf-8")

@@ -33,6 +33,10 @@ PyPI's MEMIT         Expects blocks to return tuples, as they did before transfo
 AdaLoRA              The PyPI form's LoRA and upstream's default. Current peft refuses it without the number of steps;
                      it is told. The PyPI form's settings lack an attribute that its own code reads; they get it. Can go
                      when upstream passes the number.
+``prepare``          AlphaEdit goes by letters in a model's name and WISE by two keys of its config; they get what they
+                     look for, for any model. Can go when the framework looks at the matrix, and at the third key.
+WISE                 Computes the edited matrix's output without its bias, unless "gpt2" is in the model's name. Can go
+                     when the framework adds the bias.
 ``settings``         A method's settings in whichever class the installed form reads, whose fields differ.
 ``quietly``          Both forms print every step and write logs into the working directory. Can go when they stop.
 ``forget``           Methods keep state in their modules (context templates, covariances, null spaces, histories) that
@@ -41,17 +45,26 @@ AdaLoRA              The PyPI form's LoRA and upstream's default. Current peft r
 ===================  ==================================================================================================
 
 Modules: ``registering`` puts KDPO into the framework; ``placeholders`` has what is lent at import; ``import_hook``
-waits for it; ``loading``,
-``ledgers`` and ``adalora`` what they are called after; ``pypi`` devices and the PyPI form's contract and MEMIT;
-``comparing`` the last three, which comparing methods needs. ``finding``, below them, imports the framework and tells
-its form.
+waits for it; ``loading``, ``ledgers``, ``adalora`` and ``wise`` what they are called after; ``pypi`` devices and the
+PyPI form's contract and MEMIT; ``comparing`` ``prepare`` and the last three, which comparing methods needs.
+``finding``, below them, imports the framework and tells its form.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .comparing import forget, forget_history, memory, methods, quietly, remember, save_null_space, settings
+    from .comparing import (
+        forget,
+        forget_history,
+        memory,
+        methods,
+        prepare,
+        quietly,
+        remember,
+        save_null_space,
+        settings,
+    )
     from .finding import form, is_upstream, require
     from .loading import RIGHT_PADDED
     from .placeholders import MOVED
@@ -59,7 +72,7 @@ if TYPE_CHECKING:
 
 # Where each name is. They are loaded when they are used: the import hook, in this folder too, must cost nothing.
 _MODULES = {
-    "comparing": "forget forget_history memory methods quietly remember save_null_space settings",
+    "comparing": "forget forget_history memory methods prepare quietly remember save_null_space settings",
     "finding": "form is_upstream require",
     "loading": "RIGHT_PADDED",
     "placeholders": "MOVED",
@@ -76,6 +89,7 @@ __all__ = [
     "memory",
     "methods",
     "on_device",
+    "prepare",
     "quietly",
     "remember",
     "require",

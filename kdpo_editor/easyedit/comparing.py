@@ -98,6 +98,23 @@ def forget_history(method: str) -> None:
             setattr(module, key, value)
 
 
+def prepare(method: str, model: nn.Module, hparams: Any) -> None:
+    """Give ``method`` before an edit what it would look for under names that not every model has.
+
+    AlphaEdit takes the shape of its memory of earlier edits from letters in the model's name, and WISE the activation
+    from either of two keys of the model's config.
+    """
+    if method == "AlphaEdit" and not _module(method).cache_c_new:
+        matrix: Any = model.get_submodule(hparams.rewrite_module_tmp.format(hparams.layers[-1]))
+        width = matrix.in_features if hasattr(matrix, "in_features") else matrix.nx
+        _module(method).cache_c = torch.zeros(len(hparams.layers), width, width)
+        _module(method).cache_c_new = True
+    if method == "WISE":
+        names = ("hidden_act", "activation_function", "hidden_activation")
+        config = model.config.get_text_config()  # type: ignore[union-attr, operator]
+        hparams.hidden_act = next((getattr(config, n) for n in names if getattr(config, n, None)), "silu")
+
+
 def memory(method: str) -> dict[str, torch.Tensor]:
     """What ``method`` keeps in its module about earlier edits and needs for the next one, as tensors by name."""
     if method != "AlphaEdit" or not _module(method).cache_c_new:

@@ -10,6 +10,7 @@ from .finding import editor_class, is_upstream
 from .ledgers import followed, resumed
 from .loading import with_model_loaded
 from .pypi import apply_for_pypi, mend_memit, on_its_device
+from .wise import mend_wise
 
 
 def register() -> None:
@@ -32,3 +33,5 @@ def register() -> None:
             setattr(editor, name, on_its_device(getattr(editor, name)))
         mend_memit()
     mend_adalora()
+    if upstream:
+        mend_wise()

@@ -9,7 +9,7 @@ import logging
 import time
 import traceback
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,6 @@ from typing import Any
 import torch
 import yaml
 from omegaconf import OmegaConf
-from torch import nn
 from tqdm import tqdm
 
 from ... import easyedit, models
@@ -28,6 +27,7 @@ from ...hparams import KDPOHyperParams, settings_folder
 from . import statistics
 from .config import PROTOCOLS, SPLITS, Compare
 from .datasets import Record, content_hash, in_validation, load
+from .derived_settings import TEMPLATE, fill, is_template
 from .editing import Editing, available
 from .evaluate import fingerprint
 from .memory import high_water
@@ -36,6 +36,8 @@ from .scorer import Scorer
 
 LOG = logging.getLogger(__name__)
 RATES = ("lr", "v_lr", "edit_lr")
+# What KDPO's settings may leave out.
+PLACE = ("layers", "rewrite_module_tmp")
 SAVE_EVERY = 60.0  # seconds between checkpoints, beside those at `eval_at`
 SPARE = 50  # records that are never edited, for methods that train on some (WISE)
 # What a cell's figures do not depend on.
@@ -57,7 +59,11 @@ def run(config: Compare) -> Cell:
     if config.threads:
         torch.set_num_threads(config.threads)
     edited, spare = _records(config)
-    cell = _cell(config, edited)
+    easyedit.require()
+    if config.method.hparams is not None:
+        config.method.hparams = _filled(config, config.method.hparams)
+    settings, notes = _settings(config)
+    cell = _cell(config, edited, settings, notes)
     with cell.locked():
         if config.overwrite:
             cell.clear()
@@ -66,11 +72,12 @@ def run(config: Compare) -> Cell:
             return cell
         started = datetime.now(timezone.utc).isoformat(timespec="seconds")
         form = easyedit.form().lower()
-        cell.note(status="running", started=started, form=form, versions=versions(), error=None, notes=[])
-        _write_config(cell, config)
+        cell.note(status="running", started=started, form=form, versions=versions(), error=None)
+        cell.note(settings=settings, notes=notes)
+        write_file(cell.folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(config)).encode())
         with _log_to(cell.folder / "run.log"):
             try:
-                _compute(config, cell, edited, spare)
+                _compute(config, cell, settings, notes, edited, spare)
                 finished = datetime.now(timezone.utc).isoformat(timespec="seconds")
                 if cell.manifest()["status"] == "running":
                     cell.note(status="complete", finished=finished)
@@ -82,20 +89,27 @@ def run(config: Compare) -> Cell:
     return cell
 
 
-def _compute(config: Compare, cell: Cell, edited: Sequence[Record], spare: Sequence[Record]) -> None:
-    settings, notes = _settings(config)
+def _compute(
+    config: Compare,
+    cell: Cell,
+    settings: dict[str, Any] | None,
+    notes: list[str],
+    edited: Sequence[Record],
+    spare: Sequence[Record],
+) -> None:
     if notes and settings is None:
-        cell.note(status="skipped", notes=notes)
+        cell.note(status="skipped")
         LOG.warning("%s: %s", config.method.label, notes[0])
         return
     model, tok = models.load(config.model.name, dtype=config.model.dtype, device=config.model.device)
     model.requires_grad_(False)
-    settings = _completed(settings, model, config, cell)
     before = fingerprint(model)
-    stats = Path(config.stats_dir or Path(config.cache) / "stats" / before[:16]).absolute()
+    text = (config.model.text, config.model.characters, config.model.tokens_per_input)
+    kept = Path(config.cache) / "stats" / f"{before[:16]}-{statistics.text_digest(*text)}"
+    stats = Path(config.stats_dir or kept).absolute()
     start = time.perf_counter()
     if settings is not None:
-        statistics.ensure(model, tok, settings, config.model.text, config.model.characters, stats)
+        statistics.ensure(model, tok, settings, text[0], text[1], stats, text[2])
         stats.mkdir(parents=True, exist_ok=True)
     single = config.protocol.name == "single"
     prompts = [record.prompt for record in spare]
@@ -215,9 +229,7 @@ def _records(config: Compare) -> tuple[list[Record], list[Record]]:
     return pool[data.offset : last], pool[last:][-SPARE:]
 
 
-def _cell(config: Compare, edited: Sequence[Record]) -> Cell:
-    easyedit.require()
-    settings, notes = _settings(config)
+def _cell(config: Compare, edited: Sequence[Record], settings: dict[str, Any] | None, notes: list[str]) -> Cell:
     label = config.method.label
     if notes and settings is not None:
         label += " (own CE)" if config.method.without == "ce" else f" ({config.method.without})"
@@ -247,33 +259,30 @@ def _settings(config: Compare) -> tuple[dict[str, Any] | None, list[str]]:
     if settings is None or available(settings):
         return settings, []
     form, without = easyedit.form(), config.method.without
-    other = settings_folder() / without / f"{config.model.settings}.yaml"
+    files = (settings_folder() / without / f"{name}.yaml" for name in (config.model.settings, TEMPLATE))
+    other = next((file for file in files if file.exists()), None) if without else None
     if without == "ce":
         own = {k: settings[k] for k in ("model_name", "layers", "rewrite_module_tmp", "num_steps", "lr")}
         # One cycle of as many steps; FT-M stops below this loss as well.
         own |= {"alg_name": "KDPO", "objective": "ce", "cycles": 1, "stop_loss": 1e-2}
         return own, [f"EasyEdit's {form} form lacks FT-M: this package's cross-entropy over the whole target stands in"]
-    if without and other.exists():
-        taken: dict[str, Any] = yaml.safe_load(other.read_text("utf-8"))
+    if other is not None:
+        taken = _filled(config, yaml.safe_load(other.read_text("utf-8")))
         return taken, [f"EasyEdit's {form} form knows {without} instead; settings are those of hparams/{without}"]
     return None, [f"EasyEdit's {form} form does not have this method"]
 
 
-def _completed(settings: dict[str, Any] | None, model: nn.Module, config: Compare, cell: Cell) -> dict[str, Any] | None:
-    """KDPO's settings with what is found from the model's structure; the cell's config and manifest say it too."""
-    if settings is None or settings["alg_name"] != "KDPO":
+def _filled(config: Compare, settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings with what they leave to the model: its name, a template's words, KDPO's layers and matrix."""
+    name = config.model.name
+    settings = {"model_name": name, **settings}
+    if is_template(settings):
+        return fill(settings, models.outline(name), name)
+    left_out = [key for key in PLACE if settings.get(key) is None]
+    if settings["alg_name"] != "KDPO" or not left_out:
         return settings
-    found = complete(KDPOHyperParams.from_config(settings), model).to_dict()
-    derived = {key: found[key] for key in ("layers", "rewrite_module_tmp") if settings.get(key) is None}
-    if derived:
-        method = replace(config.method, hparams={**(config.method.hparams or {}), **derived})
-        _write_config(cell, replace(config, method=method))
-        cell.note(derived=derived)
-    return {**settings, **derived}
-
-
-def _write_config(cell: Cell, config: Compare) -> None:
-    write_file(cell.folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(config)).encode())
+    found = complete(KDPOHyperParams.from_config(settings), models.outline(name)).to_dict()
+    return {**settings, **{key: found[key] for key in left_out}}
 
 
 def _progress(config: Compare, numbers: range, done: int) -> Iterator[int]:

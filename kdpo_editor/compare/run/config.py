@@ -20,7 +20,8 @@ class Method:
     label: str = MISSING
     """As in tables."""
     hparams: dict[str, Any] | None = MISSING
-    """The method's settings: ``hparams/<METHOD>/<model>.yaml``. ``null`` edits nothing."""
+    """The method's settings: ``hparams/<METHOD>/<model>.yaml``. For a model without a file it is ``auto.yaml`` there,
+    filled from the model's structure (:mod:`~.derived_settings`). ``null`` edits nothing."""
     rate_factor: float = 1.0
     """Multiplies the method's learning rate (``lr``, ``v_lr`` or ``edit_lr``): the paper takes a fifth of KDPO's for
     edits in a sequence."""
@@ -39,16 +40,19 @@ class Model:
     name: str = MISSING
     """Hugging Face id, folder, ``.gguf`` file, or a name of this package's: smollm2-135m, kdpo-llama-knowedit, ..."""
     settings: str = ""
-    """The name of its files in the folders of ``hparams/``."""
+    """The name of its files in the folders of ``hparams/``; where there is none, settings are derived."""
     dtype: str = "float32"
     """float32, bfloat16, float16, or auto (as saved)."""
     device: str | None = None
     """cpu, cuda, cuda:1, auto (spread over all GPUs); null is the GPU where there is one."""
     text: str | None = None
-    """A file (plain, .xz, .gz, .bz2) to compute second moments from when MEMIT or AlphaEdit lack them; "shipped" is
-    what the shipped model was taught."""
+    """A file (plain, .xz, .gz, .bz2) to compute second moments from when MEMIT or AlphaEdit lack them; "general" is the
+    text that comes with the package, "shipped" what the shipped model was taught."""
     characters: int = 20_000_000
     """Of that text, at most."""
+    tokens_per_input: int | None = None
+    """Tokens of that text, from documents drawn from all of it, for each input of the edited matrix, at most; ``null``
+    takes it all."""
     held_out_text: str | None = None
     """Text for the perplexity, likewise; null is a piece of the Simple English Wikipedia, in the package."""
     stops: bool = False

@@ -125,6 +125,7 @@ class Editing:
         if not self.config:
             return
         seed_everything(self.seed * 1_000_003 + self.count)
+        easyedit.prepare(self.algorithm, self.base, self.hparams)
         with self._surroundings(), easyedit.on_device(self.hparams), easyedit.quietly():
             edited, copies = self.apply(
                 self.base,

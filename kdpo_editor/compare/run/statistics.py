@@ -4,7 +4,7 @@
 
 EasyEdit computes them from Wikipedia's dump, which it downloads. Here any text serves; the results lie where
 both forms of the framework look and have the form that they read (Meng et al. 2022, MEMIT, section 4.2: the moments
-``C0 = E[k k^T]`` of the inputs ``k``, here over all tokens of the text).
+``C0 = E[k k^T]`` of the inputs ``k``, here over all tokens of the text but the first of each passage).
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ from __future__ import annotations
 import argparse
 import bz2
 import gzip
+import hashlib
 import lzma
+import random
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ import yaml
 from torch import Tensor, nn
 
 from ...errors import DataError, KDPOError
-from ...lifelong.second_moments import second_moments
+from ...lifelong.second_moments import GENERAL_TEXT, UNCOUNTED, second_moments
 from ...testbed import taught_texts
 
 OPENERS: dict[str, Any] = {".xz": lzma.open, ".gz": gzip.open, ".bz2": bz2.open}
@@ -30,15 +32,23 @@ WINDOW = 256
 
 
 def ensure(
-    model: nn.Module, tok: Any, config: dict[str, Any], text: str | None, characters: int | None, folder: Path
+    model: nn.Module,
+    tok: Any,
+    config: dict[str, Any],
+    text: str | None,
+    characters: int | None,
+    folder: Path,
+    tokens_per_input: int | None = None,
 ) -> bool:
     """Compute the moments that the method settings ``config`` ask for, unless they lie in ``folder``.
 
-    ``text``: a file for :func:`read_text`, at most ``characters`` of it, or "shipped": what the shipped model
-    was taught.
+    ``text``: a file for :func:`read_text`, at most ``characters`` of it; "general", the text that comes with the
+    package; or "shipped": what the shipped model was taught. ``tokens_per_input``: at most so many for each input of
+    the widest matrix, from documents in a shuffled order that is always the same.
 
     Returns whether any had to be computed. Raises :class:`~kdpo_editor.errors.DataError` if some are missing and
-    there is no text to compute them from.
+    there is no text to compute them from, or too little: moments of fewer tokens than a matrix has inputs have no
+    inverse.
     """
     if not config.get("mom2_adjustment"):
         return False
@@ -52,16 +62,60 @@ def ensure(
             f"{config['alg_name']} needs second moments, and {next(iter(missing.values()))[0]} does not exist. Compute "
             "them with kdpo-statistics, or name a text in model.text"
         )
-    documents = taught_texts() if text == "shipped" else read_text(text, characters)
-    windows = [
-        w for d in documents for w in torch.tensor(tok(d)["input_ids"], dtype=torch.int64).split(WINDOW) if len(w)
-    ]
-    if not windows:
-        raise DataError("the text for the second moments is empty")
+    inputs = max(_inputs(model.get_submodule(module)) for module in missing)
+    most = None if tokens_per_input is None else tokens_per_input * inputs
+    windows = _windows(tok, _documents(text, characters), most)
+    counted = sum(len(window) - UNCOUNTED for window in windows)
+    if counted < inputs:
+        raise DataError(
+            f"model.text: {text} gives {counted} tokens, and the second moments of {config['alg_name']} in "
+            f"{next(iter(missing))} need at least as many as it has inputs, {inputs}"
+        )
     for name, (moment, count) in second_moments(model, list(missing), windows).items():
         for file in missing[name]:
             _save(file, moment, count, config["mom2_n_samples"])
     return True
+
+
+def text_digest(text: str | None, characters: int | None, tokens_per_input: int | None) -> str:
+    """Name what second moments are of, by the text's content and by how much of it is taken."""
+    file = GENERAL_TEXT if text == "general" else text
+    content = b"" if text in (None, "shipped") or not Path(str(file)).is_file() else Path(str(file)).read_bytes()
+    told = f"{text if text in (None, 'shipped') else ''} {characters} {tokens_per_input} ".encode()
+    return hashlib.sha256(told + content).hexdigest()[:8]
+
+
+def _documents(text: str, characters: int | None) -> list[str]:
+    if text == "shipped":
+        return taught_texts()
+    if text == "general":
+        return GENERAL_TEXT.read_text("utf-8").splitlines()
+    return read_text(text, characters)
+
+
+def _windows(tok: Any, documents: list[str], tokens: int | None) -> list[Tensor]:
+    """Cut ``documents`` into token ids of ``WINDOW`` at most; if ``tokens`` is given, so many that count.
+
+    Those are of shuffled documents, in an order that is always the same.
+    """
+    if tokens is not None:
+        documents = random.Random(0).sample(documents, len(documents))
+    windows: list[Tensor] = []
+    left = sys.maxsize if tokens is None else tokens
+    for document in documents:
+        for ids in torch.tensor(tok(document)["input_ids"], dtype=torch.int64).split(WINDOW):
+            window = ids[: left + UNCOUNTED]
+            if left and len(window) > UNCOUNTED:
+                windows.append(window)
+                left -= len(window) - UNCOUNTED
+        if not left:
+            break
+    return windows
+
+
+def _inputs(module: Any) -> int:
+    """The width of a matrix's input; GPT-2's modules call it otherwise."""
+    return int(module.in_features if hasattr(module, "in_features") else module.nx)
 
 
 def read_text(path: str | Path, most: int | None = None) -> list[str]:
