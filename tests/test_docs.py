@@ -369,15 +369,6 @@ def test_every_setting_is_explained() -> None:
         assert (float(said) if numeric else said) == default, field.name
 
 
-@pytest.mark.parametrize(
-    "block",
-    [b for b in ALL if b.language == "yaml" and b.code.startswith("alg_name: KDPO")],
-    ids=lambda b: f"{b.page}:{b.line}",
-)
-def test_settings_on_pages_are_settings(block: Block) -> None:
-    KDPOHyperParams.from_config(yaml.safe_load(block.code))
-
-
 # Measured figures: a table is checked against the CSV file that a comment above it names, a figure in prose against the
 # place in a JSON file that the comment behind it names.
 RESULTS = ROOT / "benchmarks/results"
