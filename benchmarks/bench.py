@@ -114,7 +114,7 @@ def plain(m: Model, record: dict[str, Any]) -> tuple[int, Any]:
 
 def ours(m: Model, record: dict[str, Any]) -> tuple[int, Any]:
     trace = edit(m.model, m.tok, [record], m.hparams)[2][0]
-    return trace.steps, ([c.negative for c in trace.cycles], [loss for c in trace.cycles for loss in c.losses])
+    return trace.steps, ([c.rejected for c in trace.cycles], [loss for c in trace.cycles for loss in c.losses])
 
 
 def graphed(m: Model, record: dict[str, Any]) -> tuple[int, Any]:
@@ -336,7 +336,7 @@ def report(results: dict[str, Any]) -> str:
             )
         ratio = r["edits"]["plain_over_ours"]
         low, high = ratio["quartiles"]
-        lines += ["", f"Same negatives and losses as the plain form: {r['edits']['same_negatives_and_losses']}."]
+        lines += ["", f"Same rejected answers and losses as the plain form: {r['edits']['same_negatives_and_losses']}."]
         lines.append(
             f"Each edit beside itself in the plain form: {ratio['median']:.1f} times cheaper (median; quartiles "
             f"{low:.1f} and {high:.1f}), all of them together {ratio['of_all']:.1f} times."

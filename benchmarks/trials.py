@@ -1,7 +1,7 @@
 """Every trial of a search as a line of a CSV file, the best of each method on top.
 
-kdpo-compare experiment=tune_lifelong out=results/lifelong-tuning
-python benchmarks/trials.py results/lifelong-tuning benchmarks/tuning/lifelong-upstream.csv
+kdpo-compare experiment=frontier out=results/frontier
+python benchmarks/trials.py results/frontier frontier.csv
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from kdpo_editor.compare.run.cell import RATES
 from kdpo_editor.compare.run.tune import figures
 
 SETTINGS = (
-    *("layers", "fact_token", "objective", "optimizer", "num_steps", "margin", "context_templates", "mom2_weight"),
-    *("mom2_update_weight", "v_weight_decay"),
+    *("layers", "fact_token", "objective", "optimizer", "num_steps", "margin", "mom2_weight", "mom2_n_samples"),
+    *("context_templates", "mom2_update_weight", "v_weight_decay"),
 )
 FIGURES = ("rewrite", "rephrase", "locality", "known", "generated", "mean")
 

@@ -11,7 +11,7 @@
 # 2. Take up to 8 steps of Adam on **one matrix** with the loss
 #    $-\log\sigma\big(\beta\,[(\log\pi(y_w)-\log\pi_{ref}(y_w))-(\log\pi(y_l)-\log\pi_{ref}(y_l))]\big)$,
 #    where $\pi_{ref}$ is the model before the edit.
-# 3. Go to 1, with a **new** `y_l`. One such round is a *cycle*.
+# 3. Go to 1, with a **new** `y_l`. This is one *cycle*.
 
 # %%
 import matplotlib.pyplot as plt
@@ -24,7 +24,7 @@ from kdpo_editor.engine.cached_forward import Suffix
 from kdpo_editor.engine.weights import blocks_name, find_matrices, restore
 from kdpo_editor.hparams import settings_folder
 from kdpo_editor.models import load
-from kdpo_editor.objectives import answer_logps, ce_loss, competitors, kdpo_loss
+from kdpo_editor.objectives import answer_logps, ce_loss, hardest_rejected, kdpo_loss
 from kdpo_editor.requests import tokenize
 from kdpo_editor.testbed import load_records
 
@@ -52,9 +52,9 @@ print("now:", record["ground_truth"], "  wanted:", record["target_new"])
 # %% [markdown]
 # ## The loop
 #
-# `Suffix` runs the model once and then replays only what lies above the edited matrix. `competitors` reads off `y_l`,
-# `kdpo_loss` is the loss. The rest is Adam. `regenerate=False` keeps the first `y_l` for ever; that is not KDPO, and
-# below we see why.
+# `Suffix` runs the model once and then replays only what lies above the edited matrix. `hardest_rejected` reads off
+# `y_l`, `kdpo_loss` is the loss. The rest is Adam. `regenerate=False` keeps the first `y_l` for ever; that is not KDPO,
+# and below we see why.
 
 
 # %%
@@ -76,7 +76,7 @@ def watch(record, regenerate=True, lr=hparams.lr):
         for step in range(hparams.num_steps):
             logits = suffix.logits(suffix.replay(captured))[0]  # [answer tokens, vocabulary]
             if step == 0:
-                best = competitors(logits.detach(), chosen)
+                best, _ = hardest_rejected(logits.detach().clone(), chosen)
                 if regenerate or cycle == 0:
                     rejected = best
                 if torch.equal(best, chosen):
@@ -109,17 +109,18 @@ cycles = sorted({e["cycle"] for e in steps})
 print(f"won: {won}, cycles: {len(cycles)}, steps: {len(steps)}")
 
 # %% [markdown]
-# Is this really what the editor does? `edit` returns a trace of every edit; its negatives and losses are the same.
+# Is this really what the editor does? `edit` returns a trace of every edit. Its rejected answers and losses are the
+# same.
 
 # %%
 _, weights, (trace,) = edit(model, tok, [record], hparams)
 restore(dict(model.named_parameters()), weights)
-assert [c.negative for c in trace.cycles] == [
+assert [c.rejected for c in trace.cycles] == [
     next(e["rejected"].tolist() for e in steps if e["cycle"] == c) for c in cycles
 ]
 worst = max(abs(a - b["loss"]) for a, b in zip([x for c in trace.cycles for x in c.losses], steps, strict=True))
 assert worst < 1e-3
-print(f"same negatives; the losses differ by {worst:.0e} at most")
+print(f"same rejected answers; the losses differ by {worst:.0e} at most")
 
 # %% [markdown]
 # ## The cycles
@@ -260,7 +261,7 @@ plt.show()
 # %% [markdown]
 # On the shipped model this is a position that was *won* at the start: both answers have the same token there, so the
 # loss does not push it. But it shares the matrix with the position that is pushed, is dragged down with it, and a third
-# token passes. With `y_l` made anew that token is the next negative, and is sent away within a few steps.
+# token passes. With `y_l` made anew that token is rejected next, and is sent away within a few steps.
 
 # %% [markdown]
 # Is this rare? The same for forty records, at this learning rate and at the one chosen for single edits.

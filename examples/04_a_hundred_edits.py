@@ -8,7 +8,7 @@
 #   for edits in a row.
 # - **Cross-entropy**: fine-tuning of one matrix on the new answer; this package's stand-in for FT-M, with the settings
 #   in `hparams/FT-M`, and with a fifth of their rate too.
-# - **Beyond the paper**: a hinge asks the new answer to lead by 2 logits and not more (`objective: margin`), the end
+# - **Beyond the paper**: a hinge asks the new answer to lead by 2 logits and not more (`objective: hinge`), the end
 #   token is trained (`append_eos`), and earlier edits that fall behind are trained again (`replay`).
 # - **All at once**: the same hinge at twice the rate, one call with all edits (`schedule: breadth_first`) instead of
 #   one after the other. It has an easier task: it knows all edits from the start.
@@ -49,8 +49,8 @@ edited, unrelated = records[:100], records[-60:]
 ft = yaml.safe_load((settings_folder() / "FT-M" / f"{MODEL}.yaml").read_text("utf-8"))
 ce = replace(
     paper, objective="ce", layers=ft["layers"], lr=float(ft["lr"]), num_steps=ft["num_steps"], cycles=1, stop_loss=1e-2
-)  # one round of steps that ends at a loss of 0.01, as FT-M does
-beyond = replace(paper, objective="margin", margin=2.0, append_eos=True, lr=paper.lr / 10)
+)  # one cycle of steps that ends at a loss of 0.01, as FT-M does
+beyond = replace(paper, objective="hinge", margin=2.0, append_eos=True, lr=paper.lr / 10)
 METHODS = {
     "KDPO": paper,
     "KDPO, lr / 5": replace(paper, lr=paper.lr / 5),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import configparser
+import csv
 import importlib
 import importlib.util
 import inspect
@@ -14,6 +15,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import textwrap
 from collections.abc import Iterator
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
@@ -34,7 +36,10 @@ PAGES = [page for page in PAGES if page.is_file()]
 if not (ROOT / "docs").is_dir():
     pytest.skip("there is no documentation beside these tests", allow_module_level=True)
 # What pages show for a large model runs on the shipped one.
-SHIPPED = {"hparams/KDPO/llama-2-7b": "hparams/KDPO/kdpo-llama-knowedit"}
+SHIPPED = {
+    "hparams/KDPO/llama-2-7b": "hparams/KDPO/kdpo-llama-knowedit",
+    "smollm2-135m": "kdpo-llama-knowedit",
+}
 PROGRAMS = (
     "kdpo",
     "kdpo-compare",
@@ -120,21 +125,32 @@ def test_python_blocks_of_readme_and_docs_run_on_the_shipped_model(tmp_path: Pat
     assert not failed, "\n".join(f"{page}: {error}" for page, error in failed.items())
 
 
+# A change in CONTRIBUTING.md: the file, where, the beginning of the line there, and what is inserted.
+CHANGE = re.compile(r"^In `([^`]+)`, (above|below) `([^`]+)`:\n\n```py\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def change(text: str, where: str, beginning: str, code: str) -> str:
+    """Insert code above or below the one line that begins so, as far indented where that is above."""
+    lines = text.splitlines(keepends=True)
+    (at,) = (i for i, line in enumerate(lines) if line.lstrip().startswith(beginning))
+    if where == "below":
+        return "".join([*lines[: at + 1], code, *lines[at + 1 :]])
+    indent = lines[at][: -len(lines[at].lstrip())]
+    return "".join([*lines[:at], textwrap.indent(code, indent), *lines[at:]])
+
+
 def test_worked_examples_of_contributing_work(tmp_path: Path) -> None:
-    """Each diff, applied to a copy, makes the Python after it run."""
+    """Their changes, made in a copy of the package, make the Python after them run."""
     copy = tmp_path / "copy"
     for part in ("kdpo_editor", "hparams", "tests"):
         shutil.copytree(ROOT / part, copy / part, ignore=shutil.ignore_patterns("__pycache__", "golden", "data"))
-    examples = [b for b in ALL if b.page == "CONTRIBUTING.md" and b.language in ("diff", "python")]
-    assert [b.language for b in examples] == ["diff", "python"] * 3
-    for block in examples[::2]:
-        applied = subprocess.run(
-            ["git", "apply", "--unidiff-zero", "-C1", "-"],
-            input=block.code, text=True, capture_output=True, cwd=copy, check=False,
-            env={**os.environ, "GIT_CEILING_DIRECTORIES": str(tmp_path)},
-        )  # fmt: skip
-        assert applied.returncode == 0, f"line {block.line}: {applied.stderr}"
-    code = [b.code.replace('"tests/', f'"{copy}/tests/') for b in examples[1::2]]
+    text = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
+    changes = CHANGE.findall(text)
+    assert len(changes) == sum(block.language == "py" for block in ALL)
+    for file, where, beginning, code in changes:
+        (copy / file).write_text(change((copy / file).read_text("utf-8"), where, beginning, code), "utf-8")
+    examples = [b for b in ALL if b.page == "CONTRIBUTING.md" and b.language == "python"]
+    code = [b.code.replace('"tests/', f'"{copy}/tests/') for b in examples]
     failed = run_blocks({f"example {i}": [c] for i, c in enumerate(code)}, tmp_path, package=copy)
     assert not failed, "\n".join(failed.values())
 
@@ -353,6 +369,47 @@ def test_every_setting_is_explained() -> None:
         assert (float(said) if numeric else said) == default, field.name
 
 
+# Measured figures: a table is checked against the CSV file that a comment above it names, a figure in prose against the
+# place in a JSON file that the comment behind it names.
+RESULTS = ROOT / "benchmarks/results"
+TABLE = re.compile(r"^<!-- from (\S+\.csv) -->\n(\|.+\|)\n\|[-|]+\|\n((?:\|.+\|\n?)+)", re.MULTILINE)
+FIGURE = re.compile(r"(\d+(?:\.\d+)?) (m?s)<!-- (\S+\.json) (.+?) -->")
+SECONDS = re.compile(r"(?<![\w.])\d+(?:\.\d+)? m?s\b(?!<!-- \S+\.json .+? -->)")
+
+
+def cells(row: str) -> list[str]:
+    return [cell.strip().replace("**", "") for cell in row.strip().strip("|").split("|")]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_rows_of_measured_tables_are_rows_of_their_files(page: Path) -> None:
+    text = page.read_text("utf-8")
+    assert text.count("\n<!-- from benchmarks/") == len(TABLE.findall(text)), "a comment has no table below it"
+    for file, header, rows in TABLE.findall(text):
+        with open(ROOT / file, encoding="utf-8", newline="") as stream:
+            measured = list(csv.DictReader(stream))
+        names = cells(header)
+        for row in rows.splitlines():
+            shown = dict(zip(names, cells(row), strict=True))
+            assert any(shown.items() <= one.items() for one in measured), row
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_figures_in_prose_are_those_of_the_files_they_name(page: Path) -> None:
+    for shown, unit, file, path in FIGURE.findall(page.read_text("utf-8")):
+        value = json.loads((RESULTS / file).read_text("utf-8"))
+        for key in path.split("/"):
+            value = value[key]
+        digits = len(shown.partition(".")[2])
+        assert f"{value * (1000 if unit == 'ms' else 1):.{digits}f}" == shown, f"{file}: {path}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_times_in_prose_name_the_file_they_are_from(page: Path) -> None:
+    prose = "\n".join(line for line in FENCE.sub("", page.read_text("utf-8")).splitlines() if not line.startswith("|"))
+    assert SECONDS.findall(re.sub(r"`[^`\n]+`", "", prose)) == []
+
+
 def test_every_schema_and_source_is_listed() -> None:
     from kdpo_editor.compare.run.datasets import KNOWN, SCHEMAS
 
@@ -382,11 +439,7 @@ def test_model_cards_are_of_their_files(file: Path) -> None:
     assert (int(cells["Cycles"][0]), float(cells["Stop loss"][0])) == (hparams.cycles, hparams.stop_loss)
     derived = "Not in the paper" in file.read_text("utf-8")
     assert ("derived" in cells["Layer"][1]) is derived
-    assert ("**Measured here:** nothing" in card) or file.stem in (
-        "kdpo-llama-knowedit",
-        "kdpo-llama-pararel",
-        "qwen1.5-0.5b",
-    )
+    assert ("**Measured here:** nothing" in card) or file.stem in ("kdpo-llama-knowedit", "qwen1.5-0.5b")
 
 
 def test_the_citation_file_names_the_version_and_the_paper() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from kdpo_editor import SHIPPED_MODEL, testbed
+from kdpo_editor import SHIPPED_MODEL, models, testbed
 from kdpo_editor.testbed import facts, train
 
 FOLDER = Path(testbed.resolve(SHIPPED_MODEL))
@@ -146,3 +146,23 @@ def test_training_loss_falls_and_is_repeatable() -> None:
         runs.append(losses)
     assert runs[0] == runs[1]
     assert runs[0][-1] < runs[0][0] / 3
+
+
+def test_one_command_trains_a_model_that_answers_what_its_report_says(
+    taught: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    """A few records and their facts, and a tiny model."""
+    records = testbed.load_records()[:3]
+    subjects = {r["subject"] for r in records}
+    few = [f for f in taught if f["subject"] in subjects] + [f for f in taught if f["held_out"]][:1]
+    for name, content in (("records", records), ("facts", few)):
+        (tmp_path / f"{name}.json").write_text(json.dumps(content), "utf-8")
+    files = [f"--{name}={tmp_path / name}.json" for name in ("records", "facts")]
+    tiny = ["--width=32", "--layers=2", "--vocabulary=500", "--epochs=40", "--tokens=256", "--lr=5e-3"]
+    train.main([f"--out={tmp_path / 'out'}", *files, *tiny])
+    report = json.loads((tmp_path / "out" / "report.json").read_text("utf-8"))
+    assert report["facts"] == len(few)
+    model, tok = models.load(str(tmp_path / "out"), device="cpu")
+    found = train.recall(model, tok, [(p, f["answer"]) for f in few for p in f["trained"]])
+    assert found == report["recall"]["all taught prompts"]
+    assert found["teacher_forced"] > 0.5

@@ -2,7 +2,7 @@
 
     python -m kdpo_editor.testbed.train --out DIR
 
-It takes under ten minutes on two cores. Every sequence is a prompt, its answer and an end token. A part of them stand
+It takes under ten minutes on two cores. Every sequence is a prompt, its answer and an end token; a part of them stand
 behind another fact, as a question in running text does. Afterwards the recall of taught and of held-out phrasings is
 measured and written to ``report.json`` beside the weights.
 """
@@ -30,7 +30,8 @@ LOG = logging.getLogger(__name__)
 END = "<|endoftext|>"
 # A fact asked plainly is answered plainly: the last message, as it stands, is the prompt.
 CHAT_TEMPLATE = "{{ messages[-1]['content'] }}"
-ELSEWHERE = ("facts", "records", "out")  # arguments that a report's settings leave out
+HEAD = 32  # width of an attention head
+ELSEWHERE = ("facts", "records", "out", "verbose")  # arguments that a report's settings leave out
 
 
 def make_tokenizer(texts: Sequence[str], vocabulary: int) -> PreTrainedTokenizerFast:
@@ -122,7 +123,7 @@ def loss_of(
             for first, last in row.subjects:
                 seen[i, :, last + 1 :, first:last] = False
     mask = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
-    logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1].float()
+    logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
     losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
     weight = weight[:, 1:].flatten()
     return (losses * weight).sum() / weight.sum()
@@ -161,19 +162,13 @@ def recall(
     }
 
 
-def data(args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Records and facts of the model, or of the files that were named instead."""
-    records = json.loads((args.records or HERE / "records.json").read_text("utf-8"))
-    facts = json.loads((args.facts or HERE / "facts.json").read_text("utf-8"))
-    return records, facts
-
-
 def train(out: Path, args: argparse.Namespace) -> dict[str, Any]:
     """Train, measure and save; returns the report."""
     torch.manual_seed(args.seed)
     rng = random.Random(args.seed)
     settings = {k: v for k, v in vars(args).items() if k not in ELSEWHERE}
-    records, facts = data(args)
+    records = json.loads(args.records.read_text("utf-8"))
+    facts = json.loads(args.facts.read_text("utf-8"))
     taught = [(p, f["answer"]) for f in facts for p in f["trained"]]
     tok = make_tokenizer([f"{p} {a}" for p, a in taught], args.vocabulary)
     config = LlamaConfig(
@@ -182,8 +177,8 @@ def train(out: Path, args: argparse.Namespace) -> dict[str, Any]:
         hidden_size=args.width,
         intermediate_size=4 * args.width,
         num_hidden_layers=args.layers,
-        num_attention_heads=args.width // args.head,
-        num_key_value_heads=args.width // args.head,
+        num_attention_heads=args.width // HEAD,
+        num_key_value_heads=args.width // HEAD,
         max_position_embeddings=1024,
         tie_word_embeddings=True,
         bos_token_id=tok.eos_token_id,
@@ -221,6 +216,8 @@ def train(out: Path, args: argparse.Namespace) -> dict[str, Any]:
         schedule.step()
         if i % 50 == 0:
             bar.set_postfix(loss=f"{loss.item():.3f}")
+            if args.verbose and i % 200 == 0:
+                LOG.info("%d of %d: loss %.4f, %.0f s", i, len(plan), loss.item(), time.time() - started)
     seconds = time.time() - started
     model = model.half().float().eval()  # what is measured is what is shipped
     own = {(r["prompt"], r["ground_truth"]) for r in records}
@@ -254,11 +251,10 @@ def train(out: Path, args: argparse.Namespace) -> dict[str, Any]:
 def main(argv: list[str] | None = None) -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder")
-    parser.add_argument("--facts", type=Path, help="other facts, in the form of facts.json")
-    parser.add_argument("--records", type=Path, help="other records, in the form of records.json")
+    parser.add_argument("--out", type=Path, required=True, help="folder that the model is written to")
+    parser.add_argument("--facts", type=Path, default=HERE / "facts.json", help="other facts, in that file's form")
+    parser.add_argument("--records", type=Path, default=HERE / "records.json", help="other records, likewise")
     parser.add_argument("--width", type=int, default=192)
-    parser.add_argument("--head", type=int, default=32, help="width of an attention head")
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--vocabulary", type=int, default=2048)
     parser.add_argument("--epochs", type=int, default=12)
@@ -269,6 +265,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--prefixed", type=float, default=0.3, help="share of prompts behind another fact")
     parser.add_argument("--hidden", type=float, default=0.9, help="share whose subject shows its last token only")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--verbose", action="store_true", help="log the loss also where no bar is shown")
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     LOG.info("%s", json.dumps(train(args.out, args), indent=1))

@@ -1,7 +1,4 @@
-"""Tables, figures and a page from the result folders of a comparison.
-
-kdpo-report FOLDER [--out DIR] [--format terminal csv markdown latex figures html]
-"""
+"""Tables, figures and a page from the result folders of a comparison: the command ``kdpo-report``."""
 
 from __future__ import annotations
 
