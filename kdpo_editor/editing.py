@@ -90,6 +90,15 @@ def edit(
     return model, originals, traces
 
 
+def prepare(model: nn.Module, tok: Any, hparams: KDPOHyperParams) -> None:
+    """Compute what a model's first edit needs and every later one shares: second moments, where they are asked for.
+
+    Raises :class:`~kdpo_editor.ModelError` where the model cannot be edited with these settings.
+    """
+    hparams = complete(hparams, model)
+    preconditioners(model, tok, find_matrices(model, hparams), hparams)
+
+
 def check(
     model: nn.Module, tok: Any, requests: Sequence[Mapping[str, Any]], hparams: KDPOHyperParams
 ) -> tuple[list[list[EditTokens]], dict[str, nn.Parameter]]:

@@ -1,4 +1,4 @@
-"""Edit real facts in the shipped model through EasyEdit, KDPO beside FT, and show what changed.
+"""Edit ten real facts in a real pretrained model through EasyEdit, three methods side by side.
 
 python -m kdpo_editor.cli.demo
 """
@@ -6,77 +6,108 @@ python -m kdpo_editor.cli.demo
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
-import torch
-import yaml
 from tqdm import tqdm
 
 from .. import easyedit
-from ..engine.generation import generate
-from ..engine.weights import find_matrices, restore
-from ..hparams import settings_folder
-from ..testbed import SHIPPED_MODEL, load_records
+from ..compare.run.datasets import Record, load
+from ..compare.run.derived_settings import derive
+from ..compare.run.evaluate import Evaluator, Reading
+from ..compare.run.known import known_facts, right
+from ..compare.run.scorer import HELD_OUT
+from ..compare.run.scores import Outputs, observe, rows
+from ..compare.run.statistics import read_text
+from ..editing import prepare
+from ..engine.generation import answers
+from ..errors import KDPOError
+from ..hparams import KDPOHyperParams, settings_folder
+from ..models import outline
+from .terminal import complain
+from .terminal import say as say_line
 
-UNRELATED = 20
+MODEL = "smollm2-135m"
+KNOWN = 30  # facts about other subjects that are asked
+DOCUMENTS = 4  # of the held-out text
+LONGEST = 8  # tokens of an answer
+
+
+@dataclass
+class Before:
+    """What the unedited model says. ``known``: facts about other subjects that it answers right."""
+
+    outputs: list[Outputs]
+    known: list[Record]
+    reading: Reading
+    words: list[list[str]]
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m kdpo_editor.cli.demo",
-        description="Edit real KnowEdit records in a small model that knows them, with KDPO and with FT.",
+        description="Edit CounterFact records in SmolLM2-135M, one after another, with KDPO, KDPO-L and EasyEdit's FT.",
     )
-    parser.add_argument("--edits", type=_count, default=20, help="how many records to edit (default 20)")
+    parser.add_argument("--model", default=MODEL, help=f"name, folder or .gguf file (default {MODEL})")
+    parser.add_argument("--edits", type=_count, default=10, help="how many records to edit (default 10)")
     parser.add_argument("--show", type=_count, default=3, help="how many of them to show in words (default 3)")
-    parser.add_argument("--device", default=None, help='CUDA index or "cpu"; default: the GPU where there is one')
+    parser.add_argument("--device", default="cpu", help='CUDA index or "cpu" (default)')
     args = parser.parse_args(argv)
-    torch.set_num_threads(1)  # the fastest for a model this small, and many times so on a busy machine
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
         easyedit.require()
-        run(args.edits, args.show, args.device)
-    except ModuleNotFoundError as error:
-        sys.stderr.write(f"{error}\n")
+        run(args.model, args.edits, args.show, args.device)
+    except (KDPOError, ModuleNotFoundError) as error:
+        complain(str(error))
         return 1
     except KeyboardInterrupt:
-        sys.stderr.write("\nInterrupted.\n")
+        complain("interrupted")
         return 130
     return 0
 
 
-def run(edits: int, show: int, device: str | int | None) -> None:
-    """Edit the first ``edits`` records one at a time, each undone before the next, and print what happened."""
-    records = load_records()[:edits]
-    unrelated = load_records()[-UNRELATED:]
+def run(model: str, edits: int, show: int, device: str | int) -> None:
+    """Edit the first ``edits`` CounterFact records by each method, and print what happened."""
+    records = load("counterfact", seed=0)[:edits]
     form = "upstream checkout" if easyedit.is_upstream() else "PyPI release"
-    say(f"EasyEdit's {form} edits {len(records)} KnowEdit ZsRE records in a model of 4M parameters that knows them.")
-    rows = []
-    for label, hparams in methods(device):
+    say(f"EasyEdit's {form} edits {len(records)} CounterFact records in {model}, one after another.")
+    before: Before | None = None
+    lines = []
+    for label, hparams in methods(model, device).items():
         with easyedit.quietly():
             editor = timed(editor_for(hparams))
-        known = [generate(editor.model, editor.tok, r["prompt"]) for r in unrelated]
-        results: list[dict[str, Any]] = []
-        for record in tqdm(records, desc=f"{label:<5}", unit="edit", disable=None, leave=False):
-            results.append(one_edit(editor, record, unrelated, known, in_words=label == "KDPO" and len(results) < show))
-        for result in results:
-            say(result.pop("words"))
-        rows.append((label, {k: sum(r[k] for r in results) / len(results) for k in results[0]}))
-    say(table(rows))
+        evaluator = Evaluator(editor.model, editor.tok, progress=f"{label}: asking")
+        if before is None:
+            evaluator.progress = "before any edit"
+            before = ask_before(evaluator, records, show)
+        start = time.perf_counter()
+        if isinstance(hparams, KDPOHyperParams):
+            prepare(editor.model, editor.tok, hparams)
+        set_up = time.perf_counter() - start
+        seconds = [edit(editor, record) for record in tqdm(records, desc=label, unit="edit", disable=None, leave=False)]
+        lines.append((label, [*score(evaluator, records, before), fmean(seconds), set_up]))
+        if label == "KDPO-L":
+            say_in_words(records[:show], before.words, ask_in_words(evaluator, records[:show]))
+    assert before is not None
+    say_table(before, lines)
 
 
-def methods(device: str | int | None) -> list[tuple[str, Any]]:
-    """Settings of the methods compared, by the name in the table."""
+def methods(model: str, device: str | int) -> dict[str, Any]:
+    """Settings of the methods compared, as the installed form reads them, by the name in the table."""
     ft = "FT-M" if easyedit.is_upstream() else "FT-L"
-    return [("KDPO", settings_for("KDPO", device)), (ft, settings_for(ft, device))]
-
-
-def settings_for(method: str, device: str | int | None) -> Any:
-    """The settings of ``method`` (a folder of ``hparams/``) for the shipped model, as the installed form reads them."""
-    file = settings_folder() / method / f"{SHIPPED_MODEL}.yaml"
-    hparams, _ = easyedit.settings({**yaml.safe_load(file.read_text("utf-8")), "device": device})
-    return hparams
+    found: dict[str, Any] = {
+        "KDPO": KDPOHyperParams(model_name=model, device=device),
+        "KDPO-L": KDPOHyperParams.from_hparams(settings_folder() / "KDPO-L" / "auto", model_name=model),
+    }
+    found["KDPO-L"].device = device
+    found[ft], _ = easyedit.settings({**derive(ft, outline(model), model), "device": device})
+    return found
 
 
 def editor_for(hparams: Any) -> Any:
@@ -88,7 +119,7 @@ def editor_for(hparams: Any) -> Any:
 
 def timed(editor: Any) -> Any:
     """``editor``, noting in ``editor.seconds`` how long its method took for the last edit."""
-    method = editor.apply_algo
+    method: Callable[..., Any] = editor.apply_algo
 
     def apply(*args: Any, **kwargs: Any) -> Any:
         start = time.perf_counter()
@@ -100,71 +131,92 @@ def timed(editor: Any) -> Any:
     return editor
 
 
-def one_edit(
-    editor: Any, record: dict[str, Any], unrelated: list[dict[str, Any]], known: list[str], in_words: bool
-) -> dict[str, Any]:
-    """Edit one record through the framework, look at the edited model, and put the weights back."""
-    probes = {
-        "": record["prompt"],
-        "rephrased": record["rephrase_prompt"],
-        "same subject": record["locality"][0]["prompt"],
-    }
-    before = {k: generate(editor.model, editor.tok, p) for k, p in probes.items()} if in_words else {}
-    matrices = find_matrices(editor.model, editor.hparams)
-    originals = {name: w.detach().clone() for name, w in matrices.items()}
+def edit(editor: Any, record: Record) -> float:
+    """Edit one record through the framework and keep the edit; the seconds that its method took."""
     keep = {"sequential_edit": True} if easyedit.is_upstream() else {"keep_original_weight": False}
     with easyedit.quietly():
-        (metrics,), _, _ = editor.edit(
-            prompts=[record["prompt"]],
-            target_new=[record["target_new"]],
-            ground_truth=[record["ground_truth"]],
-            rephrase_prompts=[record["rephrase_prompt"]],
-            locality_inputs={"same": {k: [record["locality"][0][k]] for k in ("prompt", "ground_truth")}},
+        editor.edit(
+            prompts=[record.prompt],
+            target_new=[record.target_new],
+            ground_truth=[record.ground_truth],
+            subject=[record.subject],
             verbose=False,
             **keep,
         )
-    words = ""
-    if in_words:
-        words = f"\n{record['subject']}: {record['ground_truth']} -> {record['target_new']}"
-        after = {k: generate(editor.model, editor.tok, p) for k, p in probes.items()}
-        for kind, prompt in probes.items():
-            words += f"\n  {kind:<13}{prompt}\n{'':15}before: {before[kind]}\n{'':15}after:  {after[kind]}"
-    still = [generate(editor.model, editor.tok, r["prompt"]) for r in unrelated]
-    restore(matrices, originals)
-    post = metrics["post"]
-    return {
-        "success": float(post["rewrite_acc"][0]),
-        "rephrase": float(post["rephrase_acc"][0]),
-        "locality": float(post["locality"]["same_acc"][0]),
-        "unrelated": sum(a == b for a, b in zip(known, still, strict=True)) / len(known),
-        "seconds": editor.seconds,
-        "words": words,
-    }
+    return float(editor.seconds)
 
 
-def table(rows: list[tuple[str, dict[str, float]]]) -> str:
-    """The comparison, as text."""
-    columns = ("success", "rephrase", "locality", "unrelated", "seconds")
-    lines = [f"\n{'method':<8}" + "".join(f"{c:>11}" for c in columns)]
-    lines += [f"{label:<8}" + "".join(f"{values[c]:>11.3f}" for c in columns) for label, values in rows]
-    lines.append(
-        "\nsuccess, rephrase: EasyEdit's teacher-forced accuracy. locality: the same subject's other fact, before and"
-        "\nafter. unrelated: other subjects' answers, generated freely, that stay the same. seconds: per edit."
+def ask_before(evaluator: Evaluator, records: Sequence[Record], show: int) -> Before:
+    """Ask the unedited model everything that an edited one is asked."""
+    known = known_facts(evaluator, "counterfact", KNOWN, records, lambda key, compute: compute())
+    return Before(
+        observe(evaluator, records, LONGEST, fluency=0),
+        known,
+        evaluator.read(read_text(HELD_OUT)[:DOCUMENTS]),
+        ask_in_words(evaluator, records[:show]),
     )
-    return "\n".join(lines)
+
+
+def score(evaluator: Evaluator, records: Sequence[Record], before: Before) -> list[float]:
+    """Success, rephrasings, neighbours kept, known facts kept, and perplexity, after all edits."""
+    now = observe(evaluator, records, LONGEST, fluency=0)
+    of_all = [dict(rows(r, old, new)) for r, old, new in zip(records, before.outputs, now, strict=True)]
+    means = [fmean(of[metric] for of in of_all) for metric in ("rewrite_acc", "rewrite_gen", "rephrase_acc", LOCALITY)]
+    still = right(evaluator, before.known)
+    return [*means, sum(still) / max(1, len(still)), evaluator.read(read_text(HELD_OUT)[:DOCUMENTS]).perplexity]
+
+
+LOCALITY = "locality.neighborhood_acc"
+COLUMNS = ("success", "generated", "rephrase", "neighbours", "known", "perplexity", "s/edit", "set-up")
+
+
+def ask_in_words(evaluator: Evaluator, records: Sequence[Record]) -> list[list[str]]:
+    """The answers to each record's prompt, rephrasing and neighbour."""
+    return [answers(evaluator.model, evaluator.tok, prompts_of(record), LONGEST) for record in records]
+
+
+def prompts_of(record: Record) -> list[str]:
+    """A record's prompt, a rephrasing of it, and a prompt about another subject."""
+    return [record.prompt, record.rephrase_prompts[0], record.locality["neighborhood"][0].prompt]
+
+
+def say_in_words(records: Sequence[Record], before: Sequence[list[str]], after: Sequence[list[str]]) -> None:
+    """Print what the model said and says to some records."""
+    say("\nIn words, before any edit and after all edits by KDPO-L:")
+    for record, old, new in zip(records, before, after, strict=True):
+        say(f"\n{record.subject}: {record.ground_truth} -> {record.target_new}")
+        kinds = ("edited", "rephrased", "neighbour")
+        for kind, prompt, was, now in zip(kinds, prompts_of(record), old, new, strict=True):
+            say(f"  {kind:<10} {prompt}")
+            say(f"  {'':<10} before: {was}")
+            say(f"  {'':<10} after:  {now}")
+
+
+def say_table(before: Before, lines: Sequence[tuple[str, list[float]]]) -> None:
+    """Print the comparison."""
+    say(f"\n{'method':<8}" + "".join(f"{column:>11}" for column in COLUMNS))
+    for label, values in lines:
+        say(f"{label:<8}" + "".join(f"{value:>11.2f}" for value in values))
+    known, perplexity = len(before.known), before.reading.perplexity
+    say(
+        "\nAfter the last edit. success, rephrase: share of the new answer's tokens, under teacher forcing; generated:"
+        "\nthe greedy answer begins with it. neighbours: tokens as before the edits. known: of "
+        f"{known} facts about other\nsubjects answered right, those still right. perplexity: of held-out text, "
+        f"{perplexity:.2f} before.\nset-up: seconds, once for each model."
+    )
 
 
 def say(text: str) -> None:
-    """Write ``text``, if there is any, to standard output."""
-    if text:
-        sys.stdout.write(f"{text}\n")
-        sys.stdout.flush()
+    """Print lines, at once."""
+    for line in text.split("\n"):
+        say_line(line)
+    sys.stdout.flush()
 
 
 def _count(text: str) -> int:
     number = int(text)
-    if number < 0:
-        raise argparse.ArgumentTypeError(f"{text} is negative")
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is less than 1")
     return number
 
 

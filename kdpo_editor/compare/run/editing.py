@@ -25,9 +25,8 @@ import torch
 from torch import Tensor, nn
 
 from ... import easyedit
-from ...engine.weights import find_matrices
+from ...editing import prepare
 from ...errors import HyperParamsError
-from ...lifelong.preconditioning import preconditioners
 from .datasets import Record
 from .evaluate import Evaluator
 
@@ -110,8 +109,7 @@ class Editing:
     def prepare(self) -> None:
         """Compute what the first edit needs once, on the unedited model: KDPO's second moments."""
         if self.algorithm == "KDPO":
-            weights = find_matrices(self.base, self.hparams)
-            preconditioners(self.base, self.tok, weights, self.hparams)
+            prepare(self.base, self.tok, self.hparams)
 
     def evaluator(self) -> Evaluator:
         """For the model as it is now."""
