@@ -28,6 +28,7 @@ import kdpo_editor
 from kdpo_editor import KDPOHyperParams
 from kdpo_editor.cli.arguments import check_options, make_parser
 from kdpo_editor.cli.main import COMMANDS
+from kdpo_editor.derived import default_layers
 
 ROOT = Path(__file__).parents[1]
 HERE = Path(__file__).parent
@@ -38,6 +39,7 @@ if not (ROOT / "docs").is_dir():
 # What pages show for a large model runs on the shipped one.
 SHIPPED = {
     "hparams/KDPO/llama-2-7b": "hparams/KDPO/kdpo-llama-knowedit",
+    "hparams/KDPO-L/auto": "hparams/KDPO-L/kdpo-llama-knowedit",
     "smollm2-135m": "kdpo-llama-knowedit",
 }
 PROGRAMS = (
@@ -140,19 +142,23 @@ def change(text: str, where: str, beginning: str, code: str) -> str:
 
 
 def test_worked_examples_of_contributing_work(tmp_path: Path) -> None:
-    """Their changes, made in a copy of the package, make the Python after them run."""
-    copy = tmp_path / "copy"
-    for part in ("kdpo_editor", "hparams", "tests"):
-        shutil.copytree(ROOT / part, copy / part, ignore=shutil.ignore_patterns("__pycache__", "golden", "data"))
-    text = (ROOT / "CONTRIBUTING.md").read_text("utf-8")
-    changes = CHANGE.findall(text)
+    """Their changes, made in a copy of the package, make the Python after them run, which fails without."""
+    parts = {"kdpo_editor": ["__pycache__"], "hparams": [], "tests": ["__pycache__", "golden", "data"]}
+    for name in ("unchanged", "changed"):
+        for part, ignored in parts.items():
+            shutil.copytree(ROOT / part, tmp_path / name / part, ignore=shutil.ignore_patterns(*ignored))
+    changes = CHANGE.findall((ROOT / "CONTRIBUTING.md").read_text("utf-8"))
     assert len(changes) == sum(block.language == "py" for block in ALL)
     for file, where, beginning, code in changes:
-        (copy / file).write_text(change((copy / file).read_text("utf-8"), where, beginning, code), "utf-8")
-    examples = [b for b in ALL if b.page == "CONTRIBUTING.md" and b.language == "python"]
-    code = [b.code.replace('"tests/', f'"{copy}/tests/') for b in examples]
-    failed = run_blocks({f"example {i}": [c] for i, c in enumerate(code)}, tmp_path, package=copy)
-    assert not failed, "\n".join(failed.values())
+        path = tmp_path / "changed" / file
+        path.write_text(change(path.read_text("utf-8"), where, beginning, code), "utf-8")
+    examples = [b.code for b in ALL if b.page == "CONTRIBUTING.md" and b.language == "python"]
+    for name, failing in (("unchanged", 3), ("changed", 0)):
+        package, folder = tmp_path / name, tmp_path / f"run-{name}"
+        folder.mkdir()
+        code = [example.replace('"tests/', f'"{package}/tests/') for example in examples]
+        failed = run_blocks({f"example {i}": [c] for i, c in enumerate(code)}, folder, package=package)
+        assert len(failed) == failing, "\n".join(failed.values())
 
 
 # Commands ---------------------------------------------------------------------------------------------------------
@@ -369,29 +375,68 @@ def test_every_setting_is_explained() -> None:
         assert (float(said) if numeric else said) == default, field.name
 
 
-# Measured figures: a table is checked against the CSV file that a comment above it names, a figure in prose against the
-# place in a JSON file that the comment behind it names.
+# Measured figures. Each row of a table is a row of a result file, named in a comment above the table. A time in prose
+# is at the place in a JSON file that the comment behind it names.
 RESULTS = ROOT / "benchmarks/results"
-TABLE = re.compile(r"^<!-- from (\S+\.csv) -->\n(\|.+\|)\n\|[-|]+\|\n((?:\|.+\|\n?)+)", re.MULTILINE)
+MEASURED = {row["name"]: row for row in csv.DictReader((RESULTS / "levers-smollm2.csv").open(encoding="utf-8"))}
+COLUMNS = {"s/edit": "seconds"}  # other columns of a table are called as in the file
 FIGURE = re.compile(r"(\d+(?:\.\d+)?) (m?s)<!-- (\S+\.json) (.+?) -->")
 SECONDS = re.compile(r"(?<![\w.])\d+(?:\.\d+)? m?s\b(?!<!-- \S+\.json .+? -->)")
+MEAN = re.compile(r"(?<![\w.])\d*\.\d{3}(?!\d)(?! m?s<!--)")
 
 
-def cells(row: str) -> list[str]:
-    return [cell.strip().replace("**", "") for cell in row.strip().strip("|").split("|")]
+def prose(page: Path) -> str:
+    """A page without its code and its tables."""
+    lines = FENCE.sub("", page.read_text("utf-8")).splitlines()
+    return re.sub(r"`[^`\n]+`", "", "\n".join(line for line in lines if not line.lstrip().startswith("|")))
+
+
+def tables(marker: str) -> list[tuple[str, str, list[list[str]]]]:
+    """Page, what its comment ``<!-- MARKER ... -->`` says, and the cells of the table below that, headings first."""
+    found = []
+    for page in PAGES:
+        text = page.read_text("utf-8")
+        here = re.findall(rf"^<!-- {marker} ([^>]+?) -->\n\n((?:\|.*\n)+)", text, re.MULTILINE)
+        assert len(here) == text.count(f"\n<!-- {marker} "), f"{page.name}: a comment has no table below it"
+        for said, table in here:
+            cells = [[cell.strip() for cell in line[1:-1].split("|")] for line in table.splitlines()]
+            found.append((page.name, said, [cells[0], *cells[2:]]))
+    return found
+
+
+@pytest.mark.parametrize(("page", "names", "cells"), tables("rows:"), ids=lambda value: str(value)[:40])
+def test_rows_of_measured_tables_are_rows_of_the_results(page: str, names: str, cells: list[list[str]]) -> None:
+    headings, *rows = cells
+    for name, row in zip(names.split(), rows, strict=True):
+        for heading, cell in zip(headings[1:], row[1:], strict=True):
+            measured = MEASURED[name][COLUMNS.get(heading, heading)]
+            assert cell == measured or float(cell) == float(measured), f"{page}: {name}, {heading}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_rows_of_measured_tables_are_rows_of_their_files(page: Path) -> None:
-    text = page.read_text("utf-8")
-    assert text.count("\n<!-- from benchmarks/") == len(TABLE.findall(text)), "a comment has no table below it"
-    for file, header, rows in TABLE.findall(text):
-        with open(ROOT / file, encoding="utf-8", newline="") as stream:
-            measured = list(csv.DictReader(stream))
-        names = cells(header)
-        for row in rows.splitlines():
-            shown = dict(zip(names, cells(row), strict=True))
-            assert any(shown.items() <= one.items() for one in measured), row
+def test_tables_of_measured_figures_name_their_rows(page: Path) -> None:
+    text = FENCE.sub("", page.read_text("utf-8"))
+    for before, heading in re.findall(r"(.*)\n\n(\|.+\|)\n\|[-|]+\|\n", text):
+        if re.search(r"\| (?:rewrite|rephrase|neighbours|s/edit) \|", heading):
+            assert before.startswith(("<!-- rows: ", "<!-- demo -->")), f"{page.name}: {heading}"
+
+
+@pytest.mark.parametrize("row", MEASURED.values(), ids=MEASURED.keys())
+def test_rows_of_the_results_are_of_settings_that_there_are(row: dict[str, str]) -> None:
+    rival, _, _ = row["settings"].partition(" ")
+    if "=" not in rival:
+        assert (ROOT / "hparams" / rival).is_dir()
+        return
+    given = dict(pair.split("=", 1) for pair in row["settings"].split())
+    KDPOHyperParams.from_config({"model_name": row["model"], **{k: yaml.safe_load(v) for k, v in given.items()}})
+
+
+def test_the_recipe_is_the_one_that_was_measured() -> None:
+    recipe = KDPOHyperParams.from_hparams(ROOT / "hparams/KDPO-L/auto", "smollm2-135m").to_dict()
+    given = {k: yaml.safe_load(v) for k, v in (p.split("=", 1) for p in MEASURED["recipe"]["settings"].split())}
+    layers = given.pop("layers")
+    assert KDPOHyperParams.from_config({**recipe, **given}).to_dict() == recipe
+    assert default_layers(30, range(30), all_tokens=False) == layers
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -406,8 +451,14 @@ def test_figures_in_prose_are_those_of_the_files_they_name(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_times_in_prose_name_the_file_they_are_from(page: Path) -> None:
-    prose = "\n".join(line for line in FENCE.sub("", page.read_text("utf-8")).splitlines() if not line.startswith("|"))
-    assert SECONDS.findall(re.sub(r"`[^`\n]+`", "", prose)) == []
+    assert SECONDS.findall(prose(page)) == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_means_in_prose_are_in_the_results(page: Path) -> None:
+    columns = ("rewrite", "rephrase", "neighbours", "known")
+    measured = {f"{float(row[column]):.3f}" for row in MEASURED.values() for column in columns if row[column]}
+    assert set(MEAN.findall(prose(page))) <= measured
 
 
 def test_every_schema_and_source_is_listed() -> None:
