@@ -542,3 +542,10 @@ def test_experiments_compose(experiment: str, tmp_path: Path) -> None:
     config = composed(tmp_path, f"experiment={experiment}")
     assert config.model.name == SHIPPED_MODEL
     assert config.method.hparams["model_name"] == config.model.name
+
+
+def test_the_real_models_experiment_composes(tmp_path: Path) -> None:
+    config = composed(tmp_path, "experiment=smollm2")
+    assert (config.model.name, config.dataset.source) == ("smollm2-135m", "counterfact")
+    assert config.dataset.known == "counterfact"
+    assert not config.protocol.stops

@@ -7,10 +7,9 @@ answers; which of them a model knows is found once, in blocks, and kept in the c
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from ...engine.answers import begins_with, normalised
 from ...requests import token_ids
 from .datasets import Record, content_hash, load
 from .evaluate import Evaluator
@@ -56,31 +55,14 @@ def known_facts(
 
 
 def right(evaluator: Evaluator, facts: Sequence[Record]) -> list[bool]:
-    """For each of ``facts``, whether the greedy answer begins with its ``ground_truth``.
-
-    Few models know most of what they are asked, and one token tells of most answers that they will be others; only
-    what may still be right is gone on with.
-    """
+    """For each of ``facts``, whether the greedy answer begins with its ``ground_truth``."""
+    lengths = [len(token_ids(evaluator.tok, f" {fact.ground_truth}")) + MARGIN for fact in facts]
     found = [False] * len(facts)
-    first = evaluator.generate([fact.prompt for fact in facts], 1)
-    going = [i for i, fact in enumerate(facts) if _may_begin(first[i].text, fact.ground_truth)]
-    for length, members in _by_length(evaluator.tok, facts, going):
-        for i, said in zip(members, evaluator.generate([facts[i].prompt for i in members], length), strict=True):
-            found[i] = begins_with(said.text, facts[i].ground_truth)
+    for length in sorted(set(lengths)):
+        asked = [i for i, own in enumerate(lengths) if own == length]
+        for i, said in zip(asked, evaluator.generate([facts[i].prompt for i in asked], length), strict=True):
+            found[i] = said.answers([facts[i].ground_truth])
     return found
-
-
-def _by_length(tok: Any, facts: Sequence[Record], going: Sequence[int]) -> Iterator[tuple[int, list[int]]]:
-    """Those of ``facts`` at ``going``, by the number of tokens to generate for them."""
-    lengths = {i: len(token_ids(tok, f" {facts[i].ground_truth}")) + MARGIN for i in going}
-    for length in sorted(set(lengths.values())):
-        yield length, [i for i in going if lengths[i] == length]
-
-
-def _may_begin(text: str, answer: str) -> bool:
-    """Whether a text of which ``text`` is the first token may begin with ``answer``."""
-    said = normalised(text.rstrip("\N{REPLACEMENT CHARACTER}"))  # a character may need more tokens
-    return said in ("", "a", "an", "the") or normalised(answer).startswith(said) or begins_with(text, answer)
 
 
 def _subject(record: Record) -> str:
