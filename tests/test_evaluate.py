@@ -222,8 +222,10 @@ CONFIG = {
 def test_moments_lie_where_both_forms_look_and_are_kept(shipped: tuple[Any, Any], tmp_path: Path) -> None:
     model, tok = shipped
     text = tmp_path / "text.txt.xz"
-    text.write_bytes(lzma.compress(b'<doc id="1">\nOne fact.\n</doc>\n<doc id="2">\nAnother fact.\n</doc>\n'))
-    assert statistics.read_text(text) == ["One fact.", "Another fact."]
+    documents = [" ".join(["One fact."] * 200), " ".join(["Another fact."] * 200)]
+    packed = f'<doc id="1">\n{documents[0]}\n</doc>\n<doc id="2">\n{documents[1]}\n</doc>\n'
+    text.write_bytes(lzma.compress(packed.encode()))
+    assert statistics.read_text(text) == documents
     assert statistics.ensure(model, tok, CONFIG, str(text), None, tmp_path / "stats")
     file = tmp_path / "stats" / SHIPPED_MODEL / "wikipedia_stats" / f"{MODULE}_float32_mom2_100.npz"
     with np.load(file) as arrays:

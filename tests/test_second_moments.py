@@ -17,7 +17,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
 from kdpo_editor import EditDelta, EditLedger, HyperParamsError, apply_kdpo_to_model, edit
-from kdpo_editor.compare.run.cell import HELD_OUT
+from kdpo_editor.compare.run.scorer import HELD_OUT
 from kdpo_editor.engine.generation import says_target
 from kdpo_editor.engine.steps import run_cycle
 from kdpo_editor.lifelong import loop, second_moments
