@@ -30,6 +30,9 @@ APP = [sys.executable, "-m", "kdpo_editor.compare.run.app"]
 SCENARIOS = Path(__file__).parent / "compare_scenarios.py"
 # In a single process on a small model: enough to be a comparison.
 SMALL = ["n_edits=4", "protocol.eval_at=[2]", "protocol.known=5", "protocol.perplexity=false", "report=false"]
+# Of edited weights they would be others for all layers but the lowest. The perplexity tells of any change of a weight.
+SECOND_MOMENTS = ["method.hparams.layers=[1,2,4]", "protocol.perplexity=true"]
+SECOND_MOMENTS += ["+method.hparams.mom2_weight=10", "+method.hparams.mom2_n_samples=2000"]
 METHODS = [
     "KDPO",
     "KDPO-DPO",
@@ -476,8 +479,9 @@ def test_a_full_disk_is_said_and_leaves_no_half_results(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*/rows.parquet"))
 
 
-def test_a_killed_run_goes_on_and_ends_as_an_undisturbed_one(tmp_path: Path) -> None:
-    arguments = ["n_edits=12", "protocol.eval_at=[2,4,6,8,10]", *SMALL[2:], "method=kdpo"]
+@pytest.mark.parametrize("options", [[], SECOND_MOMENTS], ids=["plain", "second moments"])
+def test_a_killed_run_goes_on_and_ends_as_an_undisturbed_one(tmp_path: Path, options: list[str]) -> None:
+    arguments = ["n_edits=12", "protocol.eval_at=[2,4,6,8,10]", *SMALL[2:], "method=kdpo", *options]
     undisturbed = compare(tmp_path / "whole", *arguments)
     assert undisturbed.returncode == 0, undisturbed.stderr
     form = "pypi" if HAS_PYPI else "upstream"

@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 import torch
 from conftest import PARAMETER, REQUEST, assert_same, load, state
+from transformers import GPT2Config, GPT2LMHeadModel
 from transformers.pytorch_utils import Conv1D
 
 from kdpo_editor import EditDelta, EditLedger, HyperParamsError, apply_kdpo_to_model, edit
-from kdpo_editor.compare.run.cell import HELD_OUT
+from kdpo_editor.compare.run.scorer import HELD_OUT
 from kdpo_editor.engine.generation import says_target
 from kdpo_editor.engine.steps import run_cycle
 from kdpo_editor.lifelong import loop, second_moments
@@ -293,20 +294,31 @@ def test_another_process_computes_nothing(text: str, cache: Path) -> None:
     assert kept.stat().st_mtime_ns == written
 
 
-@pytest.mark.parametrize("damage", [b"", b"nothing of the kind", None])
+@pytest.mark.parametrize("damage", ["empty", "no tensors", "cut", "one bit", "another matrix's"])
 def test_a_damaged_file_is_computed_again(
-    text: str, cache: Path, damage: bytes | None, computed: list[Any], caplog: pytest.LogCaptureFixture
+    text: str, cache: Path, damage: str, computed: list[Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     model, tok = load("llama")
     first = spectra(model, tok, [PARAMETER], text, 500)[PARAMETER]
     (kept,) = (cache / "second_moments").iterdir()
-    kept.write_bytes(kept.read_bytes()[:-100] if damage is None else damage)
+    spectra(model, tok, [PARAMETER.replace("4", "3")], text, 500)
+    (other,) = {*(cache / "second_moments").iterdir()} - {kept}
+    data = kept.read_bytes()
+    damaged = {
+        "empty": b"",
+        "no tensors": b"nothing of the kind",
+        "cut": data[:-100],
+        "another matrix's": other.read_bytes(),
+    }
+    damaged["one bit"] = data[:-100] + bytes([data[-100] ^ 1]) + data[-99:]
+    kept.write_bytes(damaged[damage])
     again, _ = load("llama")
     with caplog.at_level(logging.WARNING, "kdpo_editor"):
         found = spectra(again, tok, [PARAMETER], text, 500)[PARAMETER]
-    assert len(computed) == 2
-    assert "is damaged" in caplog.text
+    assert len(computed) == 3
+    assert f"{kept} is damaged" in caplog.text
     torch.testing.assert_close(found.values, first.values)
+    assert kept.read_bytes() == data
 
 
 def test_a_cache_that_cannot_be_written_to_costs_a_warning(
@@ -389,3 +401,34 @@ def test_a_fingerprint_sees_an_edit(llama: Any, settings: Any) -> None:
     with torch.no_grad():
         model.get_parameter(PARAMETER).copy_(originals[PARAMETER])
     assert fingerprint(model) == before
+
+
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", PARAMETER, "model.layers.4.input_layernorm.weight"])
+def test_a_fingerprint_sees_each_entry(llama: Any, name: str) -> None:
+    model, _ = llama
+    before, weight = fingerprint(model), model.get_parameter(name).detach().view(-1)
+    for entry in (0, len(weight) // 2 + 1, len(weight) - 1):
+        kept = weight[entry].clone()
+        weight[entry] = torch.nextafter(kept, kept + 1)
+        assert fingerprint(model) != before
+        weight[entry] = kept
+    assert fingerprint(model) == before
+
+
+def test_what_a_model_was_is_said_where_it_is_no_longer_known(
+    settings: Any, text: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, tok = load("llama")
+    EditDelta.make(model, tok, [REQUEST], settings()).revert(model)
+    with torch.no_grad():
+        model.get_parameter(PARAMETER).mul_(1.1)
+    with caplog.at_level(logging.WARNING, "kdpo_editor"):
+        spectra(model, tok, [PARAMETER], text, 500)
+    assert "are those of an edited model" in caplog.text
+
+
+def test_a_model_that_takes_few_tokens_is_given_no_more(gpt2: Any, tmp_path: Path) -> None:
+    _, tok = gpt2
+    config = GPT2Config(vocab_size=1024, n_positions=32, n_embd=16, n_layer=2, n_head=2)
+    (tmp_path / "long.txt").write_text("What species is ZIC3 specific to? " * 20, "utf-8")
+    spectra(GPT2LMHeadModel(config), tok, ["transformer.h.1.mlp.c_proj.weight"], str(tmp_path / "long.txt"), 500)
