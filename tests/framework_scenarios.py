@@ -141,7 +141,7 @@ def replayed() -> dict[str, Any]:
         editor = BaseEditor.from_hparams(hparams)
         editor.edit(**inputs(RECORDS[:4], locality=False), **kept(keep))
         earlier = kdpo_editor.ReplayBuffer.of(editor.model, find_matrices(editor.model, hparams))
-        found[name] = [one.lead for one in earlier.kept]
+        found[name] = [one.margin for one in earlier.entries]
     return found
 
 

@@ -11,9 +11,9 @@ from plain import plain_kdpo
 from torch import nn
 
 from kdpo_editor import KDPOHyperParams, ModelError, ReplayBuffer, edit
-from kdpo_editor.ablation import greedy
 from kdpo_editor.engine.batches import make_batches
 from kdpo_editor.engine.cached_forward import Suffix
+from kdpo_editor.engine.generation import greedy
 from kdpo_editor.lifelong.replay import entries_of
 from kdpo_editor.requests import EditTokens
 
@@ -334,7 +334,8 @@ def test_greedy_equals_decoding_without_a_cache(name: str) -> None:
     expected = ids
     for _ in range(6):
         expected = torch.cat([expected, model(expected.unsqueeze(0)).logits[0, -1:].argmax(-1)])
-    assert torch.equal(greedy(model, ids, 6), expected[6:])
+    (said,) = greedy(model, None, [ids.tolist()], 6, ignore_end=True)
+    assert said.ids == expected[6:].tolist()
 
 
 # What cannot be replayed is refused ---------------------------------------------------------------------------

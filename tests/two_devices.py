@@ -24,9 +24,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 from kdpo_editor import KDPOHyperParams
-from kdpo_editor.engine.batches import Batch, Round
+from kdpo_editor.engine.batches import Batch, PreferenceBatch
 from kdpo_editor.engine.cached_forward import Suffix
-from kdpo_editor.engine.optimizers import Polyak
+from kdpo_editor.engine.optimizers import Stepper
 from kdpo_editor.hparams import OBJECTIVES
 
 FIRST, SECOND = "privateuseone:0", "privateuseone:1"
@@ -72,17 +72,19 @@ def check(name: str, layer: int, inside: bool) -> None:
     captured, hidden = suffix._run(ids, chosen, inside)
     real = torch.arange(6, device=FIRST)
     batch = Batch(suffix, [0, 1, 2], captured, chosen, mask, 0.0, hidden, hidden, real, chosen, ids[:, 0])
-    batch.look()
+    batch.refresh()
     assert next(last.parameters()).device == torch.device(SECOND)
     assert suffix.head_rows(chosen.unsqueeze(-1)) is not None, "the head is not divided"
-    rows = Round(replace(batch, captured=captured.rows(ids[0, :3])))
+    rows = PreferenceBatch(replace(batch, captured=captured.rows(ids[0, :3])))
     settings = {"model_name": name, "layers": [layer], "rewrite_module_tmp": "{}", "margin": 1.0}
     for objective in OBJECTIVES:
         if objective != "dpo":
-            losses = rows.losses(KDPOHyperParams(**settings, objective=objective), use_first=False)
+            losses = rows.losses(KDPOHyperParams(**settings, objective=objective))
             assert losses.device == torch.device(FIRST)
     weight = suffix.module.weight
-    Polyak([weight], None, 1.0)._move([torch.zeros_like(weight)], losses.sum(), ~(losses > 0).any())
+    polyak = Stepper([weight], KDPOHyperParams(**settings, optimizer="polyak")).optimizer
+    weight.grad = torch.zeros_like(weight)
+    polyak.step(losses.sum)
 
 
 def main() -> None:
