@@ -187,9 +187,10 @@ def say_in_words(records: Sequence[Record], before: Sequence[list[str]], after: 
         say(f"\n{record.subject}: {record.ground_truth} -> {record.target_new}")
         kinds = ("edited", "rephrased", "neighbour")
         for kind, prompt, was, now in zip(kinds, prompts_of(record), old, new, strict=True):
-            say(f"  {kind:<10} {prompt}")
-            say(f"  {'':<10} before: {was}")
-            say(f"  {'':<10} after:  {now}")
+            # An answer of several lines is shown on one.
+            say_line(f"  {kind:<10} {prompt}")
+            say_line(f"  {'':<10} before: {was}")
+            say_line(f"  {'':<10} after:  {now}")
 
 
 def say_table(before: Before, lines: Sequence[tuple[str, list[float]]]) -> None:
