@@ -20,7 +20,7 @@ import torch
 from IPython.display import display
 
 from kdpo_editor import KDPOHyperParams, edit
-from kdpo_editor.engine.cached_forward import Suffix
+from kdpo_editor.engine.cached_forward import CachedForward
 from kdpo_editor.engine.weights import blocks_name, find_matrices, restore
 from kdpo_editor.hparams import settings_folder
 from kdpo_editor.models import load
@@ -52,7 +52,7 @@ print("now:", record["ground_truth"], "  wanted:", record["target_new"])
 # %% [markdown]
 # ## The loop
 #
-# `Suffix` runs the model once and then replays only what lies above the edited matrix. `hardest_rejected` reads off
+# `CachedForward` runs the model once and then only what lies above the edited matrix. `hardest_rejected` reads off
 # `y_l`, `kdpo_loss` is the loss. The rest is Adam. `regenerate=False` keeps the first `y_l` for ever; that is not KDPO,
 # and below we see why.
 
@@ -66,15 +66,15 @@ def watch(record, regenerate=True, lr=hparams.lr):
     original = matrix.detach().clone()
     matrix.requires_grad_(True)
     adam = torch.optim.Adam([matrix], lr=lr)
-    suffix = Suffix(model, blocks_name(hparams), hparams.layers[0], name.removesuffix(".weight"))
+    forward = CachedForward(model, blocks_name(hparams), hparams.layers[0], name.removesuffix(".weight"))
     first = len(tokens.prompt) - 1
-    captured, hidden = suffix.capture(tokens.sequence[None], torch.arange(first, len(tokens.sequence))[None])
-    chosen = tokens.chosen.to(suffix.device)
-    reference = suffix.logits(hidden)[0].detach()
+    cache, hidden = forward.capture(tokens.sequence[None], torch.arange(first, len(tokens.sequence))[None])
+    chosen = tokens.chosen.to(forward.device)
+    reference = forward.logits(hidden)[0].detach()
     entries = []
     for cycle in range(hparams.cycles):
         for step in range(hparams.num_steps):
-            logits = suffix.logits(suffix.replay(captured))[0]  # [answer tokens, vocabulary]
+            logits = forward.logits(forward.from_cache(cache))[0]  # [answer tokens, vocabulary]
             if step == 0:
                 best, _ = hardest_rejected(logits.detach().clone(), chosen)
                 if regenerate or cycle == 0:
@@ -91,7 +91,7 @@ def watch(record, regenerate=True, lr=hparams.lr):
             adam.step()
         if torch.equal(best, chosen) or (loss < hparams.stop_loss and not regenerate):
             break
-    logits = suffix.logits(suffix.replay(captured))[0].detach()
+    logits = forward.logits(forward.from_cache(cache))[0].detach()
     won = torch.equal(logits.argmax(-1), chosen)
     entries.append({"cycle": cycle, "loss": None, "rejected": rejected, "logits": logits})
     matrix.requires_grad_(False)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .engine.batches import Batch, EditTrace, cycles_of, make_batches
-from .engine.cached_forward import Captured, Suffix
+from .engine.cached_forward import ActivationCache, CachedForward
 from .engine.generation import greedy
 from .engine.optimizers import Stepper
 from .engine.steps import run_cycle
@@ -18,7 +18,9 @@ from .objectives import answer_logps, dpo_loss
 from .requests import EditTokens
 
 
-def dpo(forward: Suffix, weights: Mapping[str, nn.Parameter], edit: EditTokens, hparams: KDPOHyperParams) -> EditTrace:
+def dpo(
+    forward: CachedForward, weights: Mapping[str, nn.Parameter], edit: EditTokens, hparams: KDPOHyperParams
+) -> EditTrace:
     """Optimise ``weights`` as :func:`kdpo_editor.kdpo.kdpo` does, but against a free answer, generated every cycle.
 
     The edit is over as soon as the new answer wins under teacher forcing, there too. Arguments and errors are the same.
@@ -45,7 +47,7 @@ class FreeAnswerPair:
     """One cycle's work on one edit: its new answer, and what the model says by itself.
 
     Args:
-        suffix: of the model.
+        forward: of the model.
         batch: the edit, alone.
         prompt: ``[P]`` int64.
         weights: the edited matrices. ``start``: their values before the first step, which make the reference.
@@ -53,32 +55,32 @@ class FreeAnswerPair:
 
     def __init__(
         self,
-        suffix: Suffix,
+        forward: CachedForward,
         batch: Batch,
         prompt: Tensor,
         weights: Mapping[str, nn.Parameter],
         start: Mapping[str, Tensor],
     ) -> None:
-        self.suffix, self.batch, self.members = suffix, batch, batch.members
+        self.forward, self.batch, self.members = forward, batch, batch.members
         self.history: list[Tensor] = []
-        (said,) = greedy(suffix.model, None, [prompt.tolist()], batch.chosen.shape[1], ignore_end=True)
-        self.rejected = torch.tensor([said.ids], device=suffix.device)
-        prompt = prompt.to(suffix.device)
+        (said,) = greedy(forward.model, None, [prompt.tolist()], batch.chosen.shape[1], ignore_end=True)
+        self.rejected = torch.tensor([said.ids], device=forward.device)
+        prompt = prompt.to(forward.device)
         sequence = torch.cat([prompt, self.rejected[0, :-1]])
         positions = torch.arange(len(prompt) - 1, len(sequence))
         with torch.no_grad():
-            self.context, _ = suffix.capture(sequence.unsqueeze(0), positions.unsqueeze(0))
+            self.context, _ = forward.capture(sequence.unsqueeze(0), positions.unsqueeze(0))
             now = {name: w.detach().clone() for name, w in weights.items()}
             restore(weights, start)
             self.reference_rejected = self._logps(self.context, self.rejected)
             restore(weights, now)
-        self.reference_chosen = answer_logps(suffix.logits(batch.reference).to(suffix.device), batch.chosen)
+        self.reference_chosen = answer_logps(forward.logits(batch.reference).to(forward.device), batch.chosen)
 
     def losses(self, hparams: KDPOHyperParams) -> Tensor:
         """The loss, ``[1]``. Both forward passes are always made."""
-        chosen = self._logps(self.batch.captured, self.batch.chosen)
+        chosen = self._logps(self.batch.cache, self.batch.chosen)
         rejected = self._logps(self.context, self.rejected)
         return dpo_loss(chosen, rejected, self.reference_chosen, self.reference_rejected, hparams.beta)
 
-    def _logps(self, context: Captured, answer: Tensor) -> Tensor:
-        return answer_logps(self.suffix.logits(self.suffix.replay(context)).to(answer.device), answer)
+    def _logps(self, context: ActivationCache, answer: Tensor) -> Tensor:
+        return answer_logps(self.forward.logits(self.forward.from_cache(context)).to(answer.device), answer)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .ablation import dpo
 from .derived import complete
 from .engine.batches import EditTrace, lost, make_batches
-from .engine.cached_forward import Suffix
+from .engine.cached_forward import CachedForward
 from .engine.steps import recording
 from .engine.weights import find_blocks, find_matrices, only_training
 from .errors import EditDiverged, ModelError, RequestError
@@ -67,7 +67,7 @@ def edit(
         remember_copy(model, unedited)
         weights = find_matrices(model, hparams)
     originals = {name: w.detach().clone() for name, w in weights.items()}
-    forward = Suffix.above(model, weights, hparams)
+    forward = CachedForward.above(model, weights, hparams)
     together = [[*chain(*edits)]] if hparams.schedule == "breadth_first" else edits
     with only_training(model, weights, originals), recording(forward, hparams):
         found: list[EditTrace] = []
@@ -127,7 +127,7 @@ def _scaled(weights: Mapping[str, nn.Parameter], scale: float) -> Iterator[None]
 
 
 @torch.no_grad()
-def _judge(forward: Suffix, edits: list[EditTokens], traces: list[EditTrace], hparams: KDPOHyperParams) -> None:
+def _judge(forward: CachedForward, edits: list[EditTokens], traces: list[EditTrace], hparams: KDPOHyperParams) -> None:
     """Say of each trace again whether its edit is won, by the weights as they are now."""
     missed = set(lost(make_batches(forward, edits, hparams)))
     for i, trace in enumerate(traces):

@@ -20,14 +20,16 @@ from collections.abc import Mapping
 from torch import nn
 
 from .engine.batches import EditTrace, PreferenceBatch, make_batches
-from .engine.cached_forward import Suffix
+from .engine.cached_forward import CachedForward
 from .engine.optimizers import Stepper
 from .engine.steps import run_cycle
 from .hparams import KDPOHyperParams
 from .requests import EditTokens
 
 
-def kdpo(forward: Suffix, weights: Mapping[str, nn.Parameter], edit: EditTokens, hparams: KDPOHyperParams) -> EditTrace:
+def kdpo(
+    forward: CachedForward, weights: Mapping[str, nn.Parameter], edit: EditTokens, hparams: KDPOHyperParams
+) -> EditTrace:
     """Optimise ``weights`` in place until the model answers the prompt of ``edit`` with its target.
 
     Args:

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_replay import ARCHITECTURES
+from test_cached_forward import ARCHITECTURES
 from torch.utils import backend_registration
 
 # What torch's stand-in for a device lacks: making a tensor of a list.

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from kdpo_editor import EditDiverged, apply_kdpo_to_model, edit
 from kdpo_editor.compare.run.memory import peak_bytes
 from kdpo_editor.engine.batches import Batch
-from kdpo_editor.engine.cached_forward import Captured, Suffix
+from kdpo_editor.engine.cached_forward import ActivationCache, CachedForward
 from kdpo_editor.engine.optimizers import Stepper
 from kdpo_editor.lifelong import loop
 from kdpo_editor.objectives import dpo_loss, hardest_rejected, kdpo_loss
@@ -411,18 +411,18 @@ def test_a_mini_batch_divided_by_length_takes_the_same_steps(
     hparams = settings(schedule="breadth_first", cycles=2, replay=replay)
     steps: list[int] = []
     rows: list[int] = []
-    step, replayed = Stepper.step, Suffix.replay
+    step, replayed = Stepper.step, CachedForward.from_cache
 
     def counted(self: Any, *args: Any) -> None:
         steps.append(1)
         step(self, *args)
 
-    def measured(self: Suffix, captured: Captured) -> torch.Tensor:
-        rows.append(len(captured.hidden))
-        return replayed(self, captured)
+    def measured(self: CachedForward, cache: ActivationCache) -> torch.Tensor:
+        rows.append(len(cache.hidden))
+        return replayed(self, cache)
 
     monkeypatch.setattr(Stepper, "step", counted)
-    monkeypatch.setattr(Suffix, "replay", measured)
+    monkeypatch.setattr(CachedForward, "from_cache", measured)
     before = state(model)
     edit(model, tok, requests, hparams)  # the first edit of a model examines it
     model.load_state_dict(before)

@@ -16,7 +16,7 @@ import pytest
 import torch
 from conftest import GOLDEN, PARAMETER, REQUEST, assert_same, load, state
 from small import NAME, Small, add, change, info, make
-from test_earlier import MARGIN, REQUESTS
+from test_replay_buffer import MARGIN, REQUESTS
 
 from kdpo_editor import (
     DamagedFileError,

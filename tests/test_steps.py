@@ -12,7 +12,7 @@ from conftest import PARAMETER, REQUEST, assert_same, state
 from kdpo_editor import edit
 from kdpo_editor.engine import steps
 from kdpo_editor.engine.batches import make_batches, unfinished
-from kdpo_editor.engine.cached_forward import Suffix
+from kdpo_editor.engine.cached_forward import CachedForward
 from kdpo_editor.engine.optimizers import Stepper
 from kdpo_editor.engine.steps import Steps
 from kdpo_editor.requests import tokenize
@@ -46,22 +46,22 @@ def test_a_step_reads_and_writes_the_same_memory_each_time(
     model.to(dtype).requires_grad_(False)
     weight = model.get_parameter(PARAMETER).requires_grad_(True)
     hparams = settings(**options)
-    suffix = Suffix.above(model, [PARAMETER], hparams)
+    forward = CachedForward.above(model, [PARAMETER], hparams)
     edits = [one for (one,) in tokenize(tok, [SECOND, REQUEST])]
     monkeypatch.setattr(steps, "host_waits", lambda device, optimizer: False)
-    (rounds,) = unfinished(make_batches(suffix, edits, hparams))
+    (rounds,) = unfinished(make_batches(forward, edits, hparams))
     optimizer = Stepper([weight], settings(lr=1e-3))
     taking = Steps(rounds, optimizer, hparams)
 
     def memory() -> list[int]:
         (current,) = rounds
-        assert current.batch.captured.inner is not None
+        assert current.batch.cache.inner is not None
         held = [
             weight,
             *optimizer.masters,
             *(t for state in optimizer.optimizer.state.values() for t in state.values()),
         ]
-        held += [current.batch.captured.hidden, current.batch.captured.inner, current.pair, current.batch.mask]
+        held += [current.batch.cache.hidden, current.batch.cache.inner, current.pair, current.batch.mask]
         if options.get("objective") != "ce":
             assert current.head_rows is not None
             held += [current.head_rows.weight, current.lost, current.reference_pairs]

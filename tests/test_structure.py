@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 from conftest import REQUEST, assert_same, load, state
-from test_replay import ARCHITECTURES, LLAMA_LIKE
+from test_cached_forward import ARCHITECTURES, LLAMA_LIKE
 from torch import nn
 
 from kdpo_editor import EditDelta, EditLedger, HyperParamsError, KDPOHyperParams, ModelError, edit

@@ -18,14 +18,14 @@ from typing import Any
 import torch
 import transformers
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
-from test_replay import ARCHITECTURES
+from test_cached_forward import ARCHITECTURES
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 from kdpo_editor import KDPOHyperParams
 from kdpo_editor.engine.batches import Batch, PreferenceBatch
-from kdpo_editor.engine.cached_forward import Suffix
+from kdpo_editor.engine.cached_forward import CachedForward
 from kdpo_editor.engine.optimizers import Stepper
 from kdpo_editor.hparams import OBJECTIVES
 
@@ -65,23 +65,23 @@ def spread(name: str) -> Any:
 def check(name: str, layer: int, inside: bool) -> None:
     _, blocks, matrix, _, _ = ARCHITECTURES[name]
     model = spread(name)
-    suffix = Suffix(model, blocks, layer, f"{blocks}.{layer}.{matrix}")
-    last = suffix.blocks[-1]
+    forward = CachedForward(model, blocks, layer, f"{blocks}.{layer}.{matrix}")
+    last = forward.blocks[-1]
     ids = torch.zeros(3, 12, dtype=torch.int64, device=FIRST)
     chosen, mask = ids[:, :2], ids[:, :2] == 0
-    captured, hidden = suffix._run(ids, chosen, inside)
+    cache, hidden = forward._run(ids, chosen, inside)
     real = torch.arange(6, device=FIRST)
-    batch = Batch(suffix, [0, 1, 2], captured, chosen, mask, 0.0, hidden, hidden, real, chosen, ids[:, 0])
+    batch = Batch(forward, [0, 1, 2], cache, chosen, mask, 0.0, hidden, hidden, real, chosen, ids[:, 0])
     batch.refresh()
     assert next(last.parameters()).device == torch.device(SECOND)
-    assert suffix.head_rows(chosen.unsqueeze(-1)) is not None, "the head is not divided"
-    rows = PreferenceBatch(replace(batch, captured=captured.rows(ids[0, :3])))
+    assert forward.head_rows(chosen.unsqueeze(-1)) is not None, "the head is not divided"
+    rows = PreferenceBatch(replace(batch, cache=cache.rows(ids[0, :3])))
     settings = {"model_name": name, "layers": [layer], "rewrite_module_tmp": "{}", "margin": 1.0}
     for objective in OBJECTIVES:
         if objective != "dpo":
             losses = rows.losses(KDPOHyperParams(**settings, objective=objective))
             assert losses.device == torch.device(FIRST)
-    weight = suffix.module.weight
+    weight = forward.module.weight
     polyak = Stepper([weight], KDPOHyperParams(**settings, optimizer="polyak")).optimizer
     weight.grad = torch.zeros_like(weight)
     polyak.step(losses.sum)

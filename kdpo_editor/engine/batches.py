@@ -14,7 +14,7 @@ from torch import Tensor
 from ..hparams import KDPOHyperParams
 from ..objectives import ce_loss, hardest_rejected, hinge_loss, kdpo_loss
 from ..requests import EditTokens
-from .cached_forward import Captured, HeadRows, Suffix
+from .cached_forward import ActivationCache, CachedForward, HeadRows
 
 # A mini-batch runs in so many batches at most, none smaller than this: a matrix product of few rows is slow.
 MOST_PARTS = 4
@@ -65,9 +65,9 @@ class Batch:
     Logits themselves are not kept.
     """
 
-    suffix: Suffix
+    forward: CachedForward
     members: list[int]
-    captured: Captured
+    cache: ActivationCache
     chosen: Tensor
     mask: Tensor
     margin: float
@@ -79,8 +79,8 @@ class Batch:
 
     def refresh(self) -> None:
         """Bring what is known of the policy up to date with the weights."""
-        self.hidden = self.suffix.replay(self.captured)
-        self.rejected, self.margins = _standing(self.suffix, self.hidden, self.chosen, self.real, self.margin)
+        self.hidden = self.forward.from_cache(self.cache)
+        self.rejected, self.margins = _standing(self.forward, self.hidden, self.chosen, self.real, self.margin)
 
     @property
     def losing(self) -> Tensor:
@@ -94,7 +94,7 @@ class Batch:
         """
         hidden = self.hidden
         if not hidden.requires_grad:
-            return self.suffix.replay(self.captured)
+            return self.forward.from_cache(self.cache)
         self.hidden = hidden.detach()
         return hidden
 
@@ -111,7 +111,7 @@ class Batch:
         return replace(
             self,
             members=[self.members[i] for i in rows.tolist()],
-            captured=self.captured.rows(rows),
+            cache=self.cache.rows(rows),
             chosen=self.chosen[rows],
             mask=mask,
             hidden=hidden,
@@ -137,9 +137,9 @@ class PreferenceBatch:
         self.pair = torch.stack([self.batch.chosen, self.batch.rejected], -1)
 
     @property
-    def suffix(self) -> Suffix:
+    def forward(self) -> CachedForward:
         """Where the batch was captured."""
-        return self.batch.suffix
+        return self.batch.forward
 
     @property
     def members(self) -> list[int]:
@@ -149,7 +149,7 @@ class PreferenceBatch:
     @cached_property
     def head_rows(self) -> HeadRows | None:
         """The head's rows for ``pair``, or ``None`` if this head cannot be divided."""
-        return self.suffix.head_rows(self.pair)
+        return self.forward.head_rows(self.pair)
 
     @cached_property
     def reference_pairs(self) -> Tensor:
@@ -167,7 +167,7 @@ class PreferenceBatch:
         batch = self.batch
         hidden = batch.take_hidden()
         if hparams.objective == "ce":
-            return ce_loss(self.suffix.logits(hidden).to(self.pair.device), self.pair[..., 0], batch.mask)
+            return ce_loss(self.forward.logits(hidden).to(self.pair.device), self.pair[..., 0], batch.mask)
         pairs = self._pairs(hidden)
         if hparams.objective == "hinge":
             return hinge_loss(pairs, batch.margin, self.lost)
@@ -180,7 +180,7 @@ class PreferenceBatch:
 
     def _pairs(self, hidden: Tensor) -> Tensor:
         """Logits of ``pair``, ``[B, T, 2]``, of final hidden states ``[B, T, D]``."""
-        logits = self.suffix.logits(hidden, self.head_rows).to(self.pair.device)
+        logits = self.forward.logits(hidden, self.head_rows).to(self.pair.device)
         return logits.gather(-1, self.pair) if self.head_rows is None else logits
 
 
@@ -193,18 +193,18 @@ def cycles_of(rejected: Sequence[list[int]], history: Sequence[Tensor], stop_los
     return cycles
 
 
-def make_batches(suffix: Suffix, edits: Sequence[EditTokens], hparams: KDPOHyperParams) -> list[list[Batch]]:
+def make_batches(forward: CachedForward, edits: Sequence[EditTokens], hparams: KDPOHyperParams) -> list[list[Batch]]:
     """Capture ``edits`` in the mini-batches of :func:`group`, each a list of batches that share their steps.
 
     With a single mini-batch the hidden states carry the graph of the first step.
     """
-    groups = group(suffix, edits, hparams.memory_budget)
+    groups = group(forward, edits, hparams.memory_budget)
 
     def capture(members: list[int]) -> Batch:
         chosen = [edits[i] for i in members]
         ids, answers, mask, positions = padded(chosen)
-        captured, hidden = suffix.capture(ids, positions, trained_tokens(chosen, suffix))
-        return make_batch(suffix, members, captured, hidden, answers, mask, hparams.margin)
+        cache, hidden = forward.capture(ids, positions, trained_tokens(chosen, forward))
+        return make_batch(forward, members, cache, hidden, answers, mask, hparams.margin)
 
     with torch.set_grad_enabled(len(groups) == 1):
         return [[capture(members) for members in parts] for parts in groups]
@@ -234,41 +234,43 @@ def lost(batches: Sequence[Sequence[Batch]]) -> list[int]:
 
 
 def make_batch(
-    suffix: Suffix,
+    forward: CachedForward,
     members: list[int],
-    captured: Captured,
+    cache: ActivationCache,
     hidden: Tensor,
     chosen: Tensor,
     mask: Tensor,
     margin: float,
 ) -> Batch:
     """A batch whose reference is the policy as it is now; arguments as :class:`Batch`, ``chosen`` ``[B, T]``."""
-    real = mask.flatten().nonzero().flatten().to(suffix.device)
-    chosen, mask = chosen.to(suffix.device), mask.to(suffix.device)
-    found = _standing(suffix, hidden, chosen, real, margin)
-    return Batch(suffix, members, captured, chosen, mask, margin, hidden, hidden.detach(), real, *found)
+    real = mask.flatten().nonzero().flatten().to(forward.device)
+    chosen, mask = chosen.to(forward.device), mask.to(forward.device)
+    found = _standing(forward, hidden, chosen, real, margin)
+    return Batch(forward, members, cache, chosen, mask, margin, hidden, hidden.detach(), real, *found)
 
 
 @torch.no_grad()
-def _standing(suffix: Suffix, hidden: Tensor, chosen: Tensor, real: Tensor, margin: float) -> tuple[Tensor, Tensor]:
+def _standing(
+    forward: CachedForward, hidden: Tensor, chosen: Tensor, real: Tensor, margin: float
+) -> tuple[Tensor, Tensor]:
     """``rejected`` and ``margins`` of a :class:`Batch`; the head, most of a refresh, is run at real tokens only."""
     rows = hidden.flatten(0, 1).index_select(0, real.to(hidden.device))
-    logits = suffix.logits(rows.unsqueeze(0)).squeeze(0).to(suffix.device)
+    logits = forward.logits(rows.unsqueeze(0)).squeeze(0).to(forward.device)
     rejected, margins = hardest_rejected(logits, chosen.flatten()[real], margin)
     every = margins.new_full(chosen.shape, inf).flatten().index_copy(0, real, margins)
     return chosen.flatten().index_copy(0, real, rejected).view_as(chosen), every.view_as(chosen).amin(-1)
 
 
-def group(suffix: Suffix, edits: Sequence[EditTokens], budget: float) -> list[list[list[int]]]:
+def group(forward: CachedForward, edits: Sequence[EditTokens], budget: float) -> list[list[list[int]]]:
     """The positions of ``edits`` in mini-batches of at most ``budget`` bytes, alike in length; each in its batches.
 
     A mini-batch of many is divided, so that short edits are not padded to the length of long ones. It needs room for
     captured inputs, in the model's dtype, and, while it is refreshed, for two tables of logits, in fp32. One edit is
     always taken, whatever it needs; of no edits there are no mini-batches.
     """
-    weight = suffix.module.weight
+    weight = forward.module.weight
     assert isinstance(weight, Tensor)
-    vocabulary = suffix.model.get_output_embeddings().weight.shape[0]  # type: ignore[operator]
+    vocabulary = forward.model.get_output_embeddings().weight.shape[0]  # type: ignore[operator]
     a_token, an_answer = sum(weight.shape) * weight.element_size(), vocabulary * 8
     lengths = [edit.length for edit in edits]
     groups: list[list[int]] = []
@@ -301,15 +303,15 @@ def padded(edits: Sequence[EditTokens]) -> tuple[Tensor, Tensor, Tensor, Tensor]
     return ids, chosen, mask, positions
 
 
-def trained_tokens(edits: Sequence[EditTokens], suffix: Suffix, length: int | None = None) -> Tensor | None:
+def trained_tokens(edits: Sequence[EditTokens], forward: CachedForward, length: int | None = None) -> Tensor | None:
     """Which tokens weights are trained through, ``[B, L]`` bool; ``None`` is all.
 
     ``length``: ``L``, by default that of :func:`padded`.
     """
-    if suffix.fact_token == "all":
+    if forward.fact_token == "all":
         return None
     where = torch.zeros(len(edits), length or max(e.length for e in edits), dtype=torch.bool)
     for row, edit in zip(where, edits, strict=True):
         begin, end = edit.subject
-        row[end - 1 if suffix.fact_token == "subject_last" else begin : end] = True
-    return where.to(suffix.device)
+        row[end - 1 if forward.fact_token == "subject_last" else begin : end] = True
+    return where.to(forward.device)

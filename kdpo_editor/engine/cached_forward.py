@@ -5,7 +5,7 @@ forward pass captures the input of that matrix, what its block adds its output t
 above; later passes compute one matrix product, those blocks, the final norm, and of the head only what is asked
 for: all logits of the answer positions, or just two of each. In the last block other positions matter only by their
 keys and values, so all else is computed at the answer positions alone. Where a block does more with the matrix's output
-than add it (Gemma-2 normalises it first), replay begins at that block instead.
+than add it (Gemma-2 normalises it first), the cache begins at that block instead.
 
 Nothing here knows the name of an architecture. What follows the last block inside the module that holds the
 blocks is seen by watching one pass; logit scaling and soft-capping are the model's own, because where logits are more
@@ -45,10 +45,11 @@ WORTH = 2_000_000
 class Examined:
     """What was found out about a model and one edited module.
 
-    ``inside``: replay may begin at the matrix, not only at its block. ``head_alone``: logits are what the head gives,
-    and nothing else follows. ``result``: the class of what the module that holds the blocks gives. ``after``: names of
-    what follows the last block there. ``narrow``: names of the modules in the last block that are needed only where
-    logits are read.
+    ``inside``: the cache may begin at the matrix, not only at its block.
+    ``head_alone``: logits are what the head gives, and nothing else follows.
+    ``result``: the class of what the module that holds the blocks gives.
+    ``after``: names of what follows the last block there.
+    ``narrow``: names of the modules in the last block that are needed only where logits are read.
     """
 
     inside: bool
@@ -63,7 +64,7 @@ _PER_ROW: WeakKeyDictionary[nn.Module, dict[Any, tuple[int, ...]]] = WeakKeyDict
 
 
 @dataclass
-class Captured:
+class ActivationCache:
     """What one pass over ``[B, L]`` token ids left behind.
 
     ``hidden``: ``[B, L, D]``, model dtype, without gradient: what the first edited block adds its matrix's output to,
@@ -88,7 +89,7 @@ class Captured:
         """``positions`` in rows of this length."""
         return Places(self.positions, self.hidden.shape[1])
 
-    def rows(self, kept: Tensor) -> Captured:
+    def rows(self, kept: Tensor) -> ActivationCache:
         """Those rows of the batch whose indices, int64, are in ``kept``."""
 
         def some(values: Tensor | None) -> Tensor | None:
@@ -101,13 +102,13 @@ class Captured:
                 leaf = leaves[i]
                 leaves[i] = sliced[id(leaf)] = sliced[id(leaf)] if id(leaf) in sliced else _rows(leaf, count, kept)
         hidden, positions = self.hidden[kept.to(self.hidden.device)], self.positions[kept.to(self.positions.device)]
-        return Captured(
+        return ActivationCache(
             hidden, some(self.inner), tree_unflatten(leaves, tree), positions, some(self.trained), self.per_row
         )
 
-    def of(self, hidden: Tensor, inner: Tensor | None, positions: Tensor, trained: Tensor | None) -> Captured:
+    def of(self, hidden: Tensor, inner: Tensor | None, positions: Tensor, trained: Tensor | None) -> ActivationCache:
         """A capture of other tokens of the same number and length; shapes as above."""
-        return Captured(hidden, inner, self.arguments, positions, trained, self.per_row)
+        return ActivationCache(hidden, inner, self.arguments, positions, trained, self.per_row)
 
 
 def _rows(values: Tensor, count: int, kept: Tensor) -> Tensor:
@@ -129,8 +130,8 @@ class HeadRows:
         return logits if self.bias is None else logits + self.bias
 
 
-class Suffix:
-    """The part of a causal language model from one matrix up, to be captured once and replayed often.
+class CachedForward:
+    """The part of a causal language model from one matrix up, to be run once and then from what was cached.
 
     Args:
         model: a decoder-only ``transformers`` model with a language-model head, in evaluation mode.
@@ -166,7 +167,7 @@ class Suffix:
             self._adopt(_EXAMINED[model][module_name])
 
     @classmethod
-    def above(cls, model: nn.Module, weights: Iterable[str], hparams: KDPOHyperParams) -> Suffix:
+    def above(cls, model: nn.Module, weights: Iterable[str], hparams: KDPOHyperParams) -> CachedForward:
         """From the first of the edited matrices up; ``weights``: their names, in the order of ``hparams.layers``."""
         modules = {layer: name.rpartition(".")[0] for layer, name in zip(hparams.place[0], weights, strict=True)}
         first = min(modules)
@@ -174,7 +175,7 @@ class Suffix:
 
     @property
     def place(self) -> torch.device:
-        """Where the edited matrix is, and replay begins."""
+        """Where the edited matrix is, and the forward from the cache begins."""
         return next(self.module.parameters()).device
 
     @property
@@ -184,7 +185,7 @@ class Suffix:
         device: torch.device = embeddings.weight.device
         return device
 
-    def capture(self, ids: Tensor, positions: Tensor, trained: Tensor | None = None) -> tuple[Captured, Tensor]:
+    def capture(self, ids: Tensor, positions: Tensor, trained: Tensor | None = None) -> tuple[ActivationCache, Tensor]:
         """Run the whole model over ``ids`` once.
 
         With gradients enabled and only edited matrices requiring them, the graph begins at the first edited
@@ -194,46 +195,46 @@ class Suffix:
         Args:
             ids: ``[B, L]`` int64.
             positions: ``[B, T]`` int64; logits are read there.
-            trained: ``[B, L]`` bool, or ``None``; see :class:`Captured`.
+            trained: ``[B, L]`` bool, or ``None``; see :class:`ActivationCache`.
 
         Returns:
             What was captured, and the final hidden states there, ``[B, T, D]``, for :meth:`logits`.
 
         Raises:
-            ModelError: replaying does not give what the full forward gives.
+            ModelError: the forward from the cache does not give what the full forward gives.
         """
         ids, positions = ids.to(self.device), positions.to(self.device)
         known = _EXAMINED.setdefault(self.model, {})
         if self.module_name not in known:
             found = self._examine(ids[:1])
             if found is None:
-                captured, hidden = self._run(ids, positions, inside=False)
-                return replace(captured, per_row=self._per_row(captured, ids, inside=False)), hidden
+                cache, hidden = self._run(ids, positions, inside=False)
+                return replace(cache, per_row=self._per_row(cache, ids, inside=False)), hidden
             known[self.module_name] = replace(found, narrow=tuple(self._find_narrow(ids[:1], found.inside)))
         examined = known[self.module_name]
         self._adopt(examined)
         trained = None if trained is None else trained.to(self.device)
         with self._trained_at(trained):
-            captured, hidden = self._run(ids, positions, examined.inside)
-        return replace(captured, trained=trained, per_row=self._per_row(captured, ids, examined.inside)), hidden
+            cache, hidden = self._run(ids, positions, examined.inside)
+        return replace(cache, trained=trained, per_row=self._per_row(cache, ids, examined.inside)), hidden
 
-    def replay(self, captured: Captured) -> Tensor:
+    def from_cache(self, cache: ActivationCache) -> Tensor:
         """The final hidden states, ``[B, T, D]``, that the whole model would give with its weights as they are now."""
         blocks = self.blocks
-        hidden = captured.hidden.to(self.place)
-        with self._trained_at(captured.trained):
-            if captured.inner is not None:
-                hidden = hidden + self.module(captured.inner.to(self.place)).view(hidden.shape)
+        hidden = cache.hidden.to(self.place)
+        with self._trained_at(cache.trained):
+            if cache.inner is not None:
+                hidden = hidden + self.module(cache.inner.to(self.place)).view(hidden.shape)
                 blocks = blocks[1:]
-            for block, (args, kwargs) in zip(blocks, captured.arguments, strict=True):
+            for block, (args, kwargs) in zip(blocks, cache.arguments, strict=True):
                 with ExitStack() as patches:
                     if block is self.blocks[-1]:
-                        spared = len(hidden) * (hidden.shape[1] - captured.positions.shape[1])
+                        spared = len(hidden) * (hidden.shape[1] - cache.positions.shape[1])
                         for module, parameters in self._narrow:
                             if spared * parameters >= WORTH:
-                                patches.enter_context(narrowed(module, captured.places))
+                                patches.enter_context(narrowed(module, cache.places))
                     hidden = _hidden(block(hidden, *args, **kwargs))
-        hidden = captured.places.read(hidden)
+        hidden = cache.places.read(hidden)
         for module in self._after:
             hidden = module(hidden)
         return hidden
@@ -281,13 +282,13 @@ class Suffix:
             yield
 
     @torch.no_grad()
-    def _per_row(self, captured: Captured, ids: Tensor, inside: bool) -> tuple[int, ...]:
-        """See :class:`Captured`: what of the blocks' arguments changes its size with the number of rows, and how.
+    def _per_row(self, cache: ActivationCache, ids: Tensor, inside: bool) -> tuple[int, ...]:
+        """See :class:`ActivationCache`: what of the blocks' arguments grows with the number of rows, and how.
 
         It is found by running the same row two and three times. That is done once for each kind of arguments: a mask,
         for example, may be there for some lengths alone.
         """
-        leaves, tree = tree_flatten(captured.arguments)
+        leaves, tree = tree_flatten(cache.arguments)
         kind = (self.module_name, str(tree), tuple(leaf.ndim if isinstance(leaf, Tensor) else -1 for leaf in leaves))
         known = _PER_ROW.setdefault(self.model, {})
         if kind not in known:
@@ -303,7 +304,7 @@ class Suffix:
             )
         return known[kind]
 
-    def _run(self, ids: Tensor, positions: Tensor, inside: bool) -> tuple[Captured, Tensor]:
+    def _run(self, ids: Tensor, positions: Tensor, inside: bool) -> tuple[ActivationCache, Tensor]:
         calls: list[Arguments] = []
         after: list[nn.Module] = []
         kept: dict[str, Tensor] = {}
@@ -346,19 +347,19 @@ class Suffix:
             inputs.append(args[0] if args else kwargs.pop("hidden_states"))
             arguments.append((args[1:], kwargs))
         if inside:
-            captured = Captured(kept["rest"], kept["inner"], arguments[1:], positions)
+            cache = ActivationCache(kept["rest"], kept["inner"], arguments[1:], positions)
         else:
-            captured = Captured(inputs[0].detach(), None, arguments, positions)
-        return captured, captured.places.read(result.last_hidden_state)
+            cache = ActivationCache(inputs[0].detach(), None, arguments, positions)
+        return cache, cache.places.read(result.last_hidden_state)
 
     @torch.no_grad()
     def _examine(self, ids: Tensor) -> Examined | None:
-        """Where replay may begin and what follows it; :class:`ModelError` if it is exact from neither place.
+        """Where the cache may begin and what follows it; :class:`ModelError` if it is exact from neither place.
 
         ``None`` where logits are NaN or infinite and nothing can be told; the loss will be, too.
         The matrix's output is disturbed after the capture, so that everything it feeds must answer for itself.
         """
-        # Two rows of other tokens, replayed in the other order: rows are sliced out of batches.
+        # Two rows of other tokens, run in the other order: rows are sliced out of batches.
         ids = torch.cat([ids, ids.flip(1)])
         swapped = torch.tensor([1, 0], device=ids.device)
         positions = torch.arange(ids.shape[1], device=ids.device).repeat(2, 1)
@@ -374,8 +375,8 @@ class Suffix:
         found = "cannot be tried"
         for inside in (True, False):
             try:
-                captured, before = self._run(ids, positions, inside)
-                captured = replace(captured, per_row=self._per_row(captured, ids, inside)).rows(swapped)
+                cache, before = self._run(ids, positions, inside)
+                cache = replace(cache, per_row=self._per_row(cache, ids, inside)).rows(swapped)
             except ModelError:
                 if inside:
                     continue
@@ -383,7 +384,7 @@ class Suffix:
             handle = self.module.register_forward_hook(disturb)
             try:
                 full = self.model(input_ids=ids[swapped], use_cache=False, return_dict=True).logits.float()
-                hidden = self.replay(captured)
+                hidden = self.from_cache(cache)
                 replayed = self.logits(hidden).to(full.device)
                 head = self.model.get_output_embeddings()  # type: ignore[operator]
                 alone = head(hidden.to(head.weight.dtype)).float()
@@ -412,8 +413,8 @@ class Suffix:
                 return Examined(inside, torch.equal(replayed, alone.to(full.device)), self._result, tuple(after))
             found = f"differs from the full forward (by {(difference / change).item():.2g} of the change)"
         raise ModelError(
-            f"{type(self.model).__name__}: replaying what lies above {self.module_name} {found}; this architecture "
-            "cannot be edited"
+            f"{type(self.model).__name__}: running what lies above {self.module_name} from its cache {found}; this "
+            "architecture cannot be edited"
         )
 
     @torch.no_grad()
@@ -423,9 +424,9 @@ class Suffix:
         Each is tried: with NaN for whatever it gives elsewhere the final hidden state of the last position must stay.
         """
         ids = ids.repeat(1, -(-16 // ids.shape[1]))[:, :16]  # a few tokens tell more than one or two
-        captured, _ = self._run(ids, torch.tensor([[ids.shape[1] - 1]], device=ids.device), inside)
+        cache, _ = self._run(ids, torch.tensor([[ids.shape[1] - 1]], device=ids.device), inside)
         self._narrow = []
-        expected = self.replay(captured)
+        expected = self.from_cache(cache)
         last = self.blocks[-1]
         names = [name for name, _ in last.named_children()]
         found: list[str] = []
@@ -437,8 +438,8 @@ class Suffix:
             if not any(p.ndim > 1 for p in module.parameters()):
                 continue
             try:
-                with narrowed(module, captured.places, torch.nan):
-                    same = torch.allclose(self.replay(captured), expected, rtol=0.05, atol=0.05)
+                with narrowed(module, cache.places, torch.nan):
+                    same = torch.allclose(self.from_cache(cache), expected, rtol=0.05, atol=0.05)
             except (RuntimeError, TypeError, ValueError):  # it is called in another way
                 same = False
             if same:

@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..errors import EditDiverged
 from ..hparams import KDPOHyperParams
-from .cached_forward import Suffix
+from .cached_forward import CachedForward
 from .optimizers import Stepper
 
 # Edits from which on another attention pays.
@@ -33,7 +33,7 @@ class Work(Protocol):
     history: list[Tensor]
 
     @property
-    def suffix(self) -> Suffix:
+    def forward(self) -> CachedForward:
         """Where it was captured."""
 
     @property
@@ -60,9 +60,9 @@ class Steps:
 
     def __init__(self, work: Sequence[Work], stepper: Stepper, hparams: KDPOHyperParams) -> None:
         self.work, self.stepper, self.hparams = work, stepper, hparams
-        suffix = work[0].suffix
-        self.waits = host_waits(suffix.device, hparams.optimizer)
-        self._masked = Recorded(self._unseen) if are_recorded(suffix, hparams) else self._unseen
+        forward = work[0].forward
+        self.waits = host_waits(forward.device, hparams.optimizer)
+        self._masked = Recorded(self._unseen) if are_recorded(forward, hparams) else self._unseen
 
     def take(self) -> bool:
         """One step. Returns whether there was anything to do, as far as the host knows."""
@@ -140,21 +140,21 @@ class Recorded:
         return graph, found
 
 
-def are_recorded(suffix: Suffix, hparams: KDPOHyperParams) -> bool:
+def are_recorded(forward: CachedForward, hparams: KDPOHyperParams) -> bool:
     """Whether steps are recorded as CUDA graphs, which are of one device's kernels."""
-    if not hparams.cuda_graphs or suffix.device.type != "cuda":
+    if not hparams.cuda_graphs or forward.device.type != "cuda":
         return False
-    return len({p.device for p in suffix.model.parameters()}) == 1
+    return len({p.device for p in forward.model.parameters()}) == 1
 
 
 @contextmanager
-def recording(suffix: Suffix, hparams: KDPOHyperParams) -> Iterator[None]:
+def recording(forward: CachedForward, hparams: KDPOHyperParams) -> Iterator[None]:
     """A stream of its own where steps are recorded, which the default stream cannot be. A backward pass runs in the
     streams of its forward, and a weight's gradient goes to the one in which the weight was first seen."""
-    if not are_recorded(suffix, hparams):
+    if not are_recorded(forward, hparams):
         yield
         return
-    outside, inside = torch.cuda.current_stream(suffix.device), torch.cuda.Stream(suffix.device)
+    outside, inside = torch.cuda.current_stream(forward.device), torch.cuda.Stream(forward.device)
     inside.wait_stream(outside)
     try:
         with torch.cuda.stream(inside):
@@ -183,7 +183,7 @@ def _attention(work: Sequence[Work]) -> AbstractContextManager[None]:
 
     For a few edits that is not much. A refresh is left to the model's own.
     """
-    weight = next(work[0].suffix.module.parameters())
+    weight = next(work[0].forward.module.parameters())
     slow = weight.device.type == "cpu" and weight.dtype in (torch.bfloat16, torch.float16)
     many = sum(len(current.members) for current in work) >= MATH_ATTENTION_FROM
     return sdpa_kernel(SDPBackend.MATH) if slow and many else nullcontext()

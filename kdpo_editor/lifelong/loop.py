@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from ..engine.batches import Batch, EditTrace, PreferenceBatch, lost, make_batches, refresh, unfinished
-from ..engine.cached_forward import Suffix
+from ..engine.cached_forward import CachedForward
 from ..engine.optimizers import Stepper
 from ..engine.steps import run_cycle
 from ..hparams import KDPOHyperParams
@@ -38,7 +38,7 @@ class ConstraintSet(Protocol):
 
 
 def kdpo_l(
-    forward: Suffix,
+    forward: CachedForward,
     weights: Mapping[str, nn.Parameter],
     edits: Sequence[EditTokens],
     hparams: KDPOHyperParams,

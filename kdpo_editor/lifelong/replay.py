@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ..engine.batches import Batch, group, lost, make_batch, make_batches, padded, trained_tokens
-from ..engine.cached_forward import Captured, Suffix
+from ..engine.cached_forward import ActivationCache, CachedForward
 from ..engine.weights import find_matrices, only_training
 from ..hparams import KDPOHyperParams
 from ..models import room
@@ -41,7 +41,7 @@ HELD = 0.5
 @dataclass(eq=False)
 class Entry:
     """One earlier edit. ``hidden`` ``[L, D]`` and ``inner`` ``[L, F]`` or ``None``: its row of a
-    :class:`~kdpo_editor.engine.cached_forward.Captured`.
+    :class:`~kdpo_editor.engine.cached_forward.ActivationCache`.
 
     ``margin``: logits by which its weakest token led when last looked at; infinite before that.
     """
@@ -71,7 +71,7 @@ class ReplayBuffer:
         self.dropped = 0
         self.repaired = 0
         self._samples = 0
-        self._blank: dict[tuple[int, torch.device], Captured] = {}
+        self._blank: dict[tuple[int, torch.device], ActivationCache] = {}
 
     @classmethod
     def of(cls, model: nn.Module, weights: Mapping[str, nn.Parameter]) -> ReplayBuffer:
@@ -114,10 +114,10 @@ class ReplayBuffer:
         edits = tokenize(tok, done, append_eos=hparams.append_eos, with_subject=hparams.needs_subject)
         originals = {name: w.detach().clone() for name, w in weights.items()}
         with only_training(model, weights, originals), torch.no_grad():
-            suffix = Suffix.above(model, weights, hparams)
+            forward = CachedForward.above(model, weights, hparams)
             # Each by itself, as when it was made: the shape of a batch shows in the last bits.
             for phrasings in edits:
-                buffer.add(phrasings, make_batches(suffix, phrasings, hparams))
+                buffer.add(phrasings, make_batches(forward, phrasings, hparams))
         for entry in buffer.entries:
             entry.margin = inf
         buffer.store(model, weights, hparams)
@@ -157,7 +157,9 @@ class ReplayBuffer:
         return by_margin[:fragile] + random.Random(self._samples).sample(by_margin[fragile:], most - fragile)
 
     @torch.no_grad()
-    def batches(self, suffix: Suffix, entries: Mapping[int, Entry], hparams: KDPOHyperParams) -> list[list[Batch]]:
+    def batches(
+        self, forward: CachedForward, entries: Mapping[int, Entry], hparams: KDPOHyperParams
+    ) -> list[list[Batch]]:
         """Mini-batches of ``entries``, as they stand now; the keys are their numbers among a call's edits."""
         numbers = list(entries)
 
@@ -165,30 +167,30 @@ class ReplayBuffer:
             members = [numbers[i] for i in here]
             chosen = [entries[member] for member in members]
             _, answers, mask, positions = padded([entry.tokens for entry in chosen])
-            captured = self._stack(suffix, chosen, positions.to(suffix.device))
-            return make_batch(suffix, members, captured, suffix.replay(captured), answers, mask, hparams.margin)
+            cache = self._stack(forward, chosen, positions.to(forward.device))
+            return make_batch(forward, members, cache, forward.from_cache(cache), answers, mask, hparams.margin)
 
-        groups = group(suffix, [entries[number].tokens for number in numbers], hparams.memory_budget)
+        groups = group(forward, [entries[number].tokens for number in numbers], hparams.memory_budget)
         return [[batch(part) for part in parts] for parts in groups]
 
-    def _stack(self, suffix: Suffix, entries: Sequence[Entry], positions: Tensor) -> Captured:
+    def _stack(self, forward: CachedForward, entries: Sequence[Entry], positions: Tensor) -> ActivationCache:
         """One capture of them all. What else blocks are called with is the same for any tokens of that length."""
         longest = max(len(entry.hidden) for entry in entries)
-        length = int(min(-(-longest // ROUND_TO) * ROUND_TO, room(suffix.model)))
-        key = length, suffix.place
+        length = int(min(-(-longest // ROUND_TO) * ROUND_TO, room(forward.model)))
+        key = length, forward.place
         if key not in self._blank:
             if len(self._blank) == KEPT_LENGTHS:
                 del self._blank[next(iter(self._blank))]
             anything = torch.zeros(1, length, dtype=torch.int64)
-            self._blank[key] = suffix.capture(anything, anything[:, :1])[0]
+            self._blank[key] = forward.capture(anything, anything[:, :1])[0]
 
         def stack(rows: list[Tensor]) -> Tensor:
-            return torch.stack([nn.functional.pad(r.to(suffix.place), (0, 0, 0, length - len(r))) for r in rows])
+            return torch.stack([nn.functional.pad(r.to(forward.place), (0, 0, 0, length - len(r))) for r in rows])
 
         blank = self._blank[key].rows(torch.zeros(len(entries), dtype=torch.int64))
         inner = [entry.inner for entry in entries if entry.inner is not None]
         hidden = stack([entry.hidden for entry in entries])
-        trained = trained_tokens([entry.tokens for entry in entries], suffix, length)
+        trained = trained_tokens([entry.tokens for entry in entries], forward, length)
         return blank.of(hidden, stack(inner) if inner else None, positions, trained)
 
 
@@ -196,11 +198,11 @@ def entries_of(edits: Sequence[EditTokens], batches: Sequence[Sequence[Batch]]) 
     """What ``batches`` of ``edits`` hold of each, in the order of ``edits``."""
     new: dict[int, Entry] = {}
     for batch in chain(*batches):
-        captured = batch.captured
+        cache = batch.cache
         for row, (member, margin) in enumerate(zip(batch.members, batch.margins.tolist(), strict=True)):
             here = slice(0, edits[member].length)
-            inner = None if captured.inner is None else captured.inner[row, here].clone()
-            new[member] = Entry(edits[member], captured.hidden[row, here].clone(), inner, margin)
+            inner = None if cache.inner is None else cache.inner[row, here].clone()
+            new[member] = Entry(edits[member], cache.hidden[row, here].clone(), inner, margin)
     return [new[i] for i in range(len(edits))]
 
 
@@ -208,9 +210,9 @@ class EarlierEdits:
     """The constraint that earlier edits hold: a sample of a buffer, for some new ``edits``."""
 
     def __init__(
-        self, buffer: ReplayBuffer, suffix: Suffix, edits: Sequence[EditTokens], hparams: KDPOHyperParams
+        self, buffer: ReplayBuffer, forward: CachedForward, edits: Sequence[EditTokens], hparams: KDPOHyperParams
     ) -> None:
-        self.buffer, self.suffix, self.edits, self.hparams = buffer, suffix, edits, hparams
+        self.buffer, self.forward, self.edits, self.hparams = buffer, forward, edits, hparams
         sampled = buffer.sample(edits, hparams.replay_checks)
         self._entries = dict(enumerate(sampled, start=len(edits)))
         self._sampled: list[list[Batch]] = []
@@ -221,12 +223,12 @@ class EarlierEdits:
         if self._sampled:
             self._refresh()
         else:
-            self._sampled = self.buffer.batches(self.suffix, self._entries, self.hparams)
+            self._sampled = self.buffer.batches(self.forward, self._entries, self.hparams)
         trained = {member for batch in chain(*self._trained) for member in batch.members}
         weak = {m: self._entries[m] for m, margin in self._margins(self._sampled).items() if self._weak(margin)}
         weak = {member: entry for member, entry in weak.items() if member not in trained}
         self.buffer.repaired += len(weak)
-        joined = self.buffer.batches(self.suffix, weak, self.hparams)
+        joined = self.buffer.batches(self.forward, weak, self.hparams)
         self._trained += joined
         return joined
 

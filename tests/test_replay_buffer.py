@@ -15,7 +15,7 @@ import torch
 from conftest import PARAMETER, REQUEST, assert_same, load, state
 
 from kdpo_editor import EditDiverged, ReplayBuffer, apply_kdpo_to_model, edit
-from kdpo_editor.engine.cached_forward import Suffix
+from kdpo_editor.engine.cached_forward import CachedForward
 from kdpo_editor.lifelong.replay import EarlierEdits, Entry
 from kdpo_editor.objectives import hardest_rejected
 from kdpo_editor.requests import EditTokens, tokenize
@@ -65,7 +65,7 @@ def test_without_replay_an_earlier_edit_of_that_sequence_is_lost(llama: Any, set
 
 
 def test_the_leads_remembered_are_those_of_the_full_forward(llama: Any, settings: Any) -> None:
-    """Captured inputs of edits of several lengths, made under other weights, are padded and replayed together."""
+    """Cached inputs of edits of several lengths, made under other weights, are padded and run together."""
     model, tok = llama
     one_call_each(model, tok, REQUESTS, settings(**MARGIN, replay=True, layers=[2, 4]))
     earlier = ReplayBuffer.of(model, named(model, 2, 4))
@@ -202,7 +202,7 @@ def test_an_earlier_edit_is_trained_again_once_it_lost_half_its_margin(edited: A
     ((new,),) = tokenize(tok, [THIRD], append_eos=True)
     for margin, expected in ((2 * weaker - 0.1, []), (weaker + stronger, [weaker])):
         asked = replace(hparams, margin=margin)
-        forward = Suffix.above(model, weights, asked)
+        forward = CachedForward.above(model, weights, asked)
         harmed = chain(*EarlierEdits(ReplayBuffer.of(model, weights), forward, [new], asked).violated())
         assert [m for batch in harmed for m in batch.margins.tolist()] == pytest.approx(expected, abs=1e-3)
 

@@ -1,4 +1,4 @@
-"""The replayed suffix gives what the full forward gives, on every architecture people edit."""
+"""The cached forward gives what the full forward gives, on every architecture people edit."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import nn
 
 from kdpo_editor import KDPOHyperParams, ModelError, ReplayBuffer, edit
 from kdpo_editor.engine.batches import make_batches
-from kdpo_editor.engine.cached_forward import Suffix
+from kdpo_editor.engine.cached_forward import CachedForward
 from kdpo_editor.engine.generation import greedy
 from kdpo_editor.lifelong.replay import entries_of
 from kdpo_editor.requests import EditTokens
@@ -139,10 +139,10 @@ def tiny(name: str, dtype: torch.dtype = torch.float32) -> tuple[Any, str, str]:
     return model.to(dtype), blocks, matrix
 
 
-def suffix_of(name: str, layer: int, dtype: torch.dtype = torch.float32) -> tuple[Any, Suffix, nn.Parameter]:
+def forward_of(name: str, layer: int, dtype: torch.dtype = torch.float32) -> tuple[Any, CachedForward, nn.Parameter]:
     model, blocks, matrix = tiny(name, dtype)
     module = f"{blocks}.{layer}.{matrix}"
-    return model, Suffix(model, blocks, layer, module), model.get_submodule(module).weight
+    return model, CachedForward(model, blocks, layer, module), model.get_submodule(module).weight
 
 
 IDS = torch.randint(3, 97, (3, 12), generator=torch.Generator().manual_seed(1))
@@ -180,9 +180,9 @@ def worth(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
     ],
 )
 def test_all_but_keys_and_values_is_needed_at_answers_only(name: str, expected: list[str]) -> None:
-    _, suffix, _ = suffix_of(name, 1)
-    suffix.capture(*padded()[:1], POSITIONS)
-    assert sorted(suffix._find_narrow(padded()[0][:1], True)) == sorted(expected)
+    _, forward, _ = forward_of(name, 1)
+    forward.capture(*padded()[:1], POSITIONS)
+    assert sorted(forward._find_narrow(padded()[0][:1], True)) == sorted(expected)
 
 
 @pytest.mark.usefixtures("worth")
@@ -191,35 +191,37 @@ def test_all_but_keys_and_values_is_needed_at_answers_only(name: str, expected: 
 @torch.no_grad()
 def test_replay_equals_full_forward(name: str, layer: int) -> None:
     """With padding in the batch, after the edited matrix changed; all logits and two of each position."""
-    model, suffix, weight = suffix_of(name, layer)
+    model, forward, weight = forward_of(name, layer)
     ids, mask = padded()
-    captured, first = suffix.capture(ids, POSITIONS)
-    assert (captured.inner is not None) is ARCHITECTURES[name][4]
+    cache, first = forward.capture(ids, POSITIONS)
+    assert (cache.inner is not None) is ARCHITECTURES[name][4]
     before = full(model, ids, mask)
-    torch.testing.assert_close(suffix.logits(first), before, atol=1e-5, rtol=0)
+    torch.testing.assert_close(forward.logits(first), before, atol=1e-5, rtol=0)
     change(weight)
     after = full(model, ids, mask)
     assert (after - before).norm() > 0.03 * before.norm()  # a change that shows
-    torch.testing.assert_close(suffix.logits(suffix.replay(captured)), after, atol=1e-5, rtol=0)
-    some = captured.rows(torch.tensor([2, 0]))
-    torch.testing.assert_close(suffix.logits(suffix.replay(some)), after[[2, 0]], atol=1e-5, rtol=0)
+    torch.testing.assert_close(forward.logits(forward.from_cache(cache)), after, atol=1e-5, rtol=0)
+    some = cache.rows(torch.tensor([2, 0]))
+    torch.testing.assert_close(forward.logits(forward.from_cache(some)), after[[2, 0]], atol=1e-5, rtol=0)
     pair = torch.stack([POSITIONS, POSITIONS + 40], -1)
-    rows = suffix.head_rows(pair)
+    rows = forward.head_rows(pair)
     assert rows is not None
-    torch.testing.assert_close(suffix.logits(suffix.replay(captured), rows), after.gather(-1, pair), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        forward.logits(forward.from_cache(cache), rows), after.gather(-1, pair), atol=1e-5, rtol=0
+    )
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 @torch.no_grad()
 def test_padding_on_the_right_changes_nothing(name: str) -> None:
     """A batch of rows of different lengths gives what each row gives by itself; so do its states, where it has such."""
-    model, suffix, _ = suffix_of(name, 1)
-    captured, first = suffix.capture(padded()[0].masked_fill(padded()[1] == 0, 50), POSITIONS)
+    model, forward, _ = forward_of(name, 1)
+    cache, first = forward.capture(padded()[0].masked_fill(padded()[1] == 0, 50), POSITIONS)
     alone = [
         model(input_ids=ids[None, :n]).logits[0, at].float() for ids, n, at in zip(IDS, LENGTHS, POSITIONS, strict=True)
     ]
-    for hidden in (first, suffix.replay(captured)):
-        torch.testing.assert_close(suffix.logits(hidden), torch.stack(alone), atol=1e-5, rtol=1e-5)
+    for hidden in (first, forward.from_cache(cache)):
+        torch.testing.assert_close(forward.logits(hidden), torch.stack(alone), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.usefixtures("worth")
@@ -234,7 +236,7 @@ def test_gradient_from_some_tokens_only(name: str) -> None:
     ids, mask = padded()
     where = torch.zeros(ids.shape, dtype=torch.bool)
     where[0, 1:3], where[1, 2:4], where[2, :2] = True, True, True
-    suffix = Suffix(model, blocks, 1, modules[0], modules, "subject")
+    forward = CachedForward(model, blocks, 1, modules[0], modules, "subject")
     handles = [
         model.get_submodule(module).register_forward_hook(
             lambda module, args, output: torch.where(where.view(*output.shape[:-1], 1), output, output.detach())
@@ -246,10 +248,10 @@ def test_gradient_from_some_tokens_only(name: str) -> None:
         handle.remove()
     whole = torch.autograd.grad(full(model, ids, mask).square().mean(), weights)
     assert (whole[0] - expected[0]).norm() > 0.1 * whole[0].norm()
-    captured, first = suffix.capture(ids, POSITIONS, where)
-    some = captured.rows(torch.tensor([2, 0, 1]))
-    for hidden in (first, suffix.replay(captured), suffix.replay(some)):
-        gradients = torch.autograd.grad(suffix.logits(hidden).square().mean(), weights)
+    cache, first = forward.capture(ids, POSITIONS, where)
+    some = cache.rows(torch.tensor([2, 0, 1]))
+    for hidden in (first, forward.from_cache(cache), forward.from_cache(some)):
+        gradients = torch.autograd.grad(forward.logits(hidden).square().mean(), weights)
         for gradient, exact in zip(gradients, expected, strict=True):
             torch.testing.assert_close(gradient, exact, rtol=1e-3, atol=1e-4 * exact.abs().max().item())
 
@@ -263,19 +265,19 @@ def test_edits_captured_one_by_one_are_replayed_together(
     name: str, parts: int, groups: list[list[int]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of different lengths, after the edited matrix changed, with what the blocks are told made from other tokens."""
-    model, suffix, weight = suffix_of(name, 2)
+    model, forward, weight = forward_of(name, 2)
     hparams = KDPOHyperParams(model_name=name, layers=[2], rewrite_module_tmp="{}", replay=True)
     edits = [EditTokens(ids[: n - 2], ids[n - 2 : n]) for ids, n in zip(IDS, LENGTHS.tolist(), strict=True)]
     earlier = ReplayBuffer()
-    kept = [one for tokens in edits for one in entries_of([tokens], make_batches(suffix, [tokens], hparams))]
+    kept = [one for tokens in edits for one in entries_of([tokens], make_batches(forward, [tokens], hparams))]
     change(weight)
     monkeypatch.setattr("kdpo_editor.engine.batches.MOST_PARTS", parts)
     monkeypatch.setattr("kdpo_editor.engine.batches.SMALLEST_PART", 1)
-    (batches,) = earlier.batches(suffix, dict(enumerate(kept)), hparams)
+    (batches,) = earlier.batches(forward, dict(enumerate(kept)), hparams)
     assert [batch.members for batch in batches] == groups
     for member, hidden in ((m, row) for b in batches for m, row in zip(b.members, b.hidden, strict=True)):
         expected = model(input_ids=edits[member].sequence.unsqueeze(0)).logits[0, -2:].float()
-        torch.testing.assert_close(suffix.logits(hidden.unsqueeze(0))[0], expected, atol=1e-5, rtol=0)
+        torch.testing.assert_close(forward.logits(hidden.unsqueeze(0))[0], expected, atol=1e-5, rtol=0)
 
 
 @pytest.mark.usefixtures("worth")
@@ -283,29 +285,29 @@ def test_edits_captured_one_by_one_are_replayed_together(
 @torch.no_grad()
 def test_replay_in_bfloat16(name: str) -> None:
     """Off by no more than a few times what bfloat16 itself is off from fp32."""
-    model, suffix, weight = suffix_of(name, 2, torch.bfloat16)
-    exact, _, exact_weight = suffix_of(name, 2)
+    model, forward, weight = forward_of(name, 2, torch.bfloat16)
+    exact, _, exact_weight = forward_of(name, 2)
     exact.load_state_dict(model.state_dict())
     ids, mask = padded()
-    captured, _ = suffix.capture(ids, POSITIONS)
+    cache, _ = forward.capture(ids, POSITIONS)
     change(weight)
     exact_weight.copy_(weight)
     wanted = full(exact, ids, mask)
     unavoidable = (full(model, ids, mask) - wanted).norm()
-    assert (suffix.logits(suffix.replay(captured)) - wanted).norm() <= 2 * unavoidable + 1e-3 * wanted.norm()
+    assert (forward.logits(forward.from_cache(cache)) - wanted).norm() <= 2 * unavoidable + 1e-3 * wanted.norm()
 
 
 @pytest.mark.usefixtures("worth")
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_gradient_equals_full_backward(name: str) -> None:
-    model, suffix, weight = suffix_of(name, 1)
+    model, forward, weight = forward_of(name, 1)
     ids, mask = padded()
     for p in model.parameters():
         p.requires_grad_(p is weight)
-    captured, first = suffix.capture(ids, POSITIONS)
+    cache, first = forward.capture(ids, POSITIONS)
     (expected,) = torch.autograd.grad(full(model, ids, mask).square().mean(), weight)
-    for hidden in (first, suffix.replay(captured)):
-        (gradient,) = torch.autograd.grad(suffix.logits(hidden).square().mean(), weight)
+    for hidden in (first, forward.from_cache(cache)):
+        (gradient,) = torch.autograd.grad(forward.logits(hidden).square().mean(), weight)
         torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item())
 
 
@@ -313,16 +315,16 @@ def test_gradient_equals_full_backward(name: str) -> None:
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_a_position_that_padding_names_again_counts_once(name: str) -> None:
     """A short answer is padded with position 0, which is its own where its prompt is one token."""
-    model, suffix, weight = suffix_of(name, 1)
+    model, forward, weight = forward_of(name, 1)
     for p in model.parameters():
         p.requires_grad_(p is weight)
     ids, positions = IDS[:2, :6], torch.tensor([[3, 4, 5], [0, 0, 0]])
     read = torch.tensor([[1, 1, 1], [1, 0, 0]]).unsqueeze(-1)
     whole = model(input_ids=ids).logits.gather(1, positions.unsqueeze(-1).expand(-1, -1, 97))
     (expected,) = torch.autograd.grad((whole * read).square().mean(), weight)
-    captured, first = suffix.capture(ids, positions)
-    for hidden in (first, suffix.replay(captured)):
-        (gradient,) = torch.autograd.grad((suffix.logits(hidden) * read).square().mean(), weight)
+    cache, first = forward.capture(ids, positions)
+    for hidden in (first, forward.from_cache(cache)):
+        (gradient,) = torch.autograd.grad((forward.logits(hidden) * read).square().mean(), weight)
         torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item())
 
 
@@ -349,10 +351,10 @@ def test_a_model_that_works_on_after_its_last_module_is_refused() -> None:
             output.last_hidden_state = output.last_hidden_state.cumsum(1)  # unseen by anything that watches modules
             return output
 
-    model, suffix, _ = suffix_of("llama", 2)
+    model, forward, _ = forward_of("llama", 2)
     model.model.__class__ = Odd
     with pytest.raises(ModelError, match="cannot be edited"):
-        suffix.capture(IDS, POSITIONS)
+        forward.capture(IDS, POSITIONS)
 
 
 @torch.no_grad()
@@ -373,10 +375,10 @@ def test_a_model_that_feeds_the_edited_layer_past_its_block_is_refused() -> None
                 later.remove()
                 del self.layers[3].forward
 
-    model, suffix, _ = suffix_of("llama", 1)
+    model, forward, _ = forward_of("llama", 1)
     model.model.__class__ = Skips
     with pytest.raises(ModelError):
-        suffix.capture(IDS, POSITIONS)
+        forward.capture(IDS, POSITIONS)
 
 
 def build(family: str, **settings: Any) -> Any:
@@ -424,16 +426,16 @@ def test_quantised_models_are_refused(llama: Any, settings: Any) -> None:
 
 def test_an_examination_that_saw_no_numbers_is_not_remembered() -> None:
     """Gemma-2 must be replayed from its block, also if the first look at it found NaN."""
-    model, suffix, weight = suffix_of("gemma2", 2)
+    model, forward, weight = forward_of("gemma2", 2)
     ids, mask = padded()
     poison = model.model.norm.register_forward_hook(lambda m, a, out: out * float("nan"))
     with torch.no_grad():
-        suffix.capture(ids, POSITIONS)
+        forward.capture(ids, POSITIONS)
         poison.remove()
-        captured, _ = suffix.capture(ids, POSITIONS)
+        cache, _ = forward.capture(ids, POSITIONS)
         change(weight)
         wanted = full(model, ids, mask)
-        torch.testing.assert_close(suffix.logits(suffix.replay(captured)), wanted, atol=1e-5, rtol=0)
+        torch.testing.assert_close(forward.logits(forward.from_cache(cache)), wanted, atol=1e-5, rtol=0)
 
 
 def test_editor_equals_plain_implementation(llama: Any, settings: Any) -> None:
