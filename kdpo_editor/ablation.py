@@ -7,8 +7,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from .engine.activation_cache import ActivationCache
 from .engine.batches import Batch, EditTrace, cycles_of, make_batches
-from .engine.cached_forward import ActivationCache, CachedForward
+from .engine.cached_forward import CachedForward
 from .engine.generation import greedy
 from .engine.optimizers import Stepper
 from .engine.steps import run_cycle

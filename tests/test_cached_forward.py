@@ -13,6 +13,7 @@ from torch import nn
 from kdpo_editor import KDPOHyperParams, ModelError, ReplayBuffer, edit
 from kdpo_editor.engine.batches import make_batches
 from kdpo_editor.engine.cached_forward import CachedForward
+from kdpo_editor.engine.examination import find_narrow
 from kdpo_editor.engine.generation import greedy
 from kdpo_editor.lifelong.replay import entries_of
 from kdpo_editor.requests import EditTokens
@@ -168,7 +169,7 @@ def change(weight: torch.Tensor) -> None:
 @pytest.fixture(params=[0, 10**9], ids=["narrow", "whole"])
 def worth(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """The last block computed where logits are read only, and everywhere."""
-    monkeypatch.setattr("kdpo_editor.engine.cached_forward.WORTH", request.param)
+    monkeypatch.setattr("kdpo_editor.engine.upper_part.WORTH", request.param)
 
 
 @pytest.mark.parametrize(
@@ -182,7 +183,7 @@ def worth(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
 def test_all_but_keys_and_values_is_needed_at_answers_only(name: str, expected: list[str]) -> None:
     _, forward, _ = forward_of(name, 1)
     forward.capture(*padded()[:1], POSITIONS)
-    assert sorted(forward._find_narrow(padded()[0][:1], True)) == sorted(expected)
+    assert sorted(find_narrow(forward, padded()[0][:1], True)) == sorted(expected)
 
 
 @pytest.mark.usefixtures("worth")

@@ -15,8 +15,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from kdpo_editor import EditDiverged, apply_kdpo_to_model, edit
 from kdpo_editor.compare.run.memory import peak_bytes
+from kdpo_editor.engine.activation_cache import ActivationCache
 from kdpo_editor.engine.batches import Batch
-from kdpo_editor.engine.cached_forward import ActivationCache, CachedForward
+from kdpo_editor.engine.cached_forward import CachedForward
 from kdpo_editor.engine.optimizers import Stepper
 from kdpo_editor.lifelong import loop
 from kdpo_editor.objectives import dpo_loss, hardest_rejected, kdpo_loss

@@ -69,7 +69,7 @@ def check(name: str, layer: int, inside: bool) -> None:
     last = forward.blocks[-1]
     ids = torch.zeros(3, 12, dtype=torch.int64, device=FIRST)
     chosen, mask = ids[:, :2], ids[:, :2] == 0
-    cache, hidden = forward._run(ids, chosen, inside)
+    cache, hidden = forward.run(ids, chosen, inside)
     real = torch.arange(6, device=FIRST)
     batch = Batch(forward, [0, 1, 2], cache, chosen, mask, 0.0, hidden, hidden, real, chosen, ids[:, 0])
     batch.refresh()

@@ -14,7 +14,9 @@ from torch import Tensor
 from ..hparams import KDPOHyperParams
 from ..objectives import ce_loss, hardest_rejected, hinge_loss, kdpo_loss
 from ..requests import EditTokens
-from .cached_forward import ActivationCache, CachedForward, HeadRows
+from .activation_cache import ActivationCache
+from .cached_forward import CachedForward
+from .upper_part import HeadRows
 
 # A mini-batch runs in so many batches at most, none smaller than this: a matrix product of few rows is slow.
 MOST_PARTS = 4

@@ -20,8 +20,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from ..engine.activation_cache import ActivationCache
 from ..engine.batches import Batch, group, lost, make_batch, make_batches, padded, trained_tokens
-from ..engine.cached_forward import ActivationCache, CachedForward
+from ..engine.cached_forward import CachedForward
 from ..engine.weights import find_matrices, only_training
 from ..hparams import KDPOHyperParams
 from ..models import room
@@ -41,7 +42,7 @@ HELD = 0.5
 @dataclass(eq=False)
 class Entry:
     """One earlier edit. ``hidden`` ``[L, D]`` and ``inner`` ``[L, F]`` or ``None``: its row of a
-    :class:`~kdpo_editor.engine.cached_forward.ActivationCache`.
+    :class:`~kdpo_editor.engine.activation_cache.ActivationCache`.
 
     ``margin``: logits by which its weakest token led when last looked at; infinite before that.
     """
