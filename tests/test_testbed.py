@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from shipped_model import facts, train
 
 from kdpo_editor import SHIPPED_MODEL, ModelError, models, testbed
 from kdpo_editor.packaged_models import FOLDERS
-from kdpo_editor.testbed import facts, train
 
 FOLDER = FOLDERS[SHIPPED_MODEL]
 
