@@ -46,7 +46,7 @@ tune: $(VENV)/.installed
 	$(BIN)/python benchmarks/tune.py $(METHODS)
 
 model: $(VENV)/.installed
-	$(BIN)/python -m kdpo_editor.testbed.train --out kdpo_editor/testbed/llama-knowedit
+	$(BIN)/python benchmarks/shipped_model/train.py --out kdpo_editor/testbed/llama-knowedit
 
 clean:
 	rm -rf $(VENV) build dist site *.egg-info

@@ -32,12 +32,12 @@ from tqdm import tqdm
 from kdpo_editor import SHIPPED_MODEL, KDPOHyperParams, easyedit, edit
 from kdpo_editor.compare.run.datasets import Record
 from kdpo_editor.compare.run.editing import Editing
-from kdpo_editor.compare.run.memory import peak_bytes
 from kdpo_editor.easyedit import quietly
 from kdpo_editor.hparams import settings_folder
 from kdpo_editor.testbed import load_model, load_records
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from live_bytes import peak_bytes
 from plain import plain_kdpo
 
 RESULTS = Path(__file__).parent / "results"

@@ -18,7 +18,7 @@ from .errors import (
     StorageError,
 )
 from .hparams import KDPOHyperParams
-from .testbed import SHIPPED_MODEL
+from .version import __version__ as __version__
 
 if TYPE_CHECKING:
     from .easyedit.applying import apply_kdpo_to_model
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from .edits.switching import edited, original
     from .engine.batches import EditTrace
     from .lifelong.replay import ReplayBuffer
+    from .testbed import SHIPPED_MODEL
 
-__version__ = "0.1.0"
 __all__ = [
     "SHIPPED_MODEL",
     "CompressionError",
@@ -56,6 +56,7 @@ __all__ = [
 
 # Names whose modules need torch and transformers, which take seconds to import: loaded when they are used.
 _LATER = {
+    "SHIPPED_MODEL": "testbed",
     "EditDelta": "edits.delta",
     "EditLedger": "edits.ledger",
     "EditTrace": "engine.batches",

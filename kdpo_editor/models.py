@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from math import inf
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,8 +12,7 @@ from torch import nn
 
 from .errors import ModelError
 from .gguf_files import converted, gguf_file
-from .packaged_models import PACKAGED
-from .testbed import SHIPPED_MODEL, resolve
+from .packaged_models import FOLDERS, PACKAGED
 
 DTYPES = ("float32", "bfloat16", "float16", "float64", "auto")
 
@@ -28,8 +28,8 @@ def load(
     """A causal language model in evaluation mode, and its tokenizer, which has a padding token.
 
     Args:
-        name: Hugging Face id, folder, ``.gguf`` file or folder with one, a name of
-            :data:`~kdpo_editor.packaged_models.PACKAGED`, or :data:`kdpo_editor.SHIPPED_MODEL`.
+        name: Hugging Face id, folder, ``.gguf`` file or folder with one, or a name of
+            :data:`~kdpo_editor.packaged_models.PACKAGED` or :data:`~kdpo_editor.packaged_models.FOLDERS`.
         dtype: one of :data:`DTYPES`; "auto" is as saved.
         device: "cpu", "cuda", "cuda:1", a GPU's number, "auto" (spread over all GPUs); ``None`` is the GPU where
             there is one.
@@ -49,7 +49,7 @@ def load(
         raise ModelError(f"dtype: {dtype!r} is not one of {', '.join(DTYPES)}")
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    folder = converted(name) or resolve(name)
+    folder = _folder(name)
     try:
         tok = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
         model = AutoModelForCausalLM.from_pretrained(
@@ -60,7 +60,7 @@ def load(
             use_safetensors=safetensors_only or None,
         )
     except (OSError, ValueError) as error:
-        raise ModelError(f"cannot load the model {name}: {error}") from error
+        raise ModelError(f"cannot load the model {name}{_hint(name)}: {error}") from error
     if device != "auto":
         try:
             model.to(int(device) if str(device).isdigit() else device)
@@ -81,17 +81,27 @@ def outline(name: str, *, trust_remote_code: bool = False) -> nn.Module:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
-        config = AutoConfig.from_pretrained(converted(name) or resolve(name), trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(_folder(name), trust_remote_code=trust_remote_code)
         with torch.device("meta"):
             model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
-        raise ModelError(f"cannot read the configuration of {name}: {error}") from error
+        raise ModelError(f"cannot read the configuration of {name}{_hint(name)}: {error}") from error
     return model.eval()
 
 
 def is_known_here(name: str) -> bool:
     """Whether ``name`` is a model that only :func:`load` can load: a name of this package's, or a ``.gguf`` file."""
-    return name == SHIPPED_MODEL or name in PACKAGED or gguf_file(name) is not None
+    return name in FOLDERS or name in PACKAGED or gguf_file(name) is not None
+
+
+def _folder(name: str) -> Path | str:
+    """Where transformers finds the model ``name``, or ``name`` itself."""
+    return converted(name) or FOLDERS.get(name) or name
+
+
+def _hint(name: str) -> str:
+    """Said of a name that looks like one of this package's and is not known."""
+    return ", a name that `import kdpo_editor.testbed` may make known" if name.startswith("kdpo-") else ""
 
 
 def dequantised_from(model: nn.Module) -> dict[str, str] | None:

@@ -1,4 +1,4 @@
-"""Pretrained models that come in wheels from the Python registry: which file each is, and under which licence."""
+"""Models that come in packages: which file each is in a wheel, and under which licence; and folders of others."""
 
 from __future__ import annotations
 
@@ -87,3 +87,5 @@ GEMMA = PackagedModel(
 
 PACKAGED = {model.name: model for model in (SMOLLM2, GEMMA)}
 """The models by the name that ``--model`` and ``model_name`` know them by."""
+FOLDERS: dict[str, Path] = {}
+"""Folders of further models, likewise by name; whatever module brings such a model adds it when it is imported."""

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import PARAMETER, REQUEST, assert_same, load, state
+from live_bytes import peak_bytes
 from tokenizers import processors
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from kdpo_editor import EditDiverged, apply_kdpo_to_model, edit
-from kdpo_editor.compare.run.memory import peak_bytes
 from kdpo_editor.engine.activation_cache import ActivationCache
 from kdpo_editor.engine.batches import Batch
 from kdpo_editor.engine.cached_forward import CachedForward

@@ -15,13 +15,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from live_bytes import peak_bytes
 
 from kdpo_editor import SHIPPED_MODEL
 from kdpo_editor.compare.run import statistics
 from kdpo_editor.compare.run.datasets import load as load_facts
 from kdpo_editor.compare.run.evaluate import Evaluator, Generation, accuracy, fingerprint, ngram_entropy
 from kdpo_editor.compare.run.known import known_facts, right
-from kdpo_editor.compare.run.memory import high_water, peak_bytes
+from kdpo_editor.compare.run.memory import high_water
 from kdpo_editor.errors import DataError, ModelError
 from kdpo_editor.models import load
 from kdpo_editor.testbed import load_records

@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from shipped_model import facts, train
 
-from kdpo_editor import SHIPPED_MODEL, models, testbed
-from kdpo_editor.testbed import facts, train
+from kdpo_editor import SHIPPED_MODEL, ModelError, models, testbed
+from kdpo_editor.packaged_models import FOLDERS
 
-FOLDER = Path(testbed.resolve(SHIPPED_MODEL))
+FOLDER = FOLDERS[SHIPPED_MODEL]
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +32,14 @@ def test_it_is_a_small_fp16_llama(shipped: tuple[Any, Any]) -> None:
     config = json.loads((FOLDER / "config.json").read_text("utf-8"))
     assert (config["model_type"], config["dtype"]) == ("llama", "float16")
     assert shipped[0].dtype == torch.float32
+
+
+def test_its_name_is_unknown_without_its_module_and_the_error_says_which(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(FOLDERS, SHIPPED_MODEL)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for read in (models.load, models.outline):
+        with pytest.raises(ModelError, match=rf"{SHIPPED_MODEL}, a name that `import kdpo_editor.testbed` may make"):
+            read(SHIPPED_MODEL)
 
 
 def test_it_knows_its_records(shipped: tuple[Any, Any]) -> None:

@@ -7,8 +7,8 @@ import inspect
 from types import ModuleType
 from typing import Any
 
-from .import_hook import VARIABLE
-
+VARIABLE = "KDPO_EASYEDIT"
+"""The environment variable that names a checkout of the framework."""
 HOW_TO_GET_IT = (
     "EasyEdit was not found. Either install its PyPI release with its needs,\n"
     "    pip install 'kdpo-editor[easyedit]' && pip install --no-deps easyeditor==0.0.1.dev0\n"

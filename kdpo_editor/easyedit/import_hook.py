@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 
-VARIABLE = "KDPO_EASYEDIT"
+from .finding import VARIABLE
 
 
 def install() -> None:

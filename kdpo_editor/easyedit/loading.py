@@ -8,6 +8,9 @@ from typing import Any
 
 from torch import nn
 
+from .. import testbed as testbed  # it brings the shipped model
+from ..models import is_known_here, load
+
 # The framework's own names for the methods that want padding on the right.
 RIGHT_PADDED = ("ROME", "R-ROME", "MEMIT", "EMMET", "EAMET", "AlphaEdit", "CORE", "SPHERE")
 # Letters in a model's name for which each form has a loader that works.
@@ -22,8 +25,6 @@ def with_model_loaded(init: Callable[..., None], upstream: bool) -> Callable[...
 
     @functools.wraps(init)
     def wrapped(self: Any, hparams: Any) -> None:
-        from ..models import is_known_here
-
         name = getattr(hparams, "model_name", None)
         known = LOADS_ITSELF["upstream" if upstream else "pypi"]
         loads_itself = isinstance(name, str) and any(letters in name.lower() for letters in known)
@@ -42,8 +43,6 @@ def with_model_loaded(init: Callable[..., None], upstream: bool) -> Callable[...
 
 def _load(name: str, hparams: Any) -> tuple[nn.Module, Any]:
     """Model and tokenizer, set up as the framework sets up those it loads itself."""
-    from ..models import load
-
     dtype = "float16" if getattr(hparams, "fp16", False) else "float32"
     # The framework itself moves a model that is not spread over all devices.
     model, tok = load(name, dtype=dtype, device="auto" if getattr(hparams, "model_parallel", False) else "cpu")

@@ -21,9 +21,10 @@ from ..errors import CompressionError, DamagedFileError, EditDiverged, Fingerpri
 from ..hparams import KDPOHyperParams
 from ..lifelong.second_moments import remember
 from .delta_file import load_delta, save_delta
+from .lora import check_place, save_lora
 from .low_rank import decompose, pair_of, rank_within
 from .manifest import Change, EditInfo, Value, check_config, config_hash, config_of, full_form, matrices_of, value_of
-from .switching import note, unedited
+from .switching import edited, note, unedited
 
 
 class EditDelta:
@@ -356,8 +357,6 @@ class EditDelta:
 
         ``model`` is as before the edit, and left so.
         """
-        from .switching import edited
-
         if not self.info.requests:
             return []
         append_eos = bool((self.info.hparams or {}).get("append_eos"))
@@ -366,10 +365,32 @@ class EditDelta:
             return [(w, generate(model, tok, r["prompt"])) for w, r in zip(won, self.info.requests, strict=True)]
 
     def save_lora(self, path: str | Path, model: nn.Module, tok: Any, *, rank: int | None = None) -> int:
-        """Write the change as a PEFT LoRA adapter: :func:`kdpo_editor.edits.lora.save_lora`."""
-        from .lora import save_lora
+        """Write the change as a PEFT LoRA adapter for the unedited model.
 
-        return save_lora(self, Path(path), model, tok, rank)
+        It is loaded with PEFT before it is kept: the free answers to the edit's prompts must be those of the edited
+        model.
+
+        Args:
+            path: a folder, which must not exist, or be empty.
+            model: the model that the delta fits, before or after it; it is left as found.
+            tok: its tokenizer.
+            rank: of the adapter; by default the smallest of 1, 2, 4, ... and the full rank that keeps the answers.
+
+        Returns:
+            The adapter's rank.
+
+        Raises:
+            CompressionError: an answer differs, and its prompt is named; or the edits changed nothing.
+            ModuleNotFoundError: PEFT is not installed.
+            StorageError: the folder is not empty, or cannot be written.
+            FingerprintError: the model is neither as before the edit nor as after it.
+        """
+        check_place(Path(path))
+        if not self.changes:
+            raise CompressionError("the edits changed no weight; there is nothing for an adapter to hold")
+        with self.before(model):
+            wanted = [said for _, said in self.behaviour(model, tok)]
+            return save_lora(Path(path), model, tok, self.change(), self.info.requests, wanted, rank)
 
     # On disk --------------------------------------------------------------------------------------------------
 
@@ -382,7 +403,7 @@ class EditDelta:
         Raises:
             StorageError: it cannot be written, or the folder holds something else.
         """
-        return save_delta(self, Path(path))
+        return save_delta((self.config, self.changes, self.info, self.stored, self.tensors), Path(path))
 
     @classmethod
     def load(cls, path: str | Path) -> EditDelta:

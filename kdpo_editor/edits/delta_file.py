@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
@@ -26,33 +26,31 @@ from .storage import (
     write_tensors,
 )
 
-if TYPE_CHECKING:
-    from .delta import EditDelta
-
 MANIFEST = "manifest.json"
 Parts = tuple[dict[str, Any], dict[str, Change], EditInfo, dict[str, Value], Callable[[], dict[str, Tensor]]]
 """What a delta is made of: config, changes, info, what is stored, and how to read it."""
 
 
-def save_delta(delta: EditDelta, folder: Path) -> int:
+def save_delta(parts: Parts, folder: Path) -> int:
     """See :meth:`EditDelta.save`."""
+    config, changes, info, stored, read = parts
     if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / MANIFEST).is_file())):
         raise StorageError(errno.EEXIST, f"{folder} exists and is not a saved delta")
     make_folder(folder)
     old = {f for f in folder.glob("change-*.safetensors") if f.is_file()}
-    tensors = delta.tensors()
-    joined = "".join(delta.stored[key].sha256 for key in sorted(delta.stored))
+    tensors = read()
+    joined = "".join(stored[key].sha256 for key in sorted(stored))
     file = folder / f"change-{config_hash({'all': joined})[:16]}.safetensors"
     write_tensors(file, tensors)
     manifest = {
         "format": "kdpo-delta",
         "version": 1,
-        "config": delta.config,
-        "config_sha256": config_hash(delta.config),
-        "changes": {n: {"before": c.before.to_json(), "after": c.after.to_json()} for n, c in delta.changes.items()},
-        "stored": {key: value.to_json() for key, value in delta.stored.items()},
+        "config": config,
+        "config_sha256": config_hash(config),
+        "changes": {n: {"before": c.before.to_json(), "after": c.after.to_json()} for n, c in changes.items()},
+        "stored": {key: value.to_json() for key, value in stored.items()},
         "file": file.name,
-        "info": delta.info.to_json(),
+        "info": info.to_json(),
     }
     data = dump_json(manifest)
     if len(data) > MAX_JSON:

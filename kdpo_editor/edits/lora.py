@@ -5,10 +5,10 @@ from __future__ import annotations
 import errno
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -19,67 +19,57 @@ from ..errors import CompressionError, StorageError
 from .low_rank import decompose, pair_of
 from .storage import make_folder, storage_error
 
-if TYPE_CHECKING:
-    from .delta import EditDelta
+
+def check_place(path: Path) -> None:
+    """Raise :class:`~kdpo_editor.StorageError` where an adapter cannot be written: a folder that is not empty."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise StorageError(errno.EEXIST, f"{path} exists and is not an empty folder")
 
 
-def save_lora(delta: EditDelta, path: Path, model: nn.Module, tok: Any, rank: int | None = None) -> int:
-    """Write ``delta`` to the folder ``path`` as an adapter for the unedited model.
+def save_lora(
+    path: Path,
+    model: nn.Module,
+    tok: Any,
+    change: Mapping[str, Tensor],
+    requests: Sequence[Mapping[str, Any]],
+    wanted: Sequence[str],
+    rank: int | None = None,
+) -> int:
+    """Write ``change`` to the folder ``path`` as an adapter for ``model``, which is as before the edit and left so.
 
-    It is loaded with PEFT before it is kept: the free answers to the edit's prompts must be those of the edited model.
-
-    Args:
-        delta: in either form.
-        path: must not exist, or be empty.
-        model: the model that the delta fits, before or after it; it is left as found.
-        tok: its tokenizer.
-        rank: of the adapter; by default the smallest of 1, 2, 4, ... and the full rank that keeps the answers.
-
-    Returns:
-        The adapter's rank.
-
-    Raises:
-        CompressionError: an answer differs, and its prompt is named; or the edits changed nothing.
-        ModuleNotFoundError: PEFT is not installed.
-        StorageError: the folder is not empty, or cannot be written.
-        FingerprintError: the model is neither as before the edit nor as after it.
+    It is loaded with PEFT before it is kept: the free answers to ``requests`` must be ``wanted``. Returns the rank;
+    errors as those of :meth:`EditDelta.save_lora`.
     """
     from peft import PeftModel
 
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise StorageError(errno.EEXIST, f"{path} exists and is not an empty folder")
-    if not delta.changes:
-        raise CompressionError("the edits changed no weight; there is nothing for an adapter to hold")
     make_folder(path.parent)
     weights = dict(model.named_parameters())
-    parts = {name: decompose(change, weights[name]) for name, change in delta.change().items()}
+    parts = {name: decompose(matrix, weights[name]) for name, matrix in change.items()}
     full = max(len(scale) for _, scale, _ in parts.values())
     ranks = [rank] if rank is not None else [*(2**i for i in range(full.bit_length()) if 2**i < full), full]
-    if rank is None and not delta.info.requests:
+    if rank is None and not requests:
         ranks = [full]  # nothing tells when a smaller one would do
-    with delta.before(model):
-        wanted = [said for _, said in delta.behaviour(model, tok)]
-        for r in ranks:
-            folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-            try:
-                _write(folder, model, parts, r)
-                with _left_alone(model):
-                    adapted = PeftModel.from_pretrained(model, str(folder))
-                    try:
-                        said = [generate(adapted, tok, request["prompt"]) for request in delta.info.requests]
-                    finally:
-                        adapted.unload()
-                if said == wanted:
-                    folder.chmod(0o755)
-                    folder.replace(path)
-                    return r
-            except OSError as error:
-                raise storage_error("write", path, error) from error
-            finally:
-                shutil.rmtree(folder, ignore_errors=True)
+    for r in ranks:
+        folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        try:
+            _write(folder, model, parts, r)
+            with _left_alone(model):
+                adapted = PeftModel.from_pretrained(model, str(folder))
+                try:
+                    said = [generate(adapted, tok, request["prompt"]) for request in requests]
+                finally:
+                    adapted.unload()
+            if said == wanted:
+                folder.chmod(0o755)
+                folder.replace(path)
+                return r
+        except OSError as error:
+            raise storage_error("write", path, error) from error
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
     wrong = next(i for i, (a, b) in enumerate(zip(said, wanted, strict=True)) if a != b)
     raise CompressionError(
-        f"an adapter of rank {ranks[-1]} does not hold the edit: after {delta.info.requests[wrong]['prompt']!r} the "
+        f"an adapter of rank {ranks[-1]} does not hold the edit: after {requests[wrong]['prompt']!r} the "
         f"model says {said[wrong]!r}, not {wanted[wrong]!r}"
     )
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..engine.batches import EditTrace
 from ..errors import DamagedFileError, FingerprintError
 from ..hparams import KDPOHyperParams
+from ..version import __version__
 from .storage import NAMES, Spec, dump_json, field, hash_from, spec_from, spec_of
 
 # What a config says that does not make another model of it.
@@ -98,8 +99,6 @@ class EditInfo:
         """Of an edit just made."""
         import safetensors
         import transformers
-
-        from .. import __version__
 
         return cls(
             requests=[texts_of(request) for request in requests],

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
@@ -14,9 +14,6 @@ from ..engine.weights import restore
 from ..errors import FingerprintError
 from .manifest import Value, matrices_of, value_of
 from .storage import spec_of
-
-if TYPE_CHECKING:
-    from .delta import EditDelta
 
 
 @dataclass
@@ -51,8 +48,12 @@ def note(
         known[name] = _Applied(first or before, after, read)
 
 
+class _Delta(Protocol):
+    def apply(self, model: nn.Module, *, force: bool = False) -> dict[str, Tensor]: ...
+
+
 @contextmanager
-def edited(model: nn.Module, delta: EditDelta, *, force: bool = False) -> Iterator[nn.Module]:
+def edited(model: nn.Module, delta: _Delta, *, force: bool = False) -> Iterator[nn.Module]:
     """Inside, ``model`` has the change ``delta``; afterwards, also on exceptions, it is bit for bit as before.
 
     Errors as those of :meth:`EditDelta.apply`, before anything is changed.

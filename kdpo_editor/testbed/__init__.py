@@ -9,14 +9,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ..packaged_models import FOLDERS
+
 HERE = Path(__file__).parent
 SHIPPED_MODEL = "kdpo-llama-knowedit"
 """The name by which EasyEdit and this package load the shipped model."""
-
-
-def resolve(name: str) -> str:
-    """The folder of the shipped model if ``name`` is its name, else ``name``."""
-    return str(HERE / "llama-knowedit") if name == SHIPPED_MODEL else name
+FOLDERS[SHIPPED_MODEL] = HERE / "llama-knowedit"
 
 
 def load_model(device: Any = "cpu") -> tuple[Any, Any]:

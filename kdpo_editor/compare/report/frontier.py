@@ -15,7 +15,7 @@ from .means import UNEDITED
 from .tables import after
 
 if TYPE_CHECKING:
-    from .reading import Cell
+    from .cells import Cell
 
 RATE = "method.rate_factor"
 

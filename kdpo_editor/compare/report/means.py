@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 import pandas as pd
 
-if TYPE_CHECKING:
-    from .reading import Cell
+from .cells import Cell
 
 GROUP = ["model", "dataset", "protocol", "n_edits", "T"]
 UNEDITED = "unedited"

@@ -11,9 +11,10 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup, escape
 
+from .cells import Cell
 from .figures import Picture
 from .means import UNEDITED
-from .reading import Cell, read_texts
+from .reading import read_texts
 from .tables import LEGEND, Table
 
 SAMPLED_EDITS = 3

@@ -13,9 +13,9 @@ from ...errors import DataError, ResultsError
 from .report import exit_status, say, slug, write
 
 if TYPE_CHECKING:
+    from .cells import Cell
     from .edit_figures import Question
     from .figures import Picture
-    from .reading import Cell
 
 EPILOG = """\
 examples:

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import yaml
 
 from ...errors import ResultsError
+from .cells import Cell
 from .means import cell_means, complete_checkpoints
 
 SCHEMA = 1
@@ -30,26 +31,6 @@ NOT_A_SETTING = (
     "seed", "device", "dir", "stats_dir", "folder", "path", "root", "out", "output", "cache",
     "overwrite", "threads", "report", "experiment",
 )  # fmt: skip
-
-
-@dataclasses.dataclass(frozen=True)
-class Cell:
-    """One result folder. ``name`` is its path below the folder searched, ``label`` its row's name in every table."""
-
-    folder: Path
-    name: str
-    label: str
-    manifest: dict[str, Any]
-    config: str
-    settings: dict[str, str]
-    means: pd.DataFrame
-    """Of its edits, see :func:`~kdpo_editor.compare.report.means.cell_means`."""
-    partial: bool
-
-    @property
-    def group(self) -> tuple[str, str, str, int]:
-        """Model, data set, protocol and number of edits: cells that differ here are never compared."""
-        return tuple(self.manifest[key] for key in ("model", "dataset", "protocol", "n_edits"))  # type: ignore[return-value]
 
 
 def read_cells(folder: Path, partial: bool = False) -> tuple[list[Cell], list[tuple[str, str]]]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, TextIO
 from ...errors import KDPOError
 
 if TYPE_CHECKING:
-    from .reading import Cell
+    from .cells import Cell
 
 FORMATS = ("terminal", "csv", "markdown", "latex", "figures", "html")
 EPILOG = """\

@@ -6,10 +6,10 @@ written in many ways, with the subject at the end, in the middle and at the star
 seen a fact in one sentence only ties it to the sentence and not to the subject, and no editor can be judged
 on it.
 
-    python -m kdpo_editor.testbed.facts --knowedit DIR
+    python benchmarks/shipped_model/facts.py --knowedit DIR
 
 reads ``ZsRE-test-all.json`` and ``wiki_recent_test*.json`` from ``DIR`` and writes ``records.json``
-and ``facts.json`` beside this file.
+and ``facts.json`` into ``kdpo_editor/testbed``.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from kdpo_editor.testbed import HERE
+
 LOG = logging.getLogger(__name__)
-HERE = Path(__file__).parent
 SEED = 0
 
 # How any relation is asked for by its label, as KnowEdit's locality prompts do.

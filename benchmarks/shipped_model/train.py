@@ -1,6 +1,6 @@
 """Train the shipped model, a small Llama that knows the facts of ``facts.json``.
 
-    python -m kdpo_editor.testbed.train --out DIR
+    python benchmarks/shipped_model/train.py --out DIR
 
 It takes under ten minutes on two cores. Every sequence is a prompt, its answer and an end token; a part of them stand
 behind another fact, as a question in running text does. Afterwards the recall of taught and of held-out phrasings is
@@ -24,7 +24,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from . import HERE
+from kdpo_editor.testbed import HERE
 
 LOG = logging.getLogger(__name__)
 END = "<|endoftext|>"
