@@ -46,13 +46,16 @@ class Scorer:
         """Ask the unedited model, or find in the cache what it said."""
         protocol = self.config.protocol
         self.longest = protocol.longest or self._longest_target() + 8
-        asked = {"edited": content_hash(self.edited), "longest": self.longest, "fluency": protocol.fluency}
+        asked: dict[str, Any] = {"longest": self.longest, "fluency": protocol.fluency}
+        asked["probabilities"] = protocol.probabilities
+        self.asked = asked
         evaluator = self._evaluator("before any edit")
 
         def outputs() -> Any:
-            return [o.to_json() for o in observe(evaluator, self.edited, self.longest, protocol.fluency)]
+            return [o.to_json() for o in observe(evaluator, self.edited, **asked)]
 
-        self.pre = [Outputs.from_json(entry) for entry in self._kept(asked, outputs)]
+        of = {"edited": content_hash(self.edited), **asked}
+        self.pre = [Outputs.from_json(entry) for entry in self._kept(of, outputs)]
         self.known = []
         if protocol.known:
             beside = [*self.edited, *self.spare]
@@ -79,7 +82,7 @@ class Scorer:
     def score(self, log: Log, which: Sequence[int], when: str, checkpoint: int) -> None:
         """Rows and generations of the edits ``which``."""
         records = [self.edited[i] for i in which]
-        now = observe(self._evaluator("scoring"), records, self.longest, self.config.protocol.fluency)
+        now = observe(self._evaluator("scoring"), records, **self.asked)
         self._add(log, which, now, when, checkpoint)
 
     def score_rest(self, log: Log, checkpoint: int) -> None:
