@@ -278,6 +278,19 @@ def test_text_is_read_before_and_at_every_checkpoint(tmp_path: Path) -> None:
     assert "known" not in rows.index.get_level_values("metric")
 
 
+def test_users_are_answered_before_and_at_every_checkpoint(tmp_path: Path) -> None:
+    from kdpo_editor.compare.run.cell import run
+
+    cell = run(composed(tmp_path, "protocol.wild=true", "protocol.known=0", "n_edits=2"))
+    assert cell.manifest()["status"] == "complete", (cell.folder / "run.log").read_text("utf-8")
+    rows = figures(cell.folder)
+    asked = rows[rows["metric"] == "wild.rewrite.question_em"]
+    assert list(zip(asked["when"], asked["checkpoint"], strict=True)) == [("pre", 0)] * 2 + [("checkpoint", 2)] * 2
+    assert asked["value"].iloc[:2].sum() == 0 < asked["value"].iloc[2:].sum()
+    said = [json.loads(line) for line in (cell.folder / "generations.jsonl").read_text("utf-8").splitlines()]
+    assert {"wild.rewrite.question", "wild.rephrase.instruction"} <= {text["kind"] for text in said}
+
+
 def test_counterfact_is_edited_and_scored_without_a_network(tmp_path: Path) -> None:
     from kdpo_editor.compare.run.cell import run
 
@@ -286,6 +299,7 @@ def test_counterfact_is_edited_and_scored_without_a_network(tmp_path: Path) -> N
     assert cell.manifest()["status"] == "complete", (cell.folder / "run.log").read_text("utf-8")
     measured = set(figures(cell.folder)["metric"])
     assert {"rewrite_acc", "rephrase_gen", "locality.neighborhood_acc", "known"} <= measured
+    assert {"counterfact.efficacy", "counterfact.paraphrase", "counterfact.neighborhood_magnitude"} <= measured
 
 
 def test_a_validation_split_of_its_own_is_read(tmp_path: Path) -> None:
@@ -383,6 +397,7 @@ def test_more_requests_at_a_time_end_at_every_checkpoint() -> None:
         (["dataset.split=train"], HyperParamsError, "dataset.split.*test, validation, all"),
         (["n_edits=1000"], DataError, "1000"),
         (["n_edits=0"], HyperParamsError, "n_edits"),
+        (["protocol.judge=http://localhost/v1"], HyperParamsError, "protocol.wild=true and protocol.judge_model"),
         (["dataset.source=nowhere.json"], DataError, "nowhere.json"),
     ],
 )

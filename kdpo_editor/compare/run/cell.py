@@ -216,6 +216,10 @@ def _records(config: Compare) -> tuple[list[Record], list[Record]]:
     for key, number in (("n_edits", config.n_edits), ("method.requests_per_call", config.method.requests_per_call)):
         if number < 1:
             raise HyperParamsError(f"{key}: {number} is not allowed; it must be at least 1")
+    if protocol.judge and not (protocol.wild and protocol.judge_model):
+        raise HyperParamsError(
+            "protocol.judge: it judges WILD's answers; protocol.wild=true and protocol.judge_model go with it"
+        )
     source = data.validation if data.validation and data.split == "validation" else data.source
     pool = load(source, seed=config.seed, shuffle=data.shuffle, drop_bad=data.drop_bad)
     if data.validation is None and data.split != "all":

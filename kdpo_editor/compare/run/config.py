@@ -103,6 +103,14 @@ class Protocol:
     """Tokens generated per edit for the n-gram entropy; 0 leaves fluency out. EasyEdit takes 100."""
     probabilities: bool = II("dataset.probabilities")
     """CounterFact's own scores, by the probability of new and old answer (:mod:`~.counterfact`)."""
+    wild: bool = False
+    """Before any edit and at every ``eval_at``, ask the question alone, in an instruction and as a chat
+    (:mod:`~.wild`)."""
+    judge: str | None = None
+    """Address of a server of chat completions, ``http://localhost:8000/v1`` say, that judges those answers. Its key is
+    read from the environment variable OPENAI_API_KEY."""
+    judge_model: str = ""
+    """The model to ask there."""
     perplexity: bool = True
     """Of held-out text, and the next tokens' agreement with the unedited model's, at every ``eval_at``."""
     batch_size: int = 256

@@ -117,21 +117,29 @@ class Evaluator:
     def generate(self, prompts: Sequence[str], longest: int) -> list[Generation]:
         """Greedy answers of at most ``longest`` tokens."""
         found = []
-        for said in self._greedy(prompts, longest):
-            line, newline, _ = self.tok.decode(said.ids, skip_special_tokens=True).lstrip().partition("\n")
-            found.append(Generation(line.strip(), said.stopped or bool(newline)))
+        for text, stopped in self.go_on(self._tokens(prompts), longest):
+            line, newline, _ = text.lstrip().partition("\n")
+            found.append(Generation(line.strip(), stopped or bool(newline)))
         return found
+
+    def go_on(self, prompts: Sequence[Sequence[int]], longest: int) -> list[tuple[str, bool]]:
+        """Greedy texts behind ``prompts``, which are token ids, and whether the model ended them."""
+        said = self._greedy(prompts, longest)
+        return [(self.tok.decode(each.ids, skip_special_tokens=True), each.stopped) for each in said]
 
     def write(self, prompts: Sequence[str], length: int) -> list[str]:
         """Greedy texts of ``length`` tokens, whatever end tokens are among them."""
-        texts = self._greedy(prompts, length, ignore_end=True)
+        texts = self._greedy(self._tokens(prompts), length, ignore_end=True)
         return [self.tok.decode(said.ids, skip_special_tokens=True) for said in texts]
 
-    def _greedy(self, prompts: Sequence[str], longest: int, ignore_end: bool = False) -> list[Continuation]:
+    def _tokens(self, prompts: Sequence[str]) -> list[list[int]]:
+        return [token_ids(self.tok, prompt) for prompt in prompts]
+
+    def _greedy(self, prompts: Sequence[Sequence[int]], longest: int, ignore_end: bool = False) -> list[Continuation]:
         return greedy(
             self.model,
             self.tok,
-            [token_ids(self.tok, prompt) for prompt in prompts],
+            prompts,
             longest,
             ignore_end=ignore_end,
             rows=1 if self.alone else self.batch_size,

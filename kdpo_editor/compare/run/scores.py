@@ -3,7 +3,7 @@
 Names are EasyEdit's: ``rewrite_acc``, ``rephrase_acc``, ``locality.<key>_acc``, ``portability.<key>_acc`` and
 ``fluency.ngram_entropy``. Beside them stand ``<...>_gen``, whether the greedy answer begins with an accepted one, and
 ``<...>_gen_stop``, whether it is an accepted one and the model stopped there. ``counterfact.<...>`` are that data
-set's own scores (:mod:`~.counterfact`).
+set's own scores (:mod:`~.counterfact`), ``wild.<...>`` those of :mod:`~.wild`.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
 
-from . import counterfact
+from . import counterfact, wild
 from .datasets import Probe, Record
 from .evaluate import Evaluator, Generation, accuracy, ngram_entropy
+from .judge import Judge
 
 
 @dataclass
@@ -24,7 +25,7 @@ class Outputs:
 
     ``predicted``, ``wanted``: token ids at the answer's positions under teacher forcing, per probe of each group.
     ``generated``: free answers, per probe of each group; locality is not generated.
-    ``losses``: of the new and of the old answer, where they were asked for.
+    ``losses``: of the new and of the old answer; ``wild``: what a user is answered. Both where they were asked for.
     """
 
     predicted: dict[str, list[list[int]]]
@@ -32,6 +33,7 @@ class Outputs:
     generated: dict[str, list[Generation]]
     fluency: float | None = None
     losses: counterfact.Losses = field(default_factory=dict)
+    wild: wild.Answers = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Plain lists and dicts."""
@@ -57,12 +59,19 @@ def probes(record: Record) -> dict[str, tuple[Probe, ...]]:
 
 
 def observe(
-    evaluator: Evaluator, records: Sequence[Record], longest: int, fluency: int, probabilities: bool = False
+    evaluator: Evaluator,
+    records: Sequence[Record],
+    longest: int,
+    fluency: int,
+    probabilities: bool = False,
+    as_users: bool = False,
+    judge: Judge | None = None,
 ) -> list[Outputs]:
     """Ask everything about ``records``, batched over all of them.
 
     ``longest``: tokens generated at most for an answer. ``fluency``: tokens generated for the n-gram entropy, or 0.
-    ``probabilities``: also how likely the new and the old answer are.
+    ``probabilities``: also how likely the new and the old answer are. ``as_users``: also in WILD's three forms, which
+    ``judge`` may judge.
     """
     asked = [
         (i, group, probe) for i, record in enumerate(records) for group, of in probes(record).items() for probe in of
@@ -84,6 +93,9 @@ def observe(
     if probabilities:
         for output, losses in zip(outputs, counterfact.observe(evaluator, records), strict=True):
             output.losses = losses
+    if as_users:
+        for output, answers in zip(outputs, wild.observe(evaluator, records, judge), strict=True):
+            output.wild = answers
     return outputs
 
 
@@ -104,6 +116,7 @@ def rows(record: Record, before: Outputs, now: Outputs, stops: bool = False) -> 
     if now.fluency is not None:
         yield "fluency.ngram_entropy", now.fluency
     yield from counterfact.rows(now.losses)
+    yield from wild.rows(now.wild)
 
 
 def texts(record: Record, now: Outputs) -> Iterator[dict[str, Any]]:
@@ -117,3 +130,6 @@ def texts(record: Record, now: Outputs) -> Iterator[dict[str, Any]]:
                 "text": generation.text,
                 "stopped": generation.stopped,
             }
+    for kind, answers in now.wild.items():
+        for answer in answers:
+            yield {"kind": f"wild.{kind}", **answer, "wanted": [answer["wanted"]]}
