@@ -77,6 +77,8 @@ class Dataset:
     """The source of facts that the model is asked before and after: records with their old answers."""
     probabilities: bool = False
     """The records are CounterFact's: their neighbours share the old answer."""
+    unique_subjects: bool = True
+    """Keep the first record of each subject only. Otherwise a later edit may overwrite an earlier one."""
     shuffle: bool = True
     drop_bad: bool = False
     """Leave bad records out instead of stopping at the first."""
