@@ -278,6 +278,19 @@ def test_text_is_read_before_and_at_every_checkpoint(tmp_path: Path) -> None:
     assert "known" not in rows.index.get_level_values("metric")
 
 
+def test_users_are_answered_before_and_at_every_checkpoint(tmp_path: Path) -> None:
+    from kdpo_editor.compare.run.cell import run
+
+    cell = run(composed(tmp_path, "protocol.wild=true", "protocol.known=0", "n_edits=2"))
+    assert cell.manifest()["status"] == "complete", (cell.folder / "run.log").read_text("utf-8")
+    rows = figures(cell.folder)
+    asked = rows[rows["metric"] == "wild.rewrite.question_em"]
+    assert list(zip(asked["when"], asked["checkpoint"], strict=True)) == [("pre", 0)] * 2 + [("checkpoint", 2)] * 2
+    assert asked["value"].iloc[:2].sum() == 0 < asked["value"].iloc[2:].sum()
+    said = [json.loads(line) for line in (cell.folder / "generations.jsonl").read_text("utf-8").splitlines()]
+    assert {"wild.rewrite.question", "wild.rephrase.instruction"} <= {text["kind"] for text in said}
+
+
 def test_counterfact_is_edited_and_scored_without_a_network(tmp_path: Path) -> None:
     from kdpo_editor.compare.run.cell import run
 
@@ -286,6 +299,7 @@ def test_counterfact_is_edited_and_scored_without_a_network(tmp_path: Path) -> N
     assert cell.manifest()["status"] == "complete", (cell.folder / "run.log").read_text("utf-8")
     measured = set(figures(cell.folder)["metric"])
     assert {"rewrite_acc", "rephrase_gen", "locality.neighborhood_acc", "known"} <= measured
+    assert {"counterfact.efficacy", "counterfact.paraphrase", "counterfact.neighborhood_magnitude"} <= measured
 
 
 def test_a_validation_split_of_its_own_is_read(tmp_path: Path) -> None:
@@ -383,6 +397,7 @@ def test_more_requests_at_a_time_end_at_every_checkpoint() -> None:
         (["dataset.split=train"], HyperParamsError, "dataset.split.*test, validation, all"),
         (["n_edits=1000"], DataError, "1000"),
         (["n_edits=0"], HyperParamsError, "n_edits"),
+        (["protocol.judge=http://localhost/v1"], HyperParamsError, "protocol.wild=true and protocol.judge_model"),
         (["dataset.source=nowhere.json"], DataError, "nowhere.json"),
     ],
 )
@@ -407,6 +422,35 @@ def test_a_record_without_a_target_is_named(tmp_path: Path) -> None:
         run(composed(tmp_path / "out", "dataset=file", f"dataset.source={file}", "dataset.split=all", "n_edits=1"))
 
 
+def test_repeated_subjects_are_kept_when_asked_for(tmp_path: Path) -> None:
+    from kdpo_editor.compare.run.cell import _records
+
+    file = tmp_path / "mine.json"
+    told = {"subject": "A", "prompt": "A is", "target_new": "b"}
+    file.write_text(json.dumps([told, {**told, "target_new": "c"}]), "utf-8")
+    settings = ["dataset=file", f"dataset.source={file}", "dataset.split=all", "n_edits=2"]
+    with pytest.raises(DataError, match="1 records of different subjects"):
+        _records(composed(tmp_path / "out", *settings))
+    edited, _ = _records(composed(tmp_path / "out", *settings, "dataset.unique_subjects=false"))
+    assert {record.target_new for record in edited} == {"b", "c"}
+
+
+def test_edits_of_one_case_are_of_one_split(tmp_path: Path) -> None:
+    from benchmark_records import mquake
+
+    from kdpo_editor.compare.run.cell import _records
+
+    file = tmp_path / "mquake.json"
+    file.write_text(json.dumps(mquake()), "utf-8")
+    settings = ["dataset=file", f"dataset.source={file}", "n_edits=1"]
+    splits = []
+    for split in ("test", "validation"):
+        edited, spare = _records(composed(tmp_path / "out", *settings, f"dataset.split={split}"))
+        splits.append({record.index for record in [*edited, *spare]})
+    assert splits[0] | splits[1] == set(range(10))
+    assert not splits[0] & splits[1]
+
+
 # The command ----------------------------------------------------------------------------------------------------
 
 
@@ -429,6 +473,26 @@ def test_a_mistake_on_the_command_line_is_named_without_a_traceback(
     assert "Traceback" not in run.stderr
     for word in words:
         assert word in run.stderr
+
+
+@pytest.mark.parametrize("name", ["a,b.json", "a=b.json", "my edits.json", "it's (1) [2] {3}.json", 'a "b".json'])
+def test_a_file_may_have_any_name(tmp_path: Path, name: str) -> None:
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    from kdpo_editor.compare.run.app import _quoted
+
+    file = tmp_path / name
+    file.write_text("[]", "utf-8")
+    (override,) = OverridesParser.create().parse_overrides([_quoted(f"dataset.source={file}")])
+    assert override.value() == str(file)
+    assert not override.is_sweep_override()
+
+
+def test_what_names_no_file_is_left_to_hydra(tmp_path: Path) -> None:
+    from kdpo_editor.compare.run.app import _quoted
+
+    for argument in ("method=kdpo,rome", "-m", "protocol.eval_at=[1,10]", f"dataset.source={tmp_path}"):
+        assert _quoted(argument) == argument
 
 
 def test_one_failing_cell_leaves_the_others(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from statistics import harmonic_mean
 
 import pandas as pd
 
@@ -19,6 +20,9 @@ KEYED = {
     r"portability\..+_gen": "portability_gen",
     r"portability\..+_gen_stop": "portability_gen_stop",
 }
+
+# CounterFact's score is the harmonic mean of these means.
+SCORE, SUCCESSES = "counterfact.score", [f"counterfact.{name}" for name in ("efficacy", "paraphrase", "neighborhood")]
 
 
 def complete_checkpoints(rows: pd.DataFrame, single: bool) -> list[int]:
@@ -38,6 +42,7 @@ def cell_means(rows: pd.DataFrame) -> pd.DataFrame:
     - when = "right_after": each of the T edits right after it was made.
     - when = "pre": the same edits before any was made.
 
+    ``counterfact.score`` is the harmonic mean of the three means of :data:`SUCCESSES`, 0 where one of them is.
     Locality and portability are there by key and averaged over an edit's keys, ``locality_acc`` for example.
     Values that are not a number are left out.
     """
@@ -64,7 +69,19 @@ def cell_means(rows: pd.DataFrame) -> pd.DataFrame:
         mean=("value", "mean"), highest=("value", "max"), edits=("edits", "sum")
     )
     means["mean"] = means["mean"].where(means["metric"] != "peak_memory", means["highest"])
-    return means.drop(columns="highest")
+    return _with_score(means.drop(columns="highest"))
+
+
+def _with_score(means: pd.DataFrame) -> pd.DataFrame:
+    of = means[means["metric"].isin(SUCCESSES)].groupby(["T", "when"])
+    if not (rows := [_score(at, successes) for at, successes in of if len(successes) == len(SUCCESSES)]):
+        return means
+    return pd.concat([means, pd.DataFrame(rows)], ignore_index=True)
+
+
+def _score(at: tuple[int, str], successes: pd.DataFrame) -> dict[str, float | str]:
+    score = harmonic_mean(successes["mean"])
+    return {"T": at[0], "when": at[1], "metric": SCORE, "mean": score, "edits": successes["edits"].max()}
 
 
 def tidy(cells: Iterable[Cell]) -> pd.DataFrame:

@@ -19,6 +19,10 @@ MAIN = [
     ("locality_acc", "checkpoint"),
     ("portability_acc", "checkpoint"),
     ("fluency.ngram_entropy", "checkpoint"),
+    ("counterfact.score", "checkpoint"),
+    ("counterfact.efficacy", "checkpoint"),
+    ("counterfact.paraphrase", "checkpoint"),
+    ("counterfact.neighborhood", "checkpoint"),
     ("rewrite_gen", "checkpoint"),
     ("rephrase_gen", "checkpoint"),
     ("portability_gen", "checkpoint"),
@@ -34,14 +38,14 @@ MAIN = [
     ("peak_memory", "checkpoint"),
 ]
 LOWER_IS_BETTER = ("perplexity", *COST)
-HIGHER_IS_BETTER = re.compile(r".+_acc|.+_gen|.+_gen_stop|.+\.ngram_entropy|known|agreement")
+HIGHER_IS_BETTER = re.compile(r".+_acc|.+_gen|.+_gen_stop|.+\.ngram_entropy|counterfact\..+|wild\..+|known|agreement")
 LEGEND = (
     "*_acc: EasyEdit's teacher-forced accuracy. *_gen: the greedy answer begins with the wanted one; *_gen_stop: it is "
-    "that and no more. right after: each edit as soon as it was made. known: facts about other subjects that were "
-    "answered right before and still are. perplexity: of held-out text; agreement: its next tokens that are the "
-    "unedited model's. seconds: per edit; setup_seconds: before the first; peak_memory: the highest of a call. Mean, "
-    "and ± the standard deviation over seeds where there are several; the best value of a column is marked, the "
-    "unedited model aside."
+    "that and no more. counterfact.*: ROME's scores, by which of two answers is likelier. right after: each edit as "
+    "soon as it was made. known: facts about other subjects that were answered right before and still are. perplexity: "
+    "of held-out text; agreement: its next tokens that are the unedited model's. seconds: per edit; setup_seconds: "
+    "before the first; peak_memory: the highest of a call. Mean, and ± the standard deviation over seeds where there "
+    "are several; the best value of a column is marked, the unedited model aside."
 )
 
 

@@ -6,6 +6,7 @@ kdpo-compare -m method=kdpo,ft_l,ft_m,lora,rome,memit n_edits=100 protocol.eval_
 from __future__ import annotations
 
 import json
+import re
 import sys
 import time
 from pathlib import Path
@@ -87,6 +88,7 @@ def main() -> int:
     """Run the command line, then report on all results in its folder; returns the exit status."""
     started = time.time()
     status = 0
+    sys.argv[1:] = map(_quoted, sys.argv[1:])
     try:
         one_cell()
     except SystemExit as stop:
@@ -104,6 +106,14 @@ def main() -> int:
     for error in failed:
         sys.stderr.write(f"failed: {error}\n")
     return status or (1 if failed else 0)
+
+
+def _quoted(argument: str) -> str:
+    """``key=value`` as Hydra takes it where the value is a file's name that has some of Hydra's own characters."""
+    key, equals, value = argument.partition("=")
+    if not equals or not re.search(r"[^\w./~-]", value) or not Path(value).is_file():
+        return argument
+    return key + '="' + value.replace('"', '\\"') + '"'
 
 
 def _manifests(folder: Path, since: float) -> list[dict[str, Any]]:

@@ -26,7 +26,7 @@ from ...errors import DataError, HyperParamsError, KDPOError
 from ...hparams import KDPOHyperParams, settings_folder
 from . import statistics
 from .config import PROTOCOLS, SPLITS, Compare
-from .datasets import Record, content_hash, in_validation, load
+from .datasets import Record, content_hash, in_validation, load, whole_cases
 from .derived_settings import TEMPLATE, fill, is_template
 from .editing import Editing, available
 from .evaluate import fingerprint
@@ -216,17 +216,30 @@ def _records(config: Compare) -> tuple[list[Record], list[Record]]:
     for key, number in (("n_edits", config.n_edits), ("method.requests_per_call", config.method.requests_per_call)):
         if number < 1:
             raise HyperParamsError(f"{key}: {number} is not allowed; it must be at least 1")
+    if protocol.judge and not (protocol.wild and protocol.judge_model):
+        raise HyperParamsError(
+            "protocol.judge: it judges WILD's answers; protocol.wild=true and protocol.judge_model go with it"
+        )
     source = data.validation if data.validation and data.split == "validation" else data.source
-    pool = load(source, seed=config.seed, shuffle=data.shuffle, drop_bad=data.drop_bad)
+    pool = load(
+        source,
+        seed=config.seed,
+        shuffle=data.shuffle,
+        unique_subjects=data.unique_subjects,
+        drop_bad=data.drop_bad,
+    )
     if data.validation is None and data.split != "all":
-        pool = [record for record in pool if in_validation(record) == (data.split == "validation")]
+        first = {record.index: record for record in reversed(pool)}  # the edits of one case stay together
+        pool = [record for record in pool if in_validation(first[record.index]) == (data.split == "validation")]
     last = data.offset + config.n_edits
     if data.offset < 0 or last > len(pool):
+        distinct = " of different subjects" if data.unique_subjects else ""
         raise DataError(
-            f"n_edits: {source} has {len(pool)} records of different subjects in its split {data.split!r}; "
+            f"n_edits: {source} has {len(pool)} records{distinct} in its split {data.split!r}; "
             f"{config.n_edits} from the {data.offset}th on are too many"
         )
-    return pool[data.offset : last], pool[last:][-SPARE:]
+    edited = whole_cases(pool[data.offset : last], alone=protocol.name == "single")
+    return edited, pool[last:][-SPARE:]
 
 
 def _cell(config: Compare, edited: Sequence[Record], settings: dict[str, Any] | None, notes: list[str]) -> Cell:

@@ -75,6 +75,10 @@ class Dataset:
     """A source of its own for the validation split; the test split is then all of ``source``."""
     known: str = "counterfact"
     """The source of facts that the model is asked before and after: records with their old answers."""
+    probabilities: bool = False
+    """The records are CounterFact's: their neighbours share the old answer."""
+    unique_subjects: bool = True
+    """Keep the first record of each subject only. Otherwise a later edit may overwrite an earlier one."""
     shuffle: bool = True
     drop_bad: bool = False
     """Leave bad records out instead of stopping at the first."""
@@ -99,6 +103,16 @@ class Protocol:
     """Tokens generated at most for an answer; 0 is the longest target's length and eight more."""
     fluency: int = 0
     """Tokens generated per edit for the n-gram entropy; 0 leaves fluency out. EasyEdit takes 100."""
+    probabilities: bool = II("dataset.probabilities")
+    """CounterFact's own scores, by the probability of new and old answer (:mod:`~.counterfact`)."""
+    wild: bool = False
+    """Before any edit and at every ``eval_at``, ask the question alone, in an instruction and as a chat
+    (:mod:`~.wild`)."""
+    judge: str | None = None
+    """Address of a server of chat completions, ``http://localhost:8000/v1`` say, that judges those answers. Its key is
+    read from the environment variable OPENAI_API_KEY."""
+    judge_model: str = ""
+    """The model to ask there."""
     perplexity: bool = True
     """Of held-out text, and the next tokens' agreement with the unedited model's, at every ``eval_at``."""
     batch_size: int = 256

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -73,17 +73,34 @@ class Evaluator:
     at: Any = None
     progress: str | None = None
 
-    @torch.no_grad()
     def predict(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
         """For each prompt and answer, the argmax tokens at the answer's positions and the answer's own tokens."""
+        return [(said.long().tolist(), wanted) for said, wanted in self._forced(pairs, lambda at, _: at.argmax(-1))]
+
+    def losses(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
+        """For each prompt and answer, the mean negative log-likelihood of the answer's tokens, in nats."""
+
+        def loss(logits: Tensor, wanted: Tensor) -> Tensor:
+            return nn.functional.cross_entropy(logits.float().transpose(1, 2), wanted, reduction="none")
+
+        return [float(tokens.double().mean()) for tokens, _ in self._forced(pairs, loss)]
+
+    @torch.no_grad()
+    def _forced(
+        self, pairs: Sequence[tuple[str, str]], read: Callable[[Tensor, Tensor], Tensor]
+    ) -> list[tuple[Tensor, list[int]]]:
+        """For each prompt and answer, what ``read`` makes of the logits at the answer's positions, and its tokens.
+
+        ``read`` is given logits ``[B, T, V]`` and the answers ``[B, T]``, and gives ``[B, T]``.
+        """
         asked = [{"prompt": p, "target_new": a} for p, a in pairs]
         edits = [tokens for tokens, *_ in tokenize(self.tok, asked)] if asked else []
-        found: list[tuple[list[int], list[int]]] = [([], [])] * len(edits)
+        found: list[tuple[Tensor, list[int]]] = [(torch.empty(0), [])] * len(edits)
         base = inner(self.model)
         device = base.get_input_embeddings().weight.device  # type: ignore[operator]
         with as_found(base), bar(len(edits), self.progress) as counted:
             for group in self._batches([len(e.sequence) for e in edits], [len(e.prompt) for e in edits]):
-                ids, _, answer, positions = padded([edits[i] for i in group])
+                ids, chosen, answer, positions = padded([edits[i] for i in group])
                 mask = torch.zeros_like(ids)
                 for row, i in enumerate(group):
                     mask[row, : len(edits[i].sequence)] = 1
@@ -91,30 +108,38 @@ class Evaluator:
                     self.at(len(edits[group[0]].prompt) - 1)
                 with _logits_at(base, positions.to(device)):
                     logits = self.model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits
-                best = logits.argmax(-1).cpu()
+                made = read(logits, chosen.to(logits.device)).cpu()
                 for row, i in enumerate(group):
-                    found[i] = best[row][answer[row]].tolist(), edits[i].chosen.tolist()
+                    found[i] = made[row][answer[row]], edits[i].chosen.tolist()
                 counted.update(len(group))
         return found
 
     def generate(self, prompts: Sequence[str], longest: int) -> list[Generation]:
         """Greedy answers of at most ``longest`` tokens."""
         found = []
-        for said in self._greedy(prompts, longest):
-            line, newline, _ = self.tok.decode(said.ids, skip_special_tokens=True).lstrip().partition("\n")
-            found.append(Generation(line.strip(), said.stopped or bool(newline)))
+        for text, stopped in self.go_on(self._tokens(prompts), longest):
+            line, newline, _ = text.lstrip().partition("\n")
+            found.append(Generation(line.strip(), stopped or bool(newline)))
         return found
+
+    def go_on(self, prompts: Sequence[Sequence[int]], longest: int) -> list[tuple[str, bool]]:
+        """Greedy texts behind ``prompts``, which are token ids, and whether the model ended them."""
+        said = self._greedy(prompts, longest)
+        return [(self.tok.decode(each.ids, skip_special_tokens=True), each.stopped) for each in said]
 
     def write(self, prompts: Sequence[str], length: int) -> list[str]:
         """Greedy texts of ``length`` tokens, whatever end tokens are among them."""
-        texts = self._greedy(prompts, length, ignore_end=True)
+        texts = self._greedy(self._tokens(prompts), length, ignore_end=True)
         return [self.tok.decode(said.ids, skip_special_tokens=True) for said in texts]
 
-    def _greedy(self, prompts: Sequence[str], longest: int, ignore_end: bool = False) -> list[Continuation]:
+    def _tokens(self, prompts: Sequence[str]) -> list[list[int]]:
+        return [token_ids(self.tok, prompt) for prompt in prompts]
+
+    def _greedy(self, prompts: Sequence[Sequence[int]], longest: int, ignore_end: bool = False) -> list[Continuation]:
         return greedy(
             self.model,
             self.tok,
-            [token_ids(self.tok, prompt) for prompt in prompts],
+            prompts,
             longest,
             ignore_end=ignore_end,
             rows=1 if self.alone else self.batch_size,

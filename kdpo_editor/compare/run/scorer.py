@@ -17,6 +17,7 @@ from .config import Compare
 from .datasets import Record, content_hash
 from .editing import Editing
 from .evaluate import Evaluator, Reading, accuracy
+from .judge import Judge
 from .known import known_facts, right
 from .results import Log, versions
 from .scores import Outputs, observe, rows, texts
@@ -41,18 +42,25 @@ class Scorer:
     pre: list[Outputs] = field(init=False)
     known: list[Record] = field(init=False)
     reading: Reading | None = field(init=False, default=None)
+    judge: Judge | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
         """Ask the unedited model, or find in the cache what it said."""
         protocol = self.config.protocol
         self.longest = protocol.longest or self._longest_target() + 8
-        asked = {"edited": content_hash(self.edited), "longest": self.longest, "fluency": protocol.fluency}
+        asked: dict[str, Any] = {"longest": self.longest, "fluency": protocol.fluency}
+        asked["probabilities"] = protocol.probabilities
+        asked["as_users"] = protocol.wild
+        self.asked = asked
+        if protocol.judge:
+            self.judge = Judge(protocol.judge, protocol.judge_model, Path(self.config.cache) / "judge")
         evaluator = self._evaluator("before any edit")
 
         def outputs() -> Any:
-            return [o.to_json() for o in observe(evaluator, self.edited, self.longest, protocol.fluency)]
+            return [o.to_json() for o in observe(evaluator, self.edited, **asked, judge=self.judge)]
 
-        self.pre = [Outputs.from_json(entry) for entry in self._kept(asked, outputs)]
+        of = {"edited": content_hash(self.edited), "judge": [protocol.judge, protocol.judge_model], **asked}
+        self.pre = [Outputs.from_json(entry) for entry in self._kept(of, outputs)]
         self.known = []
         if protocol.known:
             beside = [*self.edited, *self.spare]
@@ -79,7 +87,9 @@ class Scorer:
     def score(self, log: Log, which: Sequence[int], when: str, checkpoint: int) -> None:
         """Rows and generations of the edits ``which``."""
         records = [self.edited[i] for i in which]
-        now = observe(self._evaluator("scoring"), records, self.longest, self.config.protocol.fluency)
+        # Answers of up to fifty tokens in three forms take long: they are asked for at checkpoints only.
+        asked = self.asked if when == "checkpoint" else {**self.asked, "as_users": False}
+        now = observe(self._evaluator("scoring"), records, **asked, judge=self.judge)
         self._add(log, which, now, when, checkpoint)
 
     def score_rest(self, log: Log, checkpoint: int) -> None:

@@ -2,18 +2,21 @@
 
 Names are EasyEdit's: ``rewrite_acc``, ``rephrase_acc``, ``locality.<key>_acc``, ``portability.<key>_acc`` and
 ``fluency.ngram_entropy``. Beside them stand ``<...>_gen``, whether the greedy answer begins with an accepted one, and
-``<...>_gen_stop``, whether it is an accepted one and the model stopped there.
+``<...>_gen_stop``, whether it is an accepted one and the model stopped there. ``counterfact.<...>`` are that data
+set's own scores (:mod:`~.counterfact`), ``wild.<...>`` those of :mod:`~.wild`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
 
+from . import counterfact, wild
 from .datasets import Probe, Record
 from .evaluate import Evaluator, Generation, accuracy, ngram_entropy
+from .judge import Judge
 
 
 @dataclass
@@ -22,23 +25,26 @@ class Outputs:
 
     ``predicted``, ``wanted``: token ids at the answer's positions under teacher forcing, per probe of each group.
     ``generated``: free answers, per probe of each group; locality is not generated.
+    ``losses``: of the new and of the old answer; ``wild``: what a user is answered. Both where they were asked for.
     """
 
     predicted: dict[str, list[list[int]]]
     wanted: dict[str, list[list[int]]]
     generated: dict[str, list[Generation]]
     fluency: float | None = None
+    losses: counterfact.Losses = field(default_factory=dict)
+    wild: wild.Answers = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """Plain lists and dicts."""
         said = {k: [[g.text, g.stopped] for g in v] for k, v in self.generated.items()}
-        return {"predicted": self.predicted, "wanted": self.wanted, "generated": said, "fluency": self.fluency}
+        return {**vars(self), "generated": said}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Outputs:
         """The reverse of :meth:`to_json`."""
         said = {k: [Generation(*g) for g in v] for k, v in data["generated"].items()}
-        return cls(data["predicted"], data["wanted"], said, data["fluency"])
+        return cls(**{**data, "generated": said})
 
 
 def probes(record: Record) -> dict[str, tuple[Probe, ...]]:
@@ -52,10 +58,20 @@ def probes(record: Record) -> dict[str, tuple[Probe, ...]]:
     }
 
 
-def observe(evaluator: Evaluator, records: Sequence[Record], longest: int, fluency: int) -> list[Outputs]:
+def observe(
+    evaluator: Evaluator,
+    records: Sequence[Record],
+    longest: int,
+    fluency: int,
+    probabilities: bool = False,
+    as_users: bool = False,
+    judge: Judge | None = None,
+) -> list[Outputs]:
     """Ask everything about ``records``, batched over all of them.
 
     ``longest``: tokens generated at most for an answer. ``fluency``: tokens generated for the n-gram entropy, or 0.
+    ``probabilities``: also how likely the new and the old answer are. ``as_users``: also in WILD's three forms, which
+    ``judge`` may judge.
     """
     asked = [
         (i, group, probe) for i, record in enumerate(records) for group, of in probes(record).items() for probe in of
@@ -74,6 +90,12 @@ def observe(evaluator: Evaluator, records: Sequence[Record], longest: int, fluen
         written = evaluator.write([record.prompt for record in records], fluency)
         for output, text in zip(outputs, written, strict=True):
             output.fluency = ngram_entropy(text)
+    if probabilities:
+        for output, losses in zip(outputs, counterfact.observe(evaluator, records), strict=True):
+            output.losses = losses
+    if as_users:
+        for output, answers in zip(outputs, wild.observe(evaluator, records, judge), strict=True):
+            output.wild = answers
     return outputs
 
 
@@ -93,6 +115,8 @@ def rows(record: Record, before: Outputs, now: Outputs, stops: bool = False) -> 
             yield f"{group}_gen_stop", fmean(g.answers_and_stops(p.answers) for g, p in pairs)
     if now.fluency is not None:
         yield "fluency.ngram_entropy", now.fluency
+    yield from counterfact.rows(now.losses)
+    yield from wild.rows(now.wild)
 
 
 def texts(record: Record, now: Outputs) -> Iterator[dict[str, Any]]:
@@ -106,3 +130,6 @@ def texts(record: Record, now: Outputs) -> Iterator[dict[str, Any]]:
                 "text": generation.text,
                 "stopped": generation.stopped,
             }
+    for kind, answers in now.wild.items():
+        for answer in answers:
+            yield {"kind": f"wild.{kind}", **answer, "wanted": [answer["wanted"]]}
