@@ -35,6 +35,8 @@ GPT_LIKE = {"vocab_size": 97, "n_embd": 32, "n_layer": 4, "n_head": 4, "n_positi
 WINDOW = {"head_dim": 8, "sliding_window": 4}
 MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_chunk_size": 8}
 STATES = {"vocab_size": 97, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "hidden_size": 32, "state_size": 8}
+EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 32}
+LATENT = {"kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8}
 # Config class, list of blocks, edited matrix, settings, and whether replay begins at the matrix.
 ARCHITECTURES: dict[str, tuple[str, str, str, dict[str, Any], bool]] = {
     "gpt2": ("GPT2", "transformer.h", "mlp.c_proj", GPT_LIKE, True),
@@ -124,6 +126,58 @@ ARCHITECTURES: dict[str, tuple[str, str, str, dict[str, Any], bool]] = {
         {**STATES, "num_hidden_layers": 4, "num_heads": 8, "head_dim": 8, "n_groups": 1, "chunk_size": 8},
         True,
     ),
+    # Mixtures of experts without a shared expert: the parameter that stacks the matrices of all.
+    "qwen3_moe": (
+        "Qwen3Moe",
+        "model.layers",
+        "mlp.experts.down_proj",
+        {**LLAMA_LIKE, **EXPERTS, "num_experts": 8},
+        False,
+    ),
+    "mixtral": ("Mixtral", "model.layers", "mlp.experts.down_proj", {**LLAMA_LIKE, "num_local_experts": 4}, False),
+    "gpt_oss": (
+        "GptOss",
+        "model.layers",
+        "mlp.experts.down_proj",
+        {**LLAMA_LIKE, **WINDOW, "num_local_experts": 4, "num_experts_per_tok": 2},
+        False,
+    ),
+    "granite_moe": (
+        "GraniteMoe",
+        "model.layers",
+        "block_sparse_moe.experts.down_proj",
+        {**LLAMA_LIKE, "num_local_experts": 4, "num_experts_per_tok": 2},
+        False,
+    ),
+    # With one: its matrix.
+    "qwen2_moe": (
+        "Qwen2Moe",
+        "model.layers",
+        "mlp.shared_expert.down_proj",
+        {**LLAMA_LIKE, **EXPERTS, "num_experts": 4, "shared_expert_intermediate_size": 64},
+        False,
+    ),
+    "deepseek_v2": (
+        "DeepseekV2",
+        "model.layers",
+        "mlp.shared_experts.down_proj",
+        {**NO_GROUPS, **EXPERTS, **LATENT, "num_key_value_heads": 4, "n_routed_experts": 8},
+        True,
+    ),
+    "glm4_moe": (
+        "Glm4Moe",
+        "model.layers",
+        "mlp.shared_experts.down_proj",
+        {**LLAMA_LIKE, **EXPERTS, "n_routed_experts": 8, "head_dim": 8, "first_k_dense_replace": 0},
+        True,
+    ),
+    "granite_moe_shared": (
+        "GraniteMoeShared",
+        "model.layers",
+        "shared_mlp.output_linear",
+        {**LLAMA_LIKE, "num_local_experts": 4, "num_experts_per_tok": 2, "shared_intermediate_size": 64},
+        True,
+    ),
 }
 
 
@@ -140,10 +194,17 @@ def tiny(name: str, dtype: torch.dtype = torch.float32) -> tuple[Any, str, str]:
     return model.to(dtype), blocks, matrix
 
 
+def parameter_at(model: Any, matrix: str) -> tuple[str, str, nn.Parameter]:
+    """The module that ``matrix`` is, or stands in, and the parameter: its name and itself."""
+    names = dict(model.named_modules())
+    module, name = (matrix, f"{matrix}.weight") if matrix in names else (matrix.rpartition(".")[0], matrix)
+    return module, name, model.get_parameter(name)
+
+
 def forward_of(name: str, layer: int, dtype: torch.dtype = torch.float32) -> tuple[Any, CachedForward, nn.Parameter]:
     model, blocks, matrix = tiny(name, dtype)
-    module = f"{blocks}.{layer}.{matrix}"
-    return model, CachedForward(model, blocks, layer, module), model.get_submodule(module).weight
+    module, _, weight = parameter_at(model, f"{blocks}.{layer}.{matrix}")
+    return model, CachedForward(model, blocks, layer, module), weight
 
 
 IDS = torch.randint(3, 97, (3, 12), generator=torch.Generator().manual_seed(1))
@@ -230,8 +291,8 @@ def test_padding_on_the_right_changes_nothing(name: str) -> None:
 def test_gradient_from_some_tokens_only(name: str) -> None:
     """Two matrices are trained at a few tokens: against the full model, their outputs cut off elsewhere."""
     model, blocks, matrix = tiny(name)
-    modules = [f"{blocks}.{layer}.{matrix}" for layer in (1, 2)]
-    weights = [model.get_submodule(module).weight for module in modules]
+    found = [parameter_at(model, f"{blocks}.{layer}.{matrix}") for layer in (1, 2)]
+    modules, weights = [module for module, _, _ in found], [weight for _, _, weight in found]
     for p in model.parameters():
         p.requires_grad_(any(p is weight for weight in weights))
     ids, mask = padded()
@@ -388,28 +449,6 @@ def build(family: str, **settings: Any) -> Any:
 
 
 REQUEST = [{"prompt": "What species is ZIC3 specific to?", "target_new": "male"}]
-REFUSED = {
-    "mixtral": ("MixtralForCausalLM", "MixtralConfig", {"num_local_experts": 2}, r"layer 2 .* mixture of experts"),
-    "qwen2-moe": (
-        "Qwen2MoeForCausalLM",
-        "Qwen2MoeConfig",
-        {
-            "num_experts": 2,
-            "num_experts_per_tok": 1,
-            "moe_intermediate_size": 32,
-            "shared_expert_intermediate_size": 32,
-        },
-        r"layer 2 .* mixture of experts",
-    ),
-}
-
-
-@pytest.mark.parametrize("name", REFUSED)
-def test_mixtures_of_experts_are_refused(llama: Any, settings: Any, name: str) -> None:
-    family, config, extra, message = REFUSED[name]
-    model = build(family, config=config, **{**LLAMA_LIKE, "vocab_size": 1024}, **extra)
-    with pytest.raises(ModelError, match=message):
-        edit(model, llama[1], REQUEST, settings(layers=[2]))
 
 
 def test_encoder_decoders_are_refused(llama: Any, settings: Any) -> None:

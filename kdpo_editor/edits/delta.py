@@ -39,7 +39,7 @@ class EditDelta:
         changes: ``{parameter name: Change}``.
         info: requests, settings, outcomes, date and versions.
         stored: the tensors held, by key: ``before:NAME`` and ``after:NAME``, or ``up:NAME`` ``[rows, rank]`` and
-            ``down:NAME`` ``[rank, columns]``, whose product is the change.
+            ``down:NAME`` ``[rank, columns]``, whose product is the change; of experts a stack of such.
     """
 
     def __init__(
@@ -151,7 +151,10 @@ class EditDelta:
                     raise FingerprintError(f"{name}: one delta does not begin where another begins or ended")
                 changes[name] = Change((known or change).before, change.after)
                 pairs.setdefault(name, []).append((tensors[f"up:{name}"], tensors[f"down:{name}"]))
-        merged = {name: (torch.cat([u for u, _ in p], 1), torch.cat([d for _, d in p], 0)) for name, p in pairs.items()}
+        merged = {
+            name: (torch.cat([up for up, _ in some], -1), torch.cat([down for _, down in some], -2))
+            for name, some in pairs.items()
+        }
         return cls._low_rank(deltas[0].config, changes, info, merged)
 
     @classmethod
@@ -176,7 +179,7 @@ class EditDelta:
     @property
     def rank(self) -> int | None:
         """The largest rank of a low-rank form; ``None`` for the full form."""
-        return max((v.spec.shape[1] for k, v in self.stored.items() if k.startswith("up:")), default=None)
+        return max((v.spec.shape[-1] for k, v in self.stored.items() if k.startswith("up:")), default=None)
 
     @property
     def nbytes(self) -> int:

@@ -76,7 +76,7 @@ def load_delta(folder: Path) -> Parts:
         what = f"{where}: changes: {name:.200}"
         before = Value.from_json(field(record, "before", dict, what), what)
         after = Value.from_json(field(record, "after", dict, what), what)
-        if before.spec != after.spec or len(before.spec.shape) != 2:
+        if before.spec != after.spec or len(before.spec.shape) < 2:
             raise DamagedFileError(f"{what} is {before.spec} before and {after.spec} after")
         changes[name] = Change(before, after)
     stored = values_from(field(manifest, "stored", dict, where), f"{where}: stored")
@@ -104,8 +104,10 @@ def _check_stored(changes: dict[str, Change], stored: dict[str, Value], where: s
 
 
 def _fits(matrix: Spec, up: Spec, down: Spec) -> bool:
-    if len(up.shape) != 2 or len(down.shape) != 2 or not up.dtype == down.dtype in ("F32", "F64"):
+    if not len(up.shape) == len(down.shape) == len(matrix.shape) or not up.dtype == down.dtype in ("F32", "F64"):
         return False
+    *stack, rows, columns = matrix.shape
     # A merger of several may have a rank above the matrix's own, but nothing has a use for ten times that.
-    rank = up.shape[1]
-    return (up.shape[0], down.shape) == (matrix.shape[0], (rank, matrix.shape[1])) and rank <= 10 * min(matrix.shape)
+    rank = up.shape[-1]
+    pair = (*stack, rows, rank), (*stack, rank, columns)
+    return (up.shape, down.shape) == pair and rank <= 10 * min(rows, columns)

@@ -45,7 +45,7 @@ def save_lora(
     make_folder(path.parent)
     weights = dict(model.named_parameters())
     parts = {name: decompose(matrix, weights[name]) for name, matrix in change.items()}
-    full = max(len(scale) for _, scale, _ in parts.values())
+    full = max(scale.shape[-1] for _, scale, _ in parts.values())
     ranks = [rank] if rank is not None else [*(2**i for i in range(full.bit_length()) if 2**i < full), full]
     if rank is None and not requests:
         ranks = [full]  # nothing tells when a smaller one would do
@@ -78,27 +78,34 @@ def _write(folder: Path, model: nn.Module, parts: dict[str, tuple[Tensor, Tensor
     from peft import LoraConfig
     from transformers.pytorch_utils import Conv1D
 
-    modules = [name.rpartition(".")[0] for name in parts]
-    transposed = [isinstance(model.get_submodule(module), Conv1D) for module in modules]  # GPT-2's [in, out]
+    stacks = [name for name in parts if model.get_parameter(name).ndim == 3]
+    if stacks and "target_parameters" not in LoraConfig.__dataclass_fields__:
+        raise CompressionError(f"{stacks[0]} stacks experts, which adapters have since PEFT 0.17")
+    modules = {name: name.rpartition(".")[0] for name in parts}
+    transposed = {name for name, module in modules.items() if isinstance(model.get_submodule(module), Conv1D)}
     tensors = {}
-    for (_, svd), module, turned in zip(parts.items(), modules, transposed, strict=True):
-        up, down = pair_of(svd, rank)
-        if turned:
-            up, down = down.T, up.T
+    for name, module in modules.items():
+        up, down = pair_of(parts[name], rank)
+        # What is stored as [in, out]: GPT-2's matrices and gpt-oss's experts.
+        if name in transposed or getattr(model.get_submodule(module), "is_transposed", False):
+            up, down = down.mT, up.mT
         # PEFT wants one rank for all; a smaller matrix fills up with zeros.
-        missing = rank - up.shape[1]
+        missing = rank - up.shape[-1]
         up, down = nn.functional.pad(up, (0, missing)), nn.functional.pad(down, (0, 0, 0, missing))
+        if name in stacks:  # [E, out, rank] and [E, rank, in], as PEFT lays them out
+            up, down = up.permute(1, 2, 0).flatten(1), down.flatten(0, 1)
         tensors[f"base_model.model.{module}.lora_A.weight"] = down.contiguous()
         tensors[f"base_model.model.{module}.lora_B.weight"] = up.contiguous()
     config = LoraConfig(
         r=rank,
         lora_alpha=rank,
         lora_dropout=0.0,
-        target_modules=modules,
-        fan_in_fan_out=any(transposed),
+        target_modules=[module for name, module in modules.items() if name not in stacks],
+        fan_in_fan_out=bool(transposed),
         task_type="CAUSAL_LM",
         base_model_name_or_path=getattr(model, "name_or_path", None),
         inference_mode=True,
+        **({"target_parameters": stacks} if stacks else {}),
     )
     config.save_pretrained(str(folder))
     data = safetensors.torch.save(tensors, metadata={"format": "pt"})
@@ -110,6 +117,7 @@ def _left_alone(model: nn.Module) -> Iterator[None]:
     """Afterwards nothing remains on ``model`` of what PEFT does to one, and the random state is as before."""
     flags = [(p, p.requires_grad) for p in model.parameters()]
     modes = [(m, m.training) for m in model.modules()]
+    orders = [(m, list(m._parameters)) for m in model.modules()]
     own = set(model.__dict__)
     with torch.random.fork_rng(devices=[]):
         try:
@@ -121,3 +129,6 @@ def _left_alone(model: nn.Module) -> Iterator[None]:
                 p.requires_grad_(required)
             for module, training in modes:
                 module.training = training
+            for module, names in orders:  # a stack of experts that was adapted comes last
+                for name in names:
+                    module._parameters[name] = module._parameters.pop(name)

@@ -1,4 +1,4 @@
-"""Matrices as products of two thin ones."""
+"""Matrices, or stacks of them, as products of two thin ones."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from torch import Tensor
 
 
 def decompose(change: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The singular value decomposition of ``change`` ``[rows, columns]``, computed where ``weight`` is, on the CPU."""
+    """The singular value decomposition of ``change`` ``[..., rows, columns]``, made where ``weight`` is, on the CPU."""
     up, scale, down = torch.linalg.svd(change.to(weight.device), full_matrices=False)
     return up.cpu(), scale.cpu(), down.cpu()
 
 
 def pair_of(parts: tuple[Tensor, Tensor, Tensor], rank: int) -> tuple[Tensor, Tensor]:
-    """The best ``up`` ``[rows, rank]`` and ``down`` ``[rank, columns]`` for a matrix's singular value decomposition."""
+    """The best ``up`` ``[..., rows, rank]``, ``down`` ``[..., rank, columns]`` of a singular value decomposition."""
     up, scale, down = parts
-    root = scale[:rank].sqrt()
-    return up[:, :rank] * root, root.unsqueeze(1) * down[:rank]
+    root = scale[..., :rank].sqrt()
+    return up[..., :rank] * root.unsqueeze(-2), root.unsqueeze(-1) * down[..., :rank, :]
 
 
 def rank_within(scale: Tensor, tolerance: float) -> int:
-    """The smallest rank that leaves out at most ``tolerance`` of the norm of the singular values ``scale`` ``[N]``."""
-    left = scale.double().square().flip(0).cumsum(0).flip(0).sqrt()
+    """The smallest rank that leaves out at most ``tolerance`` of the norm of singular values ``scale`` ``[..., N]``."""
+    left = scale.double().square().view(-1, scale.shape[-1]).sum(0).flip(0).cumsum(0).flip(0).sqrt()
     return max(int((left > tolerance * left[0]).sum()), 1)

@@ -168,8 +168,8 @@ def field(record: Any, key: str, kind: type | tuple[type, ...], what: str) -> An
 def spec_from(record: Any, what: str) -> Spec:
     """A :class:`Spec` of its JSON form; raises :class:`~kdpo_editor.DamagedFileError`."""
     shape, dtype = field(record, "shape", list, what), field(record, "dtype", str, what)
-    if not 1 <= len(shape) <= 2 or any(type(n) is not int or not 1 <= n < 1 << 31 for n in shape):
-        raise DamagedFileError(f"{what}: 'shape' is not that of a matrix")
+    if not 1 <= len(shape) <= 3 or any(type(n) is not int or not 1 <= n < 1 << 31 for n in shape):
+        raise DamagedFileError(f"{what}: 'shape' is not that of a matrix or a stack of them")
     if dtype not in DTYPES:
         raise DamagedFileError(f"{what}: {dtype!r:.60} is not one of {', '.join(DTYPES)}")
     return Spec(tuple(shape), dtype)

@@ -270,10 +270,9 @@ def group(forward: CachedForward, edits: Sequence[EditTokens], budget: float) ->
     captured inputs, in the model's dtype, and, while it is refreshed, for two tables of logits, in fp32. One edit is
     always taken, whatever it needs; of no edits there are no mini-batches.
     """
-    weight = forward.module.weight
-    assert isinstance(weight, Tensor)
+    weight = next(p for p in forward.module.parameters() if p.ndim > 1)
     vocabulary = forward.model.get_output_embeddings().weight.shape[0]  # type: ignore[operator]
-    a_token, an_answer = sum(weight.shape) * weight.element_size(), vocabulary * 8
+    a_token, an_answer = sum(weight.shape[-2:]) * weight.element_size(), vocabulary * 8
     lengths = [edit.length for edit in edits]
     groups: list[list[int]] = []
     longest = 0  # answer of the last group

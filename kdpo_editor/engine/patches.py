@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import ModelError
+
 
 class Places:
     """Some positions of each row of a batch, ``[B, T]`` int64, of rows of ``length``: indices that are made once."""
@@ -87,10 +89,17 @@ def trained_only_at(forward: Callable[..., Tensor], where: Tensor) -> Callable[.
     """``forward`` of a module, with no gradient through its output for tokens outside ``where``, ``[B, L]``.
 
     Neither its weight nor what comes before it gets any from there.
+
+    Raises :class:`~kdpo_editor.ModelError` where the module does not give one output for each token, in their order.
     """
 
-    def trained(inputs: Tensor) -> Tensor:
-        output = forward(inputs)
+    def trained(*args: Any, **kwargs: Any) -> Tensor:
+        output = forward(*args, **kwargs)
+        if output.shape[:-1].numel() != where.numel():
+            raise ModelError(
+                f"fact_token: an edited module gives {output.shape[:-1].numel()} outputs for {where.numel()} tokens, "
+                "so that it cannot be told which are the subject's; edit with fact_token: all"
+            )
         return torch.where(where.to(output.device).view(*output.shape[:-1], 1), output, output.detach())
 
     return trained

@@ -4,6 +4,9 @@ Nothing here knows the name of an architecture. The list of blocks is the one be
 tower of a multimodal model is never taken. In a block, names that many architectures share say which matrix is the
 MLP's last. Where they do not, it is the last matrix to be called whose output is as wide as the residual stream, seen
 by watching a forward pass of a few tokens.
+
+In a mixture of experts it is the shared expert's, where there is one. Otherwise it is the parameter that stacks those
+of all routed experts (:mod:`.experts`).
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from torch import Tensor, nn
 
 from ..errors import ModelError
 from ..models import text_config
+from .experts import STACKED_ONLY, is_mixture, is_one_experts, is_routers, stacks
 from .weights import as_found, check_kind
 
 # What the last matrix of an MLP is called: by Llama and most others; GPT-2; GPT-J; GPT-NeoX, Bloom and Falcon; OPT and
@@ -32,7 +36,8 @@ class Structure:
     """Where things are in a decoder-only language model, as dotted names.
 
     ``blocks``: the list of blocks, such as ``model.layers``; ``depth``: how many there are. ``matrix``: the matrix of
-    each block that writes into the residual stream last, with ``{}`` for the block's index, without ``.weight``.
+    each block that writes into the residual stream last, with ``{}`` for the block's index, without ``.weight``; or the
+    parameter that stacks those of its routed experts.
     ``mlp``: the module that holds it, likewise; the block itself where the matrix stands directly in it.
     ``attention``: the module that mixes tokens, likewise, or ``None`` where ``mlp`` does both. ``final_norm``: the norm
     after the last block. ``head``: what holds the matrix that gives logits; where it is tied, the embeddings.
@@ -55,13 +60,13 @@ def structure_of(model: nn.Module) -> Structure:
     A model on the meta device will do. Nothing about the model is changed.
 
     Raises:
-        ModelError: the model is an encoder-decoder, quantised or a mixture of experts; it has no token embeddings, no
-            head or no list of blocks; or no block has a matrix that writes into the residual stream.
+        ModelError: the model is an encoder-decoder or quantised; it has no token embeddings, no head or no list of
+            blocks; no block has a matrix that writes into the residual stream; or its blocks are mixtures of experts
+            without a shared expert whose routed experts are not stacked.
     """
     check_kind(model)
     embeddings, head = _name_of(model, "input"), _name_of(model, "output")
     name, blocks = _blocks(model, embeddings)
-    check_kind(model, dict(enumerate(blocks)))
     watched = _Watched(model)
     matrix = _matrix(name, blocks, watched)
     tied = model.get_submodule(head).weight is model.get_submodule(embeddings).weight
@@ -83,7 +88,7 @@ def editable_layers(model: nn.Module, template: str) -> list[int]:
     """The indices of the blocks that have the matrix ``template``: all of them, but in a hybrid model."""
     name, _, inside = template.removesuffix(".weight").partition(".{}.")
     blocks = model.get_submodule(name).named_children()
-    return [int(i) for i, block in blocks if inside in {n for n, module in block.named_modules() if _width(module)}]
+    return [int(i) for i, block in blocks if inside in _matrices(block) or inside in _stacks(block)]
 
 
 class _Watched:
@@ -159,6 +164,12 @@ def _matrix(name: str, blocks: nn.ModuleList, watched: _Watched) -> str:
     width = getattr(text_config(model), "hidden_size", None) or embedded
     votes: Counter[str] = Counter(last for block in blocks if (last := _last_writer(block, width, watched)) is not None)
     if not votes:
+        mixture = next((i for i, block in enumerate(blocks) if is_mixture(block)), None)
+        if mixture is not None:
+            raise ModelError(
+                f"layer {mixture} of {type(model).__name__} is a mixture of experts of a form that is not understood: "
+                f"it has no shared expert, and {STACKED_ONLY}"
+            )
         raise ModelError(
             f"{type(model).__name__}: no block of {name} has a matrix whose output is as wide as the residual stream, "
             f"{width}; give rewrite_module_tmp and layers"
@@ -168,14 +179,32 @@ def _matrix(name: str, blocks: nn.ModuleList, watched: _Watched) -> str:
 
 def _last_writer(block: nn.Module, width: int, watched: _Watched) -> str | None:
     """The name, inside ``block``, of the last of its matrices whose output is ``width`` wide."""
-    writers = {name: module for name, module in block.named_modules() if _width(module) == width}
+    writers = {name: module for name, module in _matrices(block).items() if _width(module) == width}
     # GPT-2 calls its attention's last matrix as it does its MLP's.
-    named = [name for name in writers if name.rpartition(".")[2] in MLP_LEAVES and not _is_attention(name)]
+    named = [name for name in writers if _is_mlps(name)]
+    if not named and is_mixture(block):
+        found = [name for name, stack in _stacks(block).items() if _is_mlps(name) and width in stack.shape[1:]]
+        return found[0] if len(found) == 1 else None
     candidates = named or list(writers)
     if len(candidates) <= 1:
         return candidates[0] if candidates else None
     names = {id(writers[name]): name for name in candidates}
     return next((names[id(module)] for module in reversed(watched.calls) if id(module) in names), None)
+
+
+def _matrices(block: nn.Module) -> dict[str, nn.Module]:
+    """The linear modules of ``block`` that every token meets, by name; no router's."""
+    found = {name: module for name, module in block.named_modules() if _width(module) and not is_one_experts(name)}
+    return {name: module for name, module in found.items() if not (is_mixture(block) and is_routers(name))}
+
+
+def _stacks(block: nn.Module) -> dict[str, Tensor]:
+    """The parameters of ``block`` that stack matrices of all experts, by name without ``.weight``."""
+    return {name.removesuffix(".weight"): stack for name, stack in stacks(block).items()}
+
+
+def _is_mlps(name: str) -> bool:
+    return name.rpartition(".")[2] in MLP_LEAVES and not _is_attention(name)
 
 
 def _width(module: nn.Module) -> int | None:

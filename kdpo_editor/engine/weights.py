@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import ModelError
 from ..hparams import KDPOHyperParams
+from .experts import STACKED_ONLY, is_mixture, is_one_experts, is_routers, stacks
 
 EDITABLE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -17,10 +18,12 @@ EDITABLE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 def find_matrices(model: nn.Module, hparams: KDPOHyperParams) -> dict[str, nn.Parameter]:
     """The matrix of each of ``hparams.layers``, in that order, by parameter name.
 
+    Of a mixture of experts it may be the stack of all routed experts' matrices, ``[E, D, F]`` or ``[E, F, D]``.
+
     Raises:
-        ModelError: the model is an encoder-decoder or quantised, or the layer a mixture of experts; the template
-            names no list of blocks, a layer lies outside it, or the name matches no matrix or several; or the
-            matrix is quantised or not in memory.
+        ModelError: the model is an encoder-decoder or quantised; the template names no list of blocks, a layer lies
+            outside it, or the name matches no matrix or several, a router, or one routed expert; or the matrix is
+            quantised or not in memory.
     """
     check_kind(model)
     layers, name = hparams.place
@@ -31,7 +34,6 @@ def find_matrices(model: nn.Module, hparams: KDPOHyperParams) -> dict[str, nn.Pa
             raise ModelError(
                 f"layers: {layer} is outside the model, which has {len(blocks)} layers, 0 to {len(blocks) - 1}"
             )
-        check_kind(model, {layer: blocks[layer]})
         wanted = name.format(layer).removesuffix(".weight")
         matches = {
             n: p for n, p in model.named_parameters() if p.ndim >= 2 and (n == wanted or n.startswith(wanted + "."))
@@ -43,8 +45,7 @@ def find_matrices(model: nn.Module, hparams: KDPOHyperParams) -> dict[str, nn.Pa
                 f"rewrite_module_tmp: {name!r} {what} in layer {layer}; it must name one of {', '.join(inside)}"
             )
         ((full_name, weight),) = matches.items()
-        if weight.ndim != 2:
-            raise ModelError(f"{full_name} has shape {tuple(weight.shape)}; only matrices can be edited")
+        _check_shape(full_name, weight, blocks[layer])
         if weight.device.type == "meta":
             raise ModelError(f"{full_name} is on the meta device (not loaded, or offloaded); load the model first")
         if weight.dtype not in EDITABLE:
@@ -57,25 +58,26 @@ def find_matrices(model: nn.Module, hparams: KDPOHyperParams) -> dict[str, nn.Pa
     return found
 
 
-def check_kind(model: nn.Module, blocks: Mapping[int, nn.Module] | None = None) -> None:
-    """Raise :class:`ModelError` for a kind of model that cannot be edited.
+def _check_shape(name: str, weight: Tensor, block: nn.Module) -> None:
+    """Raise :class:`ModelError` unless ``weight`` is a matrix that every token meets or the stack of all experts'."""
+    if any(weight is stack for stack in stacks(block).values()):
+        return
+    if weight.ndim != 2:
+        raise ModelError(f"{name} has shape {tuple(weight.shape)}; only matrices can be edited")
+    if is_mixture(block):
+        if is_routers(name):
+            raise ModelError(f"{name} is a router's; routing is not edited")
+        if is_one_experts(name):
+            raise ModelError(f"{name} is of one routed expert, or of a form that is not understood; {STACKED_ONLY}")
 
-    ``blocks``: by index, those that must not be mixtures of experts.
-    """
+
+def check_kind(model: nn.Module) -> None:
+    """Raise :class:`ModelError` for a kind of model that cannot be edited."""
     kind = type(model).__name__
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise ModelError(f"{kind} is an encoder-decoder; only decoder-only models can be edited")
     if getattr(model, "is_quantized", False):
         raise ModelError(f"{kind} was loaded quantised; load it in floating point to edit it")
-    for index, block in (blocks or {}).items():
-        if any(_is_mixture(name, module) for name, module in block.named_modules()):
-            raise ModelError(f"layer {index} of {kind} is a mixture of experts, which cannot be edited")
-
-
-def _is_mixture(name: str, module: nn.Module) -> bool:
-    """Whether ``module`` routes tokens to experts or holds their matrices, stacked or one by one."""
-    stacked = any(p.ndim == 3 for p in module.parameters(recurse=False)) and not isinstance(module, nn.Conv1d)
-    return stacked or name.rpartition(".")[2] in ("experts", "router")
 
 
 def blocks_name(hparams: KDPOHyperParams) -> str:

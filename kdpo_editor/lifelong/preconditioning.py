@@ -26,6 +26,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from transformers.pytorch_utils import Conv1D
 
 from ..engine.patches import forward_is
+from ..errors import ModelError
 from ..hparams import KDPOHyperParams
 from .second_moments import Spectrum, spectra
 
@@ -35,10 +36,19 @@ def preconditioners(
 ) -> list[Preconditioner]:
     """Make one for each of ``weights``, ``{name: [D, F] or [F, D]}``; none where ``mom2_weight`` is 0.
 
-    Raises what :func:`~kdpo_editor.lifelong.second_moments.spectra` raises.
+    Raises:
+        ModelError: one of ``weights`` stacks the matrices of routed experts.
+
+    Raises what :func:`~kdpo_editor.lifelong.second_moments.spectra` raises, too.
     """
     if not hparams.mom2_weight:
         return []
+    for name, weight in weights.items():
+        if weight.ndim != 2:
+            raise ModelError(
+                f"mom2_weight: {name} holds the matrices of {len(weight)} routed experts, each with inputs of its own, "
+                "whose second moments are not computed; edit with mom2_weight: 0"
+            )
     found = spectra(model, tok, list(weights), hparams.mom2_dataset, hparams.mom2_n_samples)
     made = []
     for name, weight in weights.items():
