@@ -96,6 +96,7 @@ def _write(folder: Path, model: nn.Module, parts: dict[str, tuple[Tensor, Tensor
             up, down = up.permute(1, 2, 0).flatten(1), down.flatten(0, 1)
         tensors[f"base_model.model.{module}.lora_A.weight"] = down.contiguous()
         tensors[f"base_model.model.{module}.lora_B.weight"] = up.contiguous()
+    extra: dict[str, Any] = {"target_parameters": stacks} if stacks else {}  # unknown to an older PEFT
     config = LoraConfig(
         r=rank,
         lora_alpha=rank,
@@ -105,7 +106,7 @@ def _write(folder: Path, model: nn.Module, parts: dict[str, tuple[Tensor, Tensor
         task_type="CAUSAL_LM",
         base_model_name_or_path=getattr(model, "name_or_path", None),
         inference_mode=True,
-        **({"target_parameters": stacks} if stacks else {}),
+        **extra,
     )
     config.save_pretrained(str(folder))
     data = safetensors.torch.save(tensors, metadata={"format": "pt"})
