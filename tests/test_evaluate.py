@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -271,3 +272,22 @@ def test_the_highest_memory_of_each_call_is_its_own() -> None:
 
     assert call(200) == pytest.approx(200, abs=10)
     assert call(50) == pytest.approx(50, abs=10)
+
+
+def test_where_counterfact_has_too_few_known_facts_its_validation_split_is_asked_too(shipped: tuple[Any, Any]) -> None:
+    class Partial:
+        """Says the right answer to some prompts, and nothing to others."""
+
+        tok = shipped[1]
+
+        def generate(self, prompts: list[str], length: int) -> list[Any]:
+            return [SimpleNamespace(answers=lambda _, knows=prompt in knows: knows) for prompt in prompts]
+
+    test, validation = (load_facts(name, shuffle=False) for name in ("counterfact", "counterfact-validation"))
+    knows = {record.prompt for record in (*test[:30], *validation[:20])}
+    few, most = (
+        known_facts(Partial(), "counterfact", n, [], lambda key, compute: compute())  # type: ignore[arg-type]
+        for n in (25, 100)
+    )
+    assert few == test[:25]
+    assert most == [*test[:30], *validation[:20]]

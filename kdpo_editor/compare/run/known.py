@@ -17,6 +17,8 @@ from .evaluate import Evaluator
 LOG = logging.getLogger(__name__)
 BLOCK = 250  # candidates that are asked at a time, until enough are known
 FEW = 5  # with fewer a share says nothing
+# Candidates beyond those of a source, where it alone holds too few that a small model knows.
+MORE = {"counterfact": ["counterfact-validation"]}
 MARGIN = 3  # tokens generated beyond those of the answer: it may be told in others, and its last word must end
 
 
@@ -29,12 +31,14 @@ def known_facts(
 ) -> list[Record]:
     """Records of ``source`` whose ``ground_truth`` the model gives, in the order of the data, at most ``most``.
 
-    None of them is about a subject of ``edited``. ``kept(key, compute)`` gives what is in the cache for ``key``, or
-    else computes it. Warns where there are fewer than a handful, and then gives none.
+    Where ``counterfact`` holds too few of them, ``counterfact-validation`` is asked, too. None of them is about a
+    subject of ``edited``. ``kept(key, compute)`` gives what is in the cache for ``key``, or else computes it. Warns
+    where there are fewer than a handful, and then gives none.
     """
     subjects = {_subject(record) for record in edited}
     prompts = {record.prompt for record in edited}
-    candidates = [record for record in load(source, shuffle=False) if record.ground_truth]
+    sources = [source, *MORE.get(source, [])]
+    candidates = [record for name in sources for record in load(name, shuffle=False) if record.ground_truth]
     found: list[Record] = []
     for start in range(0, len(candidates), BLOCK):
         block = candidates[start : start + BLOCK]
