@@ -349,7 +349,7 @@ def test_two_processes_do_not_compute_the_same_cell(finished: Path) -> None:
     config = composed(finished)
     with (
         _cell(config, _records(config)[0], *_settings(config)).locked(),
-        pytest.raises(CellBusy, match=f"being computed by process {os.getpid()}"),
+        pytest.raises(CellBusy, match=f"process {os.getpid()} is writing to"),
     ):
         run(config)
 

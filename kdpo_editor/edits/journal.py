@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import os
-import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ..errors import DamagedFileError, LedgerError, LedgerLocked
+from filelock import FileLock, Timeout
+
+from ..errors import DamagedFileError, KDPOError, LedgerError, LedgerLocked
 from .storage import (
     MAX_JSON,
     dump_json,
@@ -25,6 +26,8 @@ from .storage import (
 
 MAX_JOURNAL = 1 << 28
 """Bytes of a journal (256 MiB)."""
+OWNER = ".pid"
+"""Ending of the file beside a lock that names the process holding it."""
 
 
 class Journal:
@@ -151,36 +154,25 @@ def _checksum(record: dict[str, Any]) -> str:
     return hashlib.sha256(dump_json(record)).hexdigest()
 
 
-def lock(path: Path, wait: float) -> int:
-    """Hold the lock on ``path`` through the descriptor returned; the system lets go of it with the process.
+def lock(path: Path, wait: float) -> FileLock:
+    """Hold the lock on ``path``, until it is released or the process ends.
 
     Raises :class:`~kdpo_editor.LedgerLocked`, naming the process that holds it, after ``wait`` seconds.
     """
-    import fcntl
-
-    until = time.monotonic() + wait
+    held, owner, process = FileLock(path, timeout=wait, thread_local=False), path.with_suffix(OWNER), "unknown"
     try:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        held.acquire(poll_interval=0.05)
+    except Timeout:
+        with suppress(KDPOError), open_regular(owner) as file:
+            process = file.read(20).decode("ascii", "replace").strip()
+        raise LedgerLocked(
+            f"process {process} is writing to {path.parent}; try again when it is done, or wait for it"
+        ) from None
     except OSError as error:
         raise storage_error("write", path, error) from error
     try:
-        while True:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() >= until:
-                    owner = os.pread(descriptor, 20, 0).decode("ascii", "replace").strip() or "unknown"
-                    raise LedgerLocked(
-                        f"process {owner} is writing to {path.parent}; try again when it is done, or wait for it"
-                    ) from None
-                time.sleep(0.05)
-        try:
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
-        except OSError as error:
-            raise storage_error("write", path, error) from error
+        write_file(owner, f"{os.getpid()}\n".encode())
     except BaseException:
-        os.close(descriptor)
+        held.release()
         raise
-    return descriptor
+    return held

@@ -13,7 +13,6 @@ is therefore found by hashing its matrices, and going from one place to another 
 from __future__ import annotations
 
 import errno
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import replace
@@ -22,6 +21,7 @@ from types import TracebackType
 from typing import Any
 
 import torch
+from filelock import FileLock
 from torch import Tensor, nn
 
 from ..derived import complete
@@ -34,7 +34,7 @@ from ..lifelong.replay import ReplayBuffer
 from ..lifelong.second_moments import remember, remembered
 from .delta import EditDelta
 from .history import History, LedgerEdit
-from .journal import Journal, lock
+from .journal import OWNER, Journal, lock
 from .manifest import Change, EditInfo, Value, check_config, config_of, full_form, matrices_of, value_of
 from .storage import make_folder, read_tensors, storage_error, write_tensors
 from .switching import note, original
@@ -71,7 +71,7 @@ class EditLedger(History):
         self, folder: str | Path, *, write: bool = False, wait: float = 0.0, skip_damaged: bool = False
     ) -> None:
         super().__init__(Path(folder), skip_damaged)
-        self._lock: int | None = None
+        self._lock: FileLock | None = None
         self._journal = Journal(self.folder / JOURNAL)
         self._open(write, wait)
 
@@ -104,7 +104,7 @@ class EditLedger(History):
     def close(self) -> None:
         """Let another writer in. Reading goes on working."""
         if self._lock is not None:
-            os.close(self._lock)
+            self._lock.release()
             self._lock = None
 
     # Looking at -----------------------------------------------------------------------------------------------
@@ -337,7 +337,7 @@ class EditLedger(History):
     def _check_fresh(self, write: bool) -> None:
         """Raise unless a folder without a journal is one where a ledger may begin, or began but had no edit yet."""
         names = {f.name for f in self.folder.iterdir()} if self.folder.is_dir() else set()
-        strangers = [n for n in sorted(names - {LOCK}) if not n.endswith((".safetensors", ".part"))]
+        strangers = [n for n in sorted(names - {LOCK}) if not n.endswith((".safetensors", ".part", OWNER))]
         if strangers or (names and LOCK not in names):
             raise DamagedFileError(f"{self.folder} is not a ledger; it holds {(strangers or sorted(names))[0]}")
         if not write and LOCK not in names:

@@ -15,9 +15,7 @@ Files are written beside their place and renamed, so that a reader sees all of o
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterator, Sequence
@@ -28,10 +26,12 @@ from typing import Any
 
 from torch import Tensor
 
+from ...edits.journal import lock
 from ...edits.storage import write_file
-from ...errors import CellBusy, ResultsError
+from ...errors import CellBusy, LedgerLocked, ResultsError
 
 SCHEMA = 1
+LOCK = ".lock"
 IDENTITY = ("method", "label", "model", "dataset", "protocol", "seed", "n_edits")
 MEASURED = ("edit", "checkpoint", "when", "metric", "value")
 PACKAGES = ("kdpo-editor", "easyeditor", "torch", "transformers", "peft", "hydra-core", "omegaconf", "numpy")
@@ -78,24 +78,21 @@ class Cell:
     def clear(self) -> None:
         """Remove all that was computed."""
         for path in self.folder.iterdir() if self.folder.is_dir() else ():
-            if path.name != ".lock":
+            if not path.name.startswith(LOCK):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
         """Nobody else computes the cell inside. Raises :class:`~kdpo_editor.errors.CellBusy` if somebody does."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        with open(self.folder / ".lock", "a+", encoding="utf-8") as stream:
-            try:
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                stream.seek(0)
-                owner = stream.read().strip() or "another process"
-                raise CellBusy(f"{self.folder} is being computed by process {owner}") from None
-            stream.truncate(0)
-            stream.write(str(os.getpid()))
-            stream.flush()
+        try:
+            held = lock(self.folder / LOCK, 0.0)
+        except LedgerLocked as error:
+            raise CellBusy(str(error)) from None
+        try:
             yield
+        finally:
+            held.release()
 
     def save(self, log: Log) -> None:
         """Write the rows and generations, as the cell's results."""
