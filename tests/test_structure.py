@@ -156,7 +156,7 @@ def test_every_part_is_named(name: str) -> None:
     assert structure_of(random_model(name)) == STRUCTURES[name]
 
 
-@pytest.mark.parametrize("name", ["gpt2", "gemma3_multimodal", "falcon_h1"])
+@pytest.mark.parametrize("name", ["gpt2", "gemma3_multimodal", "falcon_h1", "qwen3_moe", "deepseek_v2"])
 def test_a_model_without_weights_will_do(name: str) -> None:
     with torch.device("meta"):
         outline = random_model(name)

@@ -108,6 +108,8 @@ def _write(folder: Path, model: nn.Module, parts: dict[str, tuple[Tensor, Tensor
         inference_mode=True,
         **extra,
     )
+    if stacks:
+        config.target_parameters = stacks
     config.save_pretrained(str(folder))
     data = safetensors.torch.save(tensors, metadata={"format": "pt"})
     (folder / "adapter_model.safetensors").write_bytes(data)

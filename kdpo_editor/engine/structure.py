@@ -41,7 +41,7 @@ class Structure:
     ``mlp``: the module that holds it, likewise; the block itself where the matrix stands directly in it.
     ``attention``: the module that mixes tokens, likewise, or ``None`` where ``mlp`` does both. ``final_norm``: the norm
     after the last block. ``head``: what holds the matrix that gives logits; where it is tied, the embeddings.
-    ``embeddings``: the token embeddings.
+    ``embeddings``: the token embeddings. ``is_stack``: ``matrix`` is the parameter of routed experts.
     """
 
     blocks: str
@@ -52,6 +52,7 @@ class Structure:
     final_norm: str | None
     head: str
     embeddings: str
+    is_stack: bool = False
 
 
 def structure_of(model: nn.Module) -> Structure:
@@ -81,6 +82,7 @@ def structure_of(model: nn.Module) -> Structure:
         final_norm=_final_norm(name, blocks, watched),
         head=embeddings if tied else head,
         embeddings=embeddings,
+        is_stack=not any(matrix in _matrices(block) for block in blocks),
     )
 
 

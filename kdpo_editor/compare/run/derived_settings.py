@@ -125,6 +125,8 @@ class _Meanings:
             return sorted({self._nearest(layer) for layer in layers})
         if match := _LAYER.fullmatch(words):
             return self._layer(match)
+        if words == "mlp" or "matrix" in words:
+            self._check_whole(key)
         if match := _MATRIX.fullmatch(words):
             return self.structure.matrix.replace(".{}", f"[{self._layer(match)}]")
         parts = {
@@ -147,6 +149,13 @@ class _Meanings:
         if parts[words] is None:
             raise ModelError(f"{key}: {self.model_name} has no {words}, which the method needs")
         return parts[words]
+
+    def _check_whole(self, key: str) -> None:
+        """The methods compared with know no matrix that holds several experts'."""
+        if self.structure.is_stack:
+            raise ModelError(
+                f"{key}: {self.model_name} is a mixture of experts without a shared expert; the method edits one matrix"
+            )
 
     def _layer(self, match: re.Match[str]) -> int:
         return self._nearest(same_depth(int(match[1]), int(match[2]), self.structure.depth))
