@@ -31,6 +31,7 @@ from .derived_settings import TEMPLATE, fill, is_template
 from .editing import Editing, available
 from .evaluate import fingerprint
 from .memory import high_water
+from .outside import editor
 from .results import Cell, Log, slug, versions
 from .scorer import Scorer
 
@@ -113,7 +114,12 @@ def _compute(
         stats.mkdir(parents=True, exist_ok=True)
     single = config.protocol.name == "single"
     prompts = [record.prompt for record in spare]
-    editing = Editing(model, tok, settings, seed=config.seed, folder=stats, unrelated=prompts, sequence=not single)
+    outside = None
+    if config.method.apply and settings is not None:
+        outside = editor(config.method.apply, config.method.settings_class, settings)
+    editing = Editing(
+        model, tok, settings, seed=config.seed, folder=stats, unrelated=prompts, sequence=not single, outside=outside
+    )
     editing.prepare()
     setup = time.perf_counter() - start
     if editing.ignored:
@@ -269,7 +275,7 @@ def _settings(config: Compare) -> tuple[dict[str, Any] | None, list[str]]:
     if settings is not None and config.method.rate_factor != 1:
         rate = next(key for key in RATES if key in settings)
         settings = {**settings, rate: settings[rate] * config.method.rate_factor}
-    if settings is None or available(settings):
+    if settings is None or config.method.apply or available(settings):
         return settings, []
     form, without = easyedit.form(), config.method.without
     files = (settings_folder() / without / f"{name}.yaml" for name in (config.model.settings, TEMPLATE))
@@ -292,7 +298,7 @@ def _filled(config: Compare, settings: dict[str, Any]) -> dict[str, Any]:
     if is_template(settings):
         return fill(settings, models.outline(name), name)
     left_out = [key for key in PLACE if settings.get(key) is None]
-    if settings["alg_name"] != "KDPO" or not left_out:
+    if config.method.apply or settings["alg_name"] != "KDPO" or not left_out:
         return settings
     found = complete(KDPOHyperParams.from_config(settings), models.outline(name)).to_dict()
     return {**settings, **{key: found[key] for key in left_out}}

@@ -22,6 +22,11 @@ class Method:
     hparams: dict[str, Any] | None = MISSING
     """The method's settings: ``hparams/<METHOD>/<model>.yaml``. For a model without a file it is ``auto.yaml`` there,
     filled from the model's structure (:mod:`~.derived_settings`). ``null`` edits nothing."""
+    apply: str = ""
+    """``package.module:function``: an editor that EasyEdit lacks, with the interface of EasyEdit's
+    (:mod:`~.outside`)."""
+    settings_class: str = ""
+    """Likewise, the class that its settings are made into; without one they are attributes of an object."""
     rate_factor: float = 1.0
     """Multiplies the method's learning rate (``lr``, ``v_lr`` or ``edit_lr``): the paper takes a fifth of KDPO's for
     edits in a sequence."""

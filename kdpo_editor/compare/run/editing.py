@@ -46,6 +46,8 @@ class Editing:
         folder: where the framework keeps statistics (``stats_dir``) and null spaces.
         unrelated: prompts that no edit is about, for methods that ask for one (WISE).
         sequence: whether edits will be made one after the other without undoing.
+        outside: a function and the settings it reads, as :func:`~.outside.editor` finds them, instead of a method of
+            the framework with ``config``.
 
     Raises:
         HyperParamsError: the settings do not fit, or the installed form lacks the method.
@@ -61,6 +63,7 @@ class Editing:
         folder: Path,
         unrelated: Sequence[str] = (),
         sequence: bool = True,
+        outside: tuple[Callable[..., Any], Any] | None = None,
     ) -> None:
         self.base, self.tok, self.seed = model, tok, seed
         self.unrelated = list(unrelated) or [""]
@@ -70,8 +73,16 @@ class Editing:
         self.ignored: list[str] = []
         self._reset: Callable[[], Any] | None = None
         self.config = config or {}
-        self.algorithm: str = self.config.get("alg_name", "")
+        self.outside = outside is not None
+        self.algorithm: str = "" if self.outside else self.config.get("alg_name", "")
         if config is None:
+            return
+        if outside is not None:
+            self.apply, self.hparams = outside
+            self.hparams.device = next(model.parameters()).device
+            tok.padding_side = "right" if self.config.get("alg_name") in easyedit.RIGHT_PADDED else "left"
+            seed_everything(seed)
+            easyedit.forget()
             return
         known = easyedit.methods()
         if self.algorithm not in known:
@@ -104,7 +115,7 @@ class Editing:
     @property
     def resumable(self) -> bool:
         """Whether :meth:`state` holds all that edits leave behind; if not, resuming makes the edits again."""
-        return not (self.algorithm in ("WISE", "GRACE") or self.config.get("replay", False))
+        return not (self.outside or self.algorithm in ("WISE", "GRACE") or self.config.get("replay", False))
 
     def prepare(self) -> None:
         """Compute what the first edit needs once, on the unedited model: KDPO's second moments."""
@@ -115,7 +126,8 @@ class Editing:
         """For the model as it is now."""
         alone, alike = self._reset is not None and self.algorithm == "WISE", self.algorithm == "GRACE"
         at = self._ask_at if alike else None
-        return Evaluator(self.model, self.tok, alone=alone, alike=alike, at=at)
+        context = getattr(self.model, "context", None) if self.outside else None
+        return Evaluator(self.model, self.tok, alone=alone, alike=alike, at=at, context=context)
 
     def edit(self, records: Sequence[Record]) -> None:
         """Make the edits that ``records`` ask for, in one call of the method."""
@@ -126,7 +138,7 @@ class Editing:
         easyedit.prepare(self.algorithm, self.base, self.hparams)
         with self._surroundings(), easyedit.on_device(self.hparams), easyedit.quietly():
             edited, copies = self.apply(
-                self.base,
+                self.model if self.outside else self.base,
                 self.tok,
                 [self._request(record) for record in records],
                 self.hparams,
@@ -139,7 +151,8 @@ class Editing:
         elif callable(copies):
             self.model, self._reset = edited, copies if self._reset is None else self._reset
         else:
-            for name, original in copies.items():
+            self.model = edited
+            for name, original in (copies or {}).items():
                 self.originals.setdefault(name, original)
 
     def undo(self) -> None:
@@ -147,7 +160,8 @@ class Editing:
         if self._reset is not None:
             with torch.no_grad():
                 self._reset()
-            self.model, self._reset = self.base, None
+            self._reset = None
+        self.model = self.base
         for name, original in self.originals.items():
             with torch.no_grad():
                 self.base.get_parameter(name).copy_(original)

@@ -63,6 +63,7 @@ class Evaluator:
     ``alike``: batch only prompts of equal length, for methods that act at a fixed position (GRACE).
     ``at``: called before each such batch with the index of the prompts' last token.
     ``progress``: what progress bars are headed, where there is a terminal.
+    ``context``: gives the text that is put before a prompt, for methods that retrieve.
     """
 
     model: Any
@@ -72,6 +73,11 @@ class Evaluator:
     alike: bool = False
     at: Any = None
     progress: str | None = None
+    context: Callable[[str], str] | None = None
+
+    def asked(self, prompt: str) -> str:
+        """``prompt`` as the model is shown it."""
+        return (self.context(prompt) if self.context else "") + prompt
 
     def predict(self, pairs: Sequence[tuple[str, str]]) -> list[tuple[list[int], list[int]]]:
         """For each prompt and answer, the argmax tokens at the answer's positions and the answer's own tokens."""
@@ -93,7 +99,7 @@ class Evaluator:
 
         ``read`` is given logits ``[B, T, V]`` and the answers ``[B, T]``, and gives ``[B, T]``.
         """
-        asked = [{"prompt": p, "target_new": a} for p, a in pairs]
+        asked = [{"prompt": self.asked(p), "target_new": a} for p, a in pairs]
         edits = [tokens for tokens, *_ in tokenize(self.tok, asked)] if asked else []
         found: list[tuple[Tensor, list[int]]] = [(torch.empty(0), [])] * len(edits)
         base = inner(self.model)
@@ -133,7 +139,7 @@ class Evaluator:
         return [self.tok.decode(said.ids, skip_special_tokens=True) for said in texts]
 
     def _tokens(self, prompts: Sequence[str]) -> list[list[int]]:
-        return [token_ids(self.tok, prompt) for prompt in prompts]
+        return [token_ids(self.tok, self.asked(prompt)) for prompt in prompts]
 
     def _greedy(self, prompts: Sequence[Sequence[int]], longest: int, ignore_end: bool = False) -> list[Continuation]:
         return greedy(

@@ -42,7 +42,7 @@ def observe(evaluator: Evaluator, records: Sequence[Record], judge: Judge | None
         for i, record in enumerate(records)
         for group, prompts in (("rewrite", (record.prompt,)), ("rephrase", record.rephrase_prompts))
         for prompt in prompts
-        for form, ids in forms(evaluator.tok, prompt).items()
+        for form, ids in forms(evaluator.tok, evaluator.asked(prompt)).items()
     ]
     found: list[Answers] = [{} for _ in records]
     said = evaluator.go_on([ids for *_, ids in asked], LONGEST)
