@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
@@ -13,6 +13,14 @@ from .patches import Places
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 """What a block is called with besides its hidden states."""
+
+
+@runtime_checkable
+class Rows(Protocol):
+    """An argument of blocks that knows its own rows."""
+
+    def rows(self, kept: Tensor, /) -> Any:
+        """Those whose indices, int64, are in ``kept``."""
 
 
 @dataclass
@@ -48,11 +56,13 @@ class ActivationCache:
             return None if values is None else values[kept.to(values.device)]
 
         leaves, tree = tree_flatten(self.arguments)
-        sliced: dict[int, Tensor] = {}  # blocks share most of what they are called with
+        sliced: dict[int, Any] = {}  # blocks share most of what they are called with
         for i, count in enumerate(self.per_row):
-            if count:
-                leaf = leaves[i]
-                leaves[i] = sliced[id(leaf)] = sliced[id(leaf)] if id(leaf) in sliced else _rows(leaf, count, kept)
+            leaf = leaves[i]
+            if count or isinstance(leaf, Rows):
+                if id(leaf) not in sliced:
+                    sliced[id(leaf)] = leaf.rows(kept) if isinstance(leaf, Rows) else _rows(leaf, count, kept)
+                leaves[i] = sliced[id(leaf)]
         hidden, positions = self.hidden[kept.to(self.hidden.device)], self.positions[kept.to(self.positions.device)]
         return ActivationCache(
             hidden, some(self.inner), tree_unflatten(leaves, tree), positions, some(self.trained), self.per_row

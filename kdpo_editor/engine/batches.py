@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain
 from math import inf
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..hparams import KDPOHyperParams
 from ..objectives import ce_loss, hardest_rejected, hinge_loss, kdpo_loss
 from ..requests import EditTokens
 from .activation_cache import ActivationCache
 from .cached_forward import CachedForward
+from .prefix import prefix_bytes
 from .upper_part import HeadRows
 
 # A mini-batch runs in so many batches at most, none smaller than this: a matrix product of few rows is slow.
@@ -65,6 +67,9 @@ class Batch:
     ``rejected`` ``[B, T]`` and ``margins`` ``[B]``: what :func:`~kdpo_editor.objectives.hardest_rejected` found in the
     policy's logits. A margin is that of an answer's weakest token, in logits, and negative where it does not win.
     Logits themselves are not kept.
+    ``cache``: what passes begin from. ``whole``: where those run each row from its first trained token on alone, with
+    keys and values for what is before it, the cache of all its tokens, from which :meth:`renew` computes them again.
+    ``light``: whether the graphs of its mini-batch may all be held.
     """
 
     forward: CachedForward
@@ -78,10 +83,22 @@ class Batch:
     real: Tensor
     rejected: Tensor
     margins: Tensor
+    whole: ActivationCache | None = None
+    light: bool = True
 
     def refresh(self) -> None:
         """Bring what is known of the policy up to date with the weights."""
         self.hidden = self.forward.from_cache(self.cache)
+        self.rejected, self.margins = _standing(self.forward, self.hidden, self.chosen, self.real, self.margin)
+
+    @torch.no_grad()
+    def renew(self) -> None:
+        """As :meth:`refresh`, what is before the first trained tokens included."""
+        frozen = None if self.whole is None else self.forward.freeze(self.whole)
+        if frozen is None:
+            self.refresh()
+            return
+        self.cache, self.hidden = frozen
         self.rejected, self.margins = _standing(self.forward, self.hidden, self.chosen, self.real, self.margin)
 
     @property
@@ -121,6 +138,7 @@ class Batch:
             real=mask.flatten().nonzero().flatten(),
             rejected=self.rejected[rows],
             margins=self.margins[rows],
+            whole=None,
         )
 
 
@@ -198,27 +216,34 @@ def cycles_of(rejected: Sequence[list[int]], history: Sequence[Tensor], stop_los
 def make_batches(forward: CachedForward, edits: Sequence[EditTokens], hparams: KDPOHyperParams) -> list[list[Batch]]:
     """Capture ``edits`` in the mini-batches of :func:`group`, each a list of batches that share their steps.
 
-    With a single mini-batch the hidden states carry the graph of the first step.
+    With a single mini-batch, of which the graphs may be held, the hidden states carry that of the first step, unless
+    what is before each row's first trained token is frozen.
     """
-    groups = group(forward, edits, hparams.memory_budget)
+    size = None if len(edits) == 1 else footprint(forward, edits[0])
+    groups, light = group(forward, edits, hparams.memory_budget, size)
 
     def capture(members: list[int]) -> Batch:
         chosen = [edits[i] for i in members]
         ids, answers, mask, positions = padded(chosen)
-        cache, hidden = forward.capture(ids, positions, trained_tokens(chosen, forward))
-        return make_batch(forward, members, cache, hidden, answers, mask, hparams.margin)
+        trained = trained_tokens(chosen, forward)
+        if trained is None:
+            (cache, hidden), frozen = forward.capture(ids, positions), None
+        else:
+            cache, frozen, hidden = forward.capture_frozen(ids, positions, trained)
+        batch = make_batch(forward, members, frozen or cache, hidden, answers, mask, hparams.margin)
+        return replace(batch, whole=cache if frozen else None, light=light)
 
-    with torch.set_grad_enabled(len(groups) == 1):
+    with torch.set_grad_enabled(len(groups) == 1 and light):
         return [[capture(members) for members in parts] for parts in groups]
 
 
 def refresh(batches: Sequence[Sequence[Batch]]) -> None:
     """Bring every batch of some mini-batches up to date with the weights.
 
-    A single mini-batch gets a graph for its next step. Those of several would all have to be held, and be stale once
-    the first has taken its step.
+    A single mini-batch gets a graph for its next step, if it is light. Those of several would all have to be held, and
+    be stale once the first has taken its step.
     """
-    with torch.set_grad_enabled(len(batches) == 1):
+    with torch.set_grad_enabled(len(batches) == 1 and all(batch.light for batch in batches[0])):
         for batch in chain(*batches):
             batch.refresh()
 
@@ -263,35 +288,61 @@ def _standing(
     return chosen.flatten().index_copy(0, real, rejected).view_as(chosen), every.view_as(chosen).amin(-1)
 
 
-def group(forward: CachedForward, edits: Sequence[EditTokens], budget: float) -> list[list[list[int]]]:
-    """The positions of ``edits`` in mini-batches of at most ``budget`` bytes, alike in length; each in its batches.
+def group(
+    forward: CachedForward, edits: Sequence[EditTokens], budget: float, size: Footprint | None = None
+) -> tuple[list[list[list[int]]], bool]:
+    """The positions of ``edits`` in mini-batches that fit into ``budget`` bytes, alike in length; each in its batches.
 
-    A mini-batch of many is divided, so that short edits are not padded to the length of long ones. It needs room for
-    captured inputs, in the model's dtype, and, while it is refreshed, for two tables of logits, in fp32. One edit is
-    always taken, whatever it needs; of no edits there are no mini-batches.
+    Half of the budget is for what is held of a mini-batch: captured inputs, in the model's dtype, and keys and values.
+    A quarter is for the graph of a batch while it takes a step, and as much for two tables of its logits, in fp32,
+    while it is refreshed. A mini-batch of many is divided, so that short edits are not padded to the length of long
+    ones, and so that each batch's share suffices. One edit is always taken, whatever it needs; of no edits there are no
+    mini-batches.
+
+    Args:
+        forward: what they run on.
+        edits: token ids.
+        budget: bytes.
+        size: what a token takes; ``None`` where no steps are taken.
+
+    Returns:
+        The mini-batches, and whether the graphs of all batches together have no more than their share.
     """
     weight = next(p for p in forward.module.parameters() if p.ndim > 1)
     vocabulary = forward.model.get_output_embeddings().weight.shape[0]  # type: ignore[operator]
-    a_token, an_answer = sum(weight.shape[-2:]) * weight.element_size(), vocabulary * 8
+    size = size or Footprint()
+    # Twice: rows that are not won yet are copied out of the rest.
+    a_token = 2 * (sum(weight.shape[-2:]) * weight.element_size() + size.prefix)
     lengths = [edit.length for edit in edits]
     groups: list[list[int]] = []
-    longest = 0  # answer of the last group
     for i in sorted(range(len(edits)), key=lengths.__getitem__):
-        longest = max(longest, len(edits[i].chosen))
         # Of those taken so far, shortest first, this one is the longest.
-        needed = lengths[i] * a_token + longest * an_answer
-        if groups and (len(groups[-1]) + 1) * needed <= budget:
+        if groups and (len(groups[-1]) + 1) * lengths[i] * a_token <= budget / 2:
             groups[-1].append(i)
         else:
             groups.append([i])
-            longest = len(edits[i].chosen)
-    return [_divided(members) for members in groups]
+
+    def steps(i: int) -> float:
+        """The bytes of one edit's graph."""
+        return size.graph * (lengths[i] - (first_trained(edits[i], forward) if size.frozen else 0))
+
+    def most(members: Sequence[int]) -> float:
+        logits = max(len(edits[i].chosen) for i in members) * vocabulary * 8
+        return len(members) * max(*map(steps, members), logits) if members else 0.0
+
+    whole = sum(steps(i) for i in range(len(edits)))
+    return [_divided(members, lambda part: most(part) <= budget / 4) for members in groups], whole <= budget / 4
 
 
-def _divided(members: list[int]) -> list[list[int]]:
-    """``members`` in at most ``MOST_PARTS`` parts alike in size, none of them small."""
-    size = -(-len(members) // max(1, min(MOST_PARTS, len(members) // SMALLEST_PART)))
-    return [members[start : start + size] for start in range(0, len(members), size)]
+def _divided(members: list[int], fits: Callable[[list[int]], bool]) -> list[list[int]]:
+    """``members`` in at most ``MOST_PARTS`` parts alike in size, none of them small, or in as many as must be."""
+    parts = max(1, min(MOST_PARTS, len(members) // SMALLEST_PART))
+    while True:
+        size = -(-len(members) // parts)
+        found = [members[start : start + size] for start in range(0, len(members), size)]
+        if size == 1 or all(map(fits, found)):
+            return found
+        parts += 1
 
 
 def padded(edits: Sequence[EditTokens]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -313,6 +364,51 @@ def trained_tokens(edits: Sequence[EditTokens], forward: CachedForward, length: 
         return None
     where = torch.zeros(len(edits), length or max(e.length for e in edits), dtype=torch.bool)
     for row, edit in zip(where, edits, strict=True):
-        begin, end = edit.subject
-        row[end - 1 if forward.fact_token == "subject_last" else begin : end] = True
+        row[first_trained(edit, forward) : edit.subject[1]] = True
     return where.to(forward.device)
+
+
+def first_trained(edit: EditTokens, forward: CachedForward) -> int:
+    """The first token of ``edit`` that weights are trained through."""
+    begin, end = edit.subject
+    return {"all": 0, "subject": begin, "subject_last": end - 1}[forward.fact_token]
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes for each token: of the ``graph`` of a step, and of the ``prefix``'s keys and values.
+
+    ``frozen``: whether steps run each row from its first trained token on alone.
+    """
+
+    graph: float = 0.0
+    prefix: float = 0.0
+    frozen: bool = False
+
+
+def footprint(forward: CachedForward, edit: EditTokens) -> Footprint:
+    """What a token takes, measured on ``edit`` once for each model, matrix and ``fact_token``."""
+    known, key = _FOOTPRINTS.setdefault(forward.model, {}), (forward.module_name, forward.fact_token)
+    if key not in known:
+        ids, _, _, positions = padded([edit])
+        trained = trained_tokens([edit], forward)
+        cache, frozen, _ = forward.capture_frozen(ids, positions, trained)
+        begun = frozen or cache
+        mine = {p.untyped_storage().data_ptr() for p in forward.model.parameters()}
+        sizes: dict[int, int] = {}
+
+        def note(saved: Tensor) -> Tensor:
+            storage = saved.untyped_storage()
+            if storage.data_ptr() not in mine:
+                sizes[storage.data_ptr()] = storage.nbytes()
+            return saved
+
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda saved: saved):
+            hidden = forward.from_cache(begun)
+        del hidden
+        kept = 0 if frozen is None else prefix_bytes(frozen)
+        known[key] = Footprint(sum(sizes.values()) / begun.hidden.shape[1], kept / edit.length, frozen is not None)
+    return known[key]
+
+
+_FOOTPRINTS: WeakKeyDictionary[nn.Module, dict[tuple[str, str], Footprint]] = WeakKeyDictionary()

@@ -19,11 +19,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
+import torch
 from torch import Tensor, nn
 
 from ..hparams import KDPOHyperParams
 from .activation_cache import ActivationCache
-from .examination import examined, per_row
+from .examination import examined, freezes, per_row
+from .prefix import Recorder, recorder_of
 from .upper_part import UpperPart
 from .weights import blocks_name
 
@@ -63,6 +65,22 @@ class CachedForward(UpperPart):
             return replace(cache, per_row=per_row(self, cache, ids, inside=False)), hidden
         self.adopt(found)
         trained = None if trained is None else trained.to(self.device)
+        recorder = Recorder() if self.fact_token != "all" and freezes(self, ids, found.inside) else None
         with self.trained_at(trained):
-            cache, hidden = self.run(ids, positions, found.inside)
+            cache, hidden = self.run(ids, positions, found.inside, recorder)
         return replace(cache, trained=trained, per_row=per_row(self, cache, ids, found.inside)), hidden
+
+    def capture_frozen(
+        self, ids: Tensor, positions: Tensor, trained: Tensor | None
+    ) -> tuple[ActivationCache, ActivationCache | None, Tensor]:
+        """As :meth:`capture`, with a cache of the tokens from each row's first trained one on in between.
+
+        It is ``None`` where all tokens are trained, or where keys and values cannot stand in for those before. Where it
+        is not, the hidden states have no graph.
+        """
+        with torch.no_grad():
+            cache, hidden = self.capture(ids, positions, trained)
+            recorder = recorder_of(cache)
+            if recorder is not None and cache.trained is not None:
+                return cache, self.frozen(cache, recorder), hidden
+        return cache, None, hidden

@@ -13,8 +13,12 @@ from torch.utils._pytree import tree_flatten
 from ..errors import ModelError
 from .activation_cache import ActivationCache
 from .patches import narrowed
+from .prefix import Recorder, cache_name
 from .upper_part import EXAMINED, Examined, UpperPart
 
+# Tokens with which keys and values of those before the trained ones are tried, at least.
+FEWEST = 4
+_FREEZES: WeakKeyDictionary[nn.Module, dict[tuple[str, int], bool]] = WeakKeyDictionary()
 _PER_ROW: WeakKeyDictionary[nn.Module, dict[Any, tuple[int, ...]]] = WeakKeyDictionary()
 
 
@@ -155,3 +159,59 @@ def per_row(part: UpperPart, cache: ActivationCache, ids: Tensor, inside: bool) 
             for b, c in zip(two, three, strict=True)
         )
     return known[kind]
+
+
+@torch.no_grad()
+def freezes(part: UpperPart, ids: Tensor, inside: bool) -> bool:
+    """Whether keys and values can stand in for the tokens before the trained ones (:mod:`.prefix`).
+
+    It is tried once for each model, matrix and order of lengths of ``ids`` ``[B, L]``, since a mask may be there for
+    long rows alone. The matrix's output is disturbed from a token on that is another in each of two rows, and what the
+    blocks make of all tokens is compared with what they make of those.
+    """
+    length = ids.shape[1]
+    if length < FEWEST or cache_name(part.holder) is None:
+        return False
+    known, key = _FREEZES.setdefault(part.model, {}), (part.module_name, length.bit_length())
+    if key not in known:
+        try:
+            known[key] = _freezes(part, ids[:1], inside)
+        except torch.OutOfMemoryError:
+            raise
+        except (AttributeError, IndexError, KeyError, ModelError, RuntimeError, TypeError, ValueError):
+            known[key] = False  # it keeps more of a token than keys and values, or keeps them in another way
+    return known[key]
+
+
+def _freezes(part: UpperPart, ids: Tensor, inside: bool) -> bool:
+    ids = torch.cat([ids, ids.flip(1)])
+    length = ids.shape[1]
+    first = torch.tensor([[length // 4], [length // 2]], device=ids.device)
+    trained = torch.arange(length, device=ids.device) >= first
+    positions = torch.arange(length // 2, length, device=ids.device).repeat(2, 1)
+    recorder = Recorder()
+    cache, before = part.run(ids, positions, inside, recorder)
+    cache = replace(cache, trained=trained, per_row=per_row(part, cache, ids, inside))
+    swapped = torch.tensor([1, 0], device=ids.device)
+    short = part.frozen(cache, recorder).rows(swapped)
+    noise: list[Tensor] = []
+
+    def disturb(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        if not noise:
+            drawn = torch.randn(*ids.shape, output.shape[-1], generator=torch.Generator().manual_seed(0))
+            scale = output.float().std().nan_to_num(1.0, 1.0, 1.0).item() + 1e-6
+            noise.append((3 * scale * drawn).to(output) * trained.unsqueeze(-1).to(output))
+            return output + noise[0].view(output.shape)
+        at = (first + torch.arange(output.numel() // output.shape[-1] // 2, device=ids.device)).clamp(max=length - 1)
+        here = noise[0].gather(1, at.unsqueeze(-1).expand(-1, -1, output.shape[-1]).to(output.device))
+        return output + here[swapped.to(here.device)].view(output.shape)
+
+    handle = part.module.register_forward_hook(disturb)
+    try:
+        whole = part.from_cache(cache)[swapped.to(before.device)].float()
+        difference = (part.from_cache(short).float() - whole).norm()
+    finally:
+        handle.remove()
+    half = next(part.model.parameters()).dtype in (torch.float16, torch.bfloat16)
+    change = (whole - before[swapped.to(before.device)].float()).norm()
+    return bool(difference <= (0.05 if half else 1e-3) * change + (2e-2 if half else 1e-5) * whole.norm())

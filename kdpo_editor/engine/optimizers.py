@@ -51,6 +51,7 @@ class Stepper:
         self.weights = list(weights)
         half = (torch.float16, torch.bfloat16)
         self.masters = [w.detach().float() if w.dtype in half else w for w in self.weights]
+        self.loss: Tensor | None = None  # of what was gathered
         self.optimizer: torch.optim.Optimizer
         if hparams.optimizer == "polyak":
             self.optimizer = Polyak(self.masters, hparams.lr)
@@ -58,20 +59,29 @@ class Stepper:
             recorded = hparams.cuda_graphs and all(m.is_cuda for m in self.masters)
             self.optimizer = torch.optim.Adam(self.masters, lr=hparams.lr, fused=True, capturable=recorded)
 
-    def step(self, loss: Tensor, skip: Tensor | None = None) -> None:
-        """Backpropagate ``loss`` (a scalar) and take one step; gradients are gone afterwards.
+    def gather(self, loss: Tensor) -> None:
+        """Backpropagate ``loss``, a scalar, for the next step. What it was computed by is free for the next part's."""
+        gradients = torch.autograd.grad(loss, self.weights)
+        for master, gradient in zip(self.masters, gradients, strict=True):
+            gradient = gradient.to(master.dtype)
+            master.grad = gradient if master.grad is None else master.grad.add_(gradient)
+        self.loss = loss.detach() if self.loss is None else self.loss + loss.detach()
+
+    def step(self, loss: Tensor | None = None, skip: Tensor | None = None) -> None:
+        """Take one step along what was gathered, and ``loss``, a scalar; gradients are gone afterwards.
 
         ``skip``, a boolean scalar on the weights' device, leaves weights and Adam's state as they are where it is true,
         without the host having to know. Polyak's steps are never skipped.
         """
-        gradients = torch.autograd.grad(loss, self.weights)
-        for master, gradient in zip(self.masters, gradients, strict=True):
-            master.grad = gradient.to(master.dtype)
+        if loss is not None:
+            self.gather(loss)
+        gathered, self.loss = self.loss, None
+        assert gathered is not None
         if skip is not None:
             # The fused kernel's own switch, which gradient scalers use: a step is taken where it is zero.
             self.optimizer.found_inf = skip.to(self.masters[0].device, torch.float32)  # type: ignore[attr-defined]
             self.optimizer.grad_scale = None  # type: ignore[attr-defined]
-        self.optimizer.step(loss.detach)  # type: ignore[arg-type]
+        self.optimizer.step(lambda: gathered)  # type: ignore[arg-type, return-value]
         with torch.no_grad():
             for weight, master in zip(self.weights, self.masters, strict=True):
                 master.grad = None

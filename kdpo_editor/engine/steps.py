@@ -67,34 +67,42 @@ class Steps:
     def take(self) -> bool:
         """One step. Returns whether there was anything to do, as far as the host knows."""
         if not self.waits:
-            self._note(self._masked())
+            for current, losses in zip(self.work, self._masked(), strict=True):
+                current.history.append(losses)
             return True
-        found, loss, _ = self._losses()
-        self._note(found)
-        seen = [value for losses in found for value in losses.tolist()]
-        check_finite([seen])
-        if max(seen) < self.hparams.stop_loss:
-            return False
-        self.stepper.step(loss)
-        return True
+        going = False
+        for current in self.work:
+            losses, loss, _ = self._losses(current)
+            current.history.append(losses)
+            seen = losses.tolist()
+            check_finite([seen])
+            if max(seen) >= self.hparams.stop_loss:
+                self.stepper.gather(loss)
+                going = True
+        if going:
+            self.stepper.step()
+        return going
 
     def _unseen(self) -> list[Tensor]:
-        found, loss, live = self._losses()
-        self.stepper.step(loss, skip=~live.any())
+        found, lives = [], []
+        for current in self.work:
+            losses, loss, live = self._losses(current)
+            self.stepper.gather(loss)
+            found.append(losses)
+            lives.append(live)
+        self.stepper.step(skip=~torch.cat(lives).any())
         return found
 
-    def _losses(self) -> tuple[list[Tensor], Tensor, Tensor]:
-        """Those of each batch, without graph; what is minimised; and which edits, of all batches, have a part in it."""
+    def _losses(self, current: Work) -> tuple[Tensor, Tensor, Tensor]:
+        """Those of one batch, ``[B]`` without graph; what is minimised; and which of its edits have a part in it.
+
+        Batches are gone through one by one, so that the graph of one is all that is held.
+        """
         with _attention(self.work):
-            found = [current.losses(self.hparams) for current in self.work]
-        losses = torch.cat(found)
+            losses = current.losses(self.hparams)
         live = losses.detach() >= self.hparams.stop_loss
         # The sum over edits: no optimiser here minds its scale, and one edit stays exactly the paper's.
-        return [some.detach() for some in found], (losses * live).sum(), live
-
-    def _note(self, found: Sequence[Tensor]) -> None:
-        for current, losses in zip(self.work, found, strict=True):
-            current.history.append(losses)
+        return losses.detach(), (losses * live).sum(), live
 
 
 class Recorded:

@@ -16,6 +16,7 @@ from transformers.utils import ModelOutput
 from ..errors import ModelError
 from .activation_cache import ActivationCache, Arguments
 from .patches import forward_is, narrowed, trained_only_at
+from .prefix import Recorder, cache_name, recorder_of, without_prefix
 
 # Multiplications that a module of the last block must be spared for it to pay.
 WORTH = 2_000_000
@@ -104,12 +105,15 @@ class UpperPart:
         device: torch.device = embeddings.weight.device
         return device
 
-    def run(self, ids: Tensor, positions: Tensor, inside: bool) -> tuple[ActivationCache, Tensor]:
+    def run(
+        self, ids: Tensor, positions: Tensor, inside: bool, recorder: Recorder | None = None
+    ) -> tuple[ActivationCache, Tensor]:
         """Run the whole model over ``ids`` ``[B, L]`` and note what its blocks are called with.
 
         The cache begins at the edited matrix where ``inside`` is true, else at its block. Beside it, the final hidden
-        states at ``positions`` ``[B, T]`` are returned, ``[B, T, D]``. Raises :class:`ModelError` where the blocks or
-        the matrix are not called once each.
+        states at ``positions`` ``[B, T]`` are returned, ``[B, T, D]``. ``recorder`` is given keys and values, and notes
+        those of the blocks that the cache is for. Raises :class:`ModelError` where the blocks or the matrix are not
+        called once each.
         """
         calls: list[Arguments] = []
         after: list[nn.Module] = []
@@ -118,6 +122,8 @@ class UpperPart:
 
             def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
                 calls.append((args, dict(kwargs)))
+                if recorder is not None and len(calls) == 1 + inside:
+                    recorder.kept = {}
 
             def note(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
                 if len(calls) == len(self.blocks):
@@ -144,7 +150,8 @@ class UpperPart:
             if inside:
                 hooks.callback(self.module.register_forward_hook(set_aside).remove)
                 hooks.callback(self.blocks[0].register_forward_hook(put_back).remove)
-            result = self.holder(input_ids=ids, use_cache=False, return_dict=True)
+            given = {} if recorder is None else {cache_name(self.holder) or "": recorder}
+            result = self.holder(input_ids=ids, use_cache=False, return_dict=True, **given)
         if len(calls) != len(self.blocks) or (inside and "rest" not in kept):
             raise ModelError(f"{len(self.blocks)} blocks were to run once each, but {len(calls)} calls were seen")
         self.after, self.result = after, type(result)
@@ -178,6 +185,24 @@ class UpperPart:
         for module in self.after:
             hidden = module(hidden)
         return hidden
+
+    def freeze(self, cache: ActivationCache) -> tuple[ActivationCache, Tensor] | None:
+        """What is before each row's first trained token, as it is with the weights as they are now.
+
+        Returns a cache from which :meth:`from_cache` runs the tokens from there on alone, and the final hidden states,
+        ``[B, T, D]``, without graph. ``None`` where the blocks of ``cache`` were not called with a recorder.
+        """
+        recorder = recorder_of(cache)
+        if recorder is None or cache.trained is None:
+            return None
+        recorder.kept = {}
+        with torch.no_grad():
+            hidden = self.from_cache(cache)
+            return self.frozen(cache, recorder), hidden
+
+    def frozen(self, cache: ActivationCache, recorder: Recorder) -> ActivationCache:
+        """As :meth:`freeze`, of what ``recorder`` noted in a pass over ``cache`` that was just made."""
+        return without_prefix(cache, recorder.take(), self.blocks[len(self.blocks) - len(cache.arguments) :])
 
     def logits(self, hidden: Tensor, head_rows: HeadRows | None = None) -> Tensor:
         """Logits of final hidden states, in fp32, through whatever the model's own forward does after its blocks.

@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from itertools import chain
 from typing import Protocol
 
-import torch
 from torch import nn
 
 from ..engine.batches import Batch, EditTrace, PreferenceBatch, lost, make_batches, refresh, unfinished
@@ -77,9 +76,9 @@ def kdpo_l(
             for pairs in chain(*violated):
                 for member, cycle in zip(pairs.members, pairs.finished(hparams.stop_loss), strict=True):
                     traces[member].cycles.append(cycle)
-    with torch.no_grad():
+    if violated or preconditioners:  # which leave the weights rounded
         for batch in chain(*work.batches):
-            batch.refresh()
+            batch.renew()
     missed = set(lost(own))
     for i in range(len(edits)):
         traces[i].converged = i not in missed
@@ -89,7 +88,11 @@ def kdpo_l(
 
 
 class Work:
-    """What is trained: the edits of a call and whatever joined them."""
+    """What is trained: the edits of a call and whatever joined them.
+
+    Where keys and values stand in for tokens that are not trained, they are renewed once all is won with them, and it
+    counts as won only if it still is.
+    """
 
     def __init__(self, batches: Sequence[list[Batch]], hparams: KDPOHyperParams) -> None:
         self.batches = list(batches)
@@ -97,6 +100,7 @@ class Work:
         self.patience = PATIENCE * hparams.cycles
         self._looked_at = self.batches  # what the next cycle looks at
         self._current = True  # it is up to date with the weights
+        self._renewed = True  # and what is before the trained tokens as well
         self._waited = 0  # cycles since all of it was looked at
 
     def violated(self) -> list[list[PreferenceBatch]]:
@@ -105,6 +109,11 @@ class Work:
         if not found and self._looked_at is not self.batches:
             self._looked_at = self.batches
             found = self._look()
+        if not found and not self._renewed and any(batch.whole is not None for batch in chain(*self.batches)):
+            for batch in chain(*self.batches):
+                batch.renew()
+            self._renewed = True
+            found = unfinished(self.batches)
         return self._set_aside(found)
 
     def join(self, batches: list[list[Batch]]) -> list[list[PreferenceBatch]]:
@@ -120,6 +129,7 @@ class Work:
 
     def _set_aside(self, found: list[list[PreferenceBatch]]) -> list[list[PreferenceBatch]]:
         self._current = not found
+        self._renewed = self._renewed and not found
         wait = self.lazy and self._waited + 1 < self.patience
         self._looked_at = [[pairs.batch for pairs in some] for some in found] if wait and found else self.batches
         return found

@@ -145,15 +145,16 @@ def _with_start(module: nn.Module, preconditioner: Preconditioner, start: Tensor
     weight, bias = module.weight, getattr(module, "bias", None)
     assert isinstance(weight, Tensor)
     exact = start.dtype in (torch.float32, torch.float64)
-    made: dict[tuple[int, bool], Tensor] = {}
+    made: dict[int, Tensor] = {}
     products: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
     def matrix() -> Tensor:
-        key = weight._version, torch.is_grad_enabled()
-        if key not in made:
+        if torch.is_grad_enabled():  # its graph is gone once a batch was gone back through
+            return start + preconditioner.change(weight)
+        if weight._version not in made:
             made.clear()
-            made[key] = start + preconditioner.change(weight)
-        return made[key]
+            made[weight._version] = start + preconditioner.change(weight)
+        return made[weight._version]
 
     def both(inputs: Tensor) -> tuple[Tensor, Tensor]:
         return preconditioner.before(inputs), preconditioner.product(inputs, start)

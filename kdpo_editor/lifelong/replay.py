@@ -11,7 +11,8 @@ import copy
 import logging
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import chain
 from math import inf
 from typing import Any
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ..engine.activation_cache import ActivationCache
-from ..engine.batches import Batch, group, lost, make_batch, make_batches, padded, trained_tokens
+from ..engine.batches import Batch, footprint, group, lost, make_batch, make_batches, padded, trained_tokens
 from ..engine.cached_forward import CachedForward
 from ..engine.weights import find_matrices, only_training
 from ..hparams import KDPOHyperParams
@@ -51,6 +52,11 @@ class Entry:
     hidden: Tensor
     inner: Tensor | None
     margin: float = inf
+
+    @cached_property
+    def of(self) -> tuple[int, ...]:
+        """The token ids of its request's own prompt."""
+        return self.tokens.request or self.tokens.prompt_ids
 
     @property
     def bytes(self) -> int:
@@ -143,25 +149,30 @@ class ReplayBuffer:
         self.entries += [entry for i, entry in enumerate(entries_of(edits, batches)) if i not in missed]
 
     def sample(self, edits: Sequence[EditTokens], checks: int) -> list[Entry]:
-        """At most ``checks`` for each of ``edits``: half those of least margin, half a seeded sample of the rest.
+        """At most ``checks`` for each request of ``edits``: half those of least margin, half drawn from the rest.
 
-        Edits of a prompt that is edited again are forgotten, in all their phrasings.
+        Of a request with several phrasings that is one, its prompt where it is held. Edits of a prompt that is edited
+        again are forgotten, in all their phrasings.
         """
         again = {tokens.prompt_ids for tokens in edits}
         self.entries = [e for e in self.entries if again.isdisjoint({e.tokens.prompt_ids, e.tokens.request})]
-        most = checks * len(edits)
-        if len(self.entries) <= most:
-            return list(self.entries)
-        by_margin = sorted(self.entries, key=lambda entry: entry.margin)
+        most = checks * sum(not tokens.request for tokens in edits)
+        first = list({entry.of: entry for entry in reversed(self.entries)}.values())[::-1]
+        if len(first) <= most:
+            return first
+        by_margin = sorted(first, key=lambda entry: entry.margin)
         fragile = most // 2
         self._samples += 1
         return by_margin[:fragile] + random.Random(self._samples).sample(by_margin[fragile:], most - fragile)
 
     @torch.no_grad()
     def batches(
-        self, forward: CachedForward, entries: Mapping[int, Entry], hparams: KDPOHyperParams
+        self, forward: CachedForward, entries: Mapping[int, Entry], hparams: KDPOHyperParams, trained: bool = False
     ) -> list[list[Batch]]:
-        """Mini-batches of ``entries``, as they stand now; the keys are their numbers among a call's edits."""
+        """Mini-batches of ``entries``, as they stand now; the keys are their numbers among a call's edits.
+
+        ``trained``: steps will be taken on them.
+        """
         numbers = list(entries)
 
         def batch(here: list[int]) -> Batch:
@@ -169,9 +180,14 @@ class ReplayBuffer:
             chosen = [entries[member] for member in members]
             _, answers, mask, positions = padded([entry.tokens for entry in chosen])
             cache = self._stack(forward, chosen, positions.to(forward.device))
-            return make_batch(forward, members, cache, forward.from_cache(cache), answers, mask, hparams.margin)
+            frozen = forward.freeze(cache) if trained else None
+            begun, hidden = frozen or (cache, forward.from_cache(cache))
+            made = make_batch(forward, members, begun, hidden, answers, mask, hparams.margin)
+            return replace(made, whole=cache if frozen else None, light=light)
 
-        groups = group(forward, [entries[number].tokens for number in numbers], hparams.memory_budget)
+        some = [entries[number].tokens for number in numbers]
+        size = footprint(forward, some[0]) if trained and some else None
+        groups, light = group(forward, some, hparams.memory_budget, size)
         return [[batch(part) for part in parts] for parts in groups]
 
     def _stack(self, forward: CachedForward, entries: Sequence[Entry], positions: Tensor) -> ActivationCache:
@@ -199,7 +215,7 @@ def entries_of(edits: Sequence[EditTokens], batches: Sequence[Sequence[Batch]]) 
     """What ``batches`` of ``edits`` hold of each, in the order of ``edits``."""
     new: dict[int, Entry] = {}
     for batch in chain(*batches):
-        cache = batch.cache
+        cache = batch.whole or batch.cache
         for row, (member, margin) in enumerate(zip(batch.members, batch.margins.tolist(), strict=True)):
             here = slice(0, edits[member].length)
             inner = None if cache.inner is None else cache.inner[row, here].clone()
@@ -220,18 +236,31 @@ class EarlierEdits:
         self._trained: list[list[Batch]] = []
 
     def violated(self) -> list[list[Batch]]:
-        """Mini-batches of those that lost half their margin and are not trained yet."""
+        """Mini-batches of those that lost half their margin and are not trained yet.
+
+        Other phrasings of a request are looked at once the one that was has lost it.
+        """
         if self._sampled:
             self._refresh()
         else:
             self._sampled = self.buffer.batches(self.forward, self._entries, self.hparams)
+        self._look_further()
         trained = {member for batch in chain(*self._trained) for member in batch.members}
         weak = {m: self._entries[m] for m, margin in self._margins(self._sampled).items() if self._weak(margin)}
         weak = {member: entry for member, entry in weak.items() if member not in trained}
         self.buffer.repaired += len(weak)
-        joined = self.buffer.batches(self.forward, weak, self.hparams)
+        joined = self.buffer.batches(self.forward, weak, self.hparams, trained=True)
         self._trained += joined
         return joined
+
+    def _look_further(self) -> None:
+        """Look at the other phrasings of requests of which one is weak."""
+        weak = {self._entries[m].of for m, margin in self._margins(self._sampled).items() if self._weak(margin)}
+        known = set(map(id, self._entries.values()))
+        others = [entry for entry in self.buffer.entries if entry.of in weak and id(entry) not in known]
+        numbered = dict(enumerate(others, start=len(self.edits) + len(self._entries)))
+        self._entries |= numbered
+        self._sampled += self.buffer.batches(self.forward, numbered, self.hparams)
 
     def close(self, own: Sequence[Sequence[Batch]], changed: bool) -> None:
         """Note how the earlier edits stand, and take up the new ones, whose batches are ``own``.
