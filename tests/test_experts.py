@@ -28,6 +28,7 @@ ROUTED = {
     "GptOss": {**WINDOW, "num_local_experts": 16, "num_experts_per_tok": 2},
     "GraniteMoe": {"num_local_experts": 16, "num_experts_per_tok": 2},
 }
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
 SHARED = ("qwen2_moe", "deepseek_v2", "glm4_moe", "granite_moe_shared")
 ABOUT = {**REQUEST, "subject": "ZIC3"}
 LONGER = {"prompt": "Which family does Epaspidoceras belong to?", "target_new": "Noctuidae", "subject": "Epaspidoceras"}
@@ -54,7 +55,7 @@ def choice(model: Any, layer: int, ids: Tensor) -> Tensor:
     seen: list[Tensor] = []
     handle = experts.register_forward_pre_hook(lambda module, args: seen.append(args[1]))
     with torch.no_grad():
-        model(input_ids=ids.unsqueeze(0))
+        model(input_ids=ids.unsqueeze(0).to(model.device))
     handle.remove()
     return seen[0]
 
@@ -81,13 +82,14 @@ def changed(model: Any, originals: dict[str, Tensor]) -> set[int]:
     return {expert for expert in range(len(before)) if not torch.equal(after[expert], before[expert])}
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("fact_token", "layer"), [("all", 3), ("subject", 1), ("subject_last", 1)])
 @pytest.mark.parametrize("family", ROUTED)
 def test_only_experts_that_trained_tokens_are_sent_to_change(
-    tok: Any, family: str, fact_token: str, layer: int
+    tok: Any, family: str, fact_token: str, layer: int, device: str
 ) -> None:
     """Two edits of other lengths at once: what only their padding is sent to stays as well."""
-    model, requests = mixture(family), [ABOUT, LONGER]
+    model, requests = mixture(family).to(device), [ABOUT, LONGER]
     expected = reached(model, tok, layer, requests, fact_token)
     assert len(expected) < 16
     hparams = KDPOHyperParams(
@@ -145,7 +147,7 @@ def test_experts_changes_have_a_low_rank_form(tok: Any, family: str, tmp_path: P
 @pytest.mark.parametrize("family", ROUTED)
 def test_peft_loads_an_adapter_of_experts(tok: Any, family: str, tmp_path: Path) -> None:
     """gpt-oss keeps ``[E, F, D]``, the others ``[E, D, F]``."""
-    peft = pytest.importorskip("peft", minversion="0.17")
+    peft = pytest.importorskip("peft", minversion="0.19")
     model = mixture(family)
     delta = EditDelta.make(model, tok, [REQUEST], KDPOHyperParams(model_name=family, lr=1e-2))
     after = state(model)
