@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 from conftest import REQUEST, assert_same, load, state
-from test_cached_forward import EXPERTS, LLAMA_LIKE, WINDOW
+from test_cached_forward import EXPERTS, LLAMA_LIKE, WINDOW, skip_without_stacks
 from test_structure import build, random_model
 from torch import Tensor, nn
 
@@ -36,6 +36,7 @@ LONGER = {"prompt": "Which family does Epaspidoceras belong to?", "target_new": 
 
 def mixture(family: str, **settings: Any) -> Any:
     """A small random mixture of experts with room for the small Llama's vocabulary, whose experts matter."""
+    skip_without_stacks()
     model = build(family, **{**LLAMA_LIKE, "vocab_size": 1024, **ROUTED.get(family, {}), **settings})
     with torch.no_grad():
         for p in model.parameters():
@@ -167,6 +168,7 @@ def test_peft_loads_an_adapter_of_experts(tok: Any, family: str, tmp_path: Path)
 
 def upcycled(family: str) -> Any:
     """The small Llama as a mixture: its MLP sixteen times, as routed experts or, halved, beside a shared one."""
+    skip_without_stacks()
     llama = load("llama")[0]
     kept = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     model = build(
@@ -273,7 +275,8 @@ class OneByOne(nn.Module):
 
 def one_by_one(model: Any) -> Any:
     for block in model.model.layers:
-        block.mlp.experts = OneByOne(block.mlp.experts)
+        if not isinstance(block.mlp.experts, nn.ModuleList):  # transformers 4's are
+            block.mlp.experts = OneByOne(block.mlp.experts)
     return model
 
 
@@ -300,6 +303,7 @@ def test_a_shared_expert_beside_them_is_edited(tok: Any) -> None:
 
 def test_experts_below_each_other_in_one_matrix_are_refused(tok: Any) -> None:
     """DBRX's are ``[E * F, D]``."""
+    skip_without_stacks()
     config = transformers.DbrxConfig(
         d_model=32,
         n_heads=4,
