@@ -33,8 +33,8 @@ def complete(hparams: KDPOHyperParams, model: nn.Module) -> KDPOHyperParams:
     INFO, once.
 
     Raises:
-        ModelError: the model is an encoder-decoder, quantised or a mixture of experts, its structure cannot be found,
-            or ``rewrite_module_tmp`` names no list of blocks.
+        ModelError: the model is an encoder-decoder or quantised, its structure cannot be found, or
+            ``rewrite_module_tmp`` names no list of blocks.
     """
     if hparams.layers is not None and hparams.rewrite_module_tmp is not None:
         return hparams

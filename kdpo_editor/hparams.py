@@ -49,7 +49,8 @@ class KDPOHyperParams:
     (:func:`kdpo_editor.derived.complete`)."""
     rewrite_module_tmp: str | None = None
     """Dotted name of the edited matrix with ``{}`` for the layer, with or without ``.weight``. ``None``: found from the
-    model's own structure, the matrix of a block that writes into the residual stream last."""
+    model's own structure, the matrix of a block that writes into the residual stream last. Of routed experts it is the
+    parameter that holds the matrices of them all."""
     device: int | str | None = None
     """CUDA index, "cpu" or "cuda:1"; ``None`` is the GPU where there is one. Read by EasyEdit, which puts the
     model there; an edit runs wherever it finds the model."""

@@ -181,10 +181,18 @@ ARCHITECTURES: dict[str, tuple[str, str, str, dict[str, Any], bool]] = {
 }
 
 
+def skip_without_stacks() -> None:
+    """Before release 5 transformers kept most routed experts in modules of their own, or under other names."""
+    if int(transformers.__version__.split(".")[0]) < 5:
+        pytest.skip(f"transformers {transformers.__version__} does not stack experts")
+
+
 def tiny(name: str, dtype: torch.dtype = torch.float32) -> tuple[Any, str, str]:
     family, blocks, matrix, settings, _ = ARCHITECTURES[name]
     if not hasattr(transformers, f"{family}Config"):
         pytest.skip(f"transformers {transformers.__version__} has no {family}")
+    if ".experts." in matrix:
+        skip_without_stacks()
     torch.manual_seed(0)
     config = getattr(transformers, f"{family}Config")(**settings)
     model = transformers.AutoModelForCausalLM.from_config(config).eval()

@@ -9,7 +9,7 @@ import pytest
 import torch
 import transformers
 from conftest import REQUEST, assert_same, load, state
-from test_cached_forward import EXPERTS, LLAMA_LIKE, WINDOW
+from test_cached_forward import EXPERTS, LLAMA_LIKE, WINDOW, skip_without_stacks
 from test_structure import build, random_model
 from torch import Tensor, nn
 
@@ -28,6 +28,7 @@ ROUTED = {
     "GptOss": {**WINDOW, "num_local_experts": 16, "num_experts_per_tok": 2},
     "GraniteMoe": {"num_local_experts": 16, "num_experts_per_tok": 2},
 }
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
 SHARED = ("qwen2_moe", "deepseek_v2", "glm4_moe", "granite_moe_shared")
 ABOUT = {**REQUEST, "subject": "ZIC3"}
 LONGER = {"prompt": "Which family does Epaspidoceras belong to?", "target_new": "Noctuidae", "subject": "Epaspidoceras"}
@@ -35,6 +36,7 @@ LONGER = {"prompt": "Which family does Epaspidoceras belong to?", "target_new": 
 
 def mixture(family: str, **settings: Any) -> Any:
     """A small random mixture of experts with room for the small Llama's vocabulary, whose experts matter."""
+    skip_without_stacks()
     model = build(family, **{**LLAMA_LIKE, "vocab_size": 1024, **ROUTED.get(family, {}), **settings})
     with torch.no_grad():
         for p in model.parameters():
@@ -54,7 +56,7 @@ def choice(model: Any, layer: int, ids: Tensor) -> Tensor:
     seen: list[Tensor] = []
     handle = experts.register_forward_pre_hook(lambda module, args: seen.append(args[1]))
     with torch.no_grad():
-        model(input_ids=ids.unsqueeze(0))
+        model(input_ids=ids.unsqueeze(0).to(model.device))
     handle.remove()
     return seen[0]
 
@@ -81,13 +83,14 @@ def changed(model: Any, originals: dict[str, Tensor]) -> set[int]:
     return {expert for expert in range(len(before)) if not torch.equal(after[expert], before[expert])}
 
 
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("fact_token", "layer"), [("all", 3), ("subject", 1), ("subject_last", 1)])
 @pytest.mark.parametrize("family", ROUTED)
 def test_only_experts_that_trained_tokens_are_sent_to_change(
-    tok: Any, family: str, fact_token: str, layer: int
+    tok: Any, family: str, fact_token: str, layer: int, device: str
 ) -> None:
     """Two edits of other lengths at once: what only their padding is sent to stays as well."""
-    model, requests = mixture(family), [ABOUT, LONGER]
+    model, requests = mixture(family).to(device), [ABOUT, LONGER]
     expected = reached(model, tok, layer, requests, fact_token)
     assert len(expected) < 16
     hparams = KDPOHyperParams(
@@ -145,7 +148,7 @@ def test_experts_changes_have_a_low_rank_form(tok: Any, family: str, tmp_path: P
 @pytest.mark.parametrize("family", ROUTED)
 def test_peft_loads_an_adapter_of_experts(tok: Any, family: str, tmp_path: Path) -> None:
     """gpt-oss keeps ``[E, F, D]``, the others ``[E, D, F]``."""
-    peft = pytest.importorskip("peft", minversion="0.17")
+    peft = pytest.importorskip("peft", minversion="0.19")
     model = mixture(family)
     delta = EditDelta.make(model, tok, [REQUEST], KDPOHyperParams(model_name=family, lr=1e-2))
     after = state(model)
@@ -165,6 +168,7 @@ def test_peft_loads_an_adapter_of_experts(tok: Any, family: str, tmp_path: Path)
 
 def upcycled(family: str) -> Any:
     """The small Llama as a mixture: its MLP sixteen times, as routed experts or, halved, beside a shared one."""
+    skip_without_stacks()
     llama = load("llama")[0]
     kept = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     model = build(
@@ -271,7 +275,8 @@ class OneByOne(nn.Module):
 
 def one_by_one(model: Any) -> Any:
     for block in model.model.layers:
-        block.mlp.experts = OneByOne(block.mlp.experts)
+        if not isinstance(block.mlp.experts, nn.ModuleList):  # transformers 4's are
+            block.mlp.experts = OneByOne(block.mlp.experts)
     return model
 
 
@@ -298,6 +303,7 @@ def test_a_shared_expert_beside_them_is_edited(tok: Any) -> None:
 
 def test_experts_below_each_other_in_one_matrix_are_refused(tok: Any) -> None:
     """DBRX's are ``[E * F, D]``."""
+    skip_without_stacks()
     config = transformers.DbrxConfig(
         d_model=32,
         n_heads=4,

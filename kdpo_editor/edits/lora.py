@@ -75,12 +75,14 @@ def save_lora(
 
 
 def _write(folder: Path, model: nn.Module, parts: dict[str, tuple[Tensor, Tensor, Tensor]], rank: int) -> None:
-    from peft import LoraConfig
+    import peft
+    from packaging.version import Version
     from transformers.pytorch_utils import Conv1D
 
     stacks = [name for name in parts if model.get_parameter(name).ndim == 3]
-    if stacks and "target_parameters" not in LoraConfig.__dataclass_fields__:
-        raise CompressionError(f"{stacks[0]} stacks experts, which adapters have since PEFT 0.17")
+    # Those before it take [E, out, in] for [E, in, out].
+    if stacks and Version(peft.__version__) < Version("0.19"):
+        raise CompressionError(f"{stacks[0]} stacks experts, whose adapters need PEFT 0.19, not {peft.__version__}")
     modules = {name: name.rpartition(".")[0] for name in parts}
     transposed = {name for name, module in modules.items() if isinstance(model.get_submodule(module), Conv1D)}
     tensors = {}
@@ -97,7 +99,7 @@ def _write(folder: Path, model: nn.Module, parts: dict[str, tuple[Tensor, Tensor
         tensors[f"base_model.model.{module}.lora_A.weight"] = down.contiguous()
         tensors[f"base_model.model.{module}.lora_B.weight"] = up.contiguous()
     extra: dict[str, Any] = {"target_parameters": stacks} if stacks else {}  # unknown to an older PEFT
-    config = LoraConfig(
+    config = peft.LoraConfig(
         r=rank,
         lora_alpha=rank,
         lora_dropout=0.0,
@@ -108,8 +110,6 @@ def _write(folder: Path, model: nn.Module, parts: dict[str, tuple[Tensor, Tensor
         inference_mode=True,
         **extra,
     )
-    if stacks:
-        config.target_parameters = stacks
     config.save_pretrained(str(folder))
     data = safetensors.torch.save(tensors, metadata={"format": "pt"})
     (folder / "adapter_model.safetensors").write_bytes(data)

@@ -197,7 +197,9 @@ def _last_writer(block: nn.Module, width: int, watched: _Watched) -> str | None:
 def _matrices(block: nn.Module) -> dict[str, nn.Module]:
     """The linear modules of ``block`` that every token meets, by name; no router's."""
     found = {name: module for name, module in block.named_modules() if _width(module) and not is_one_experts(name)}
-    return {name: module for name, module in found.items() if not (is_mixture(block) and is_routers(name))}
+    if is_mixture(block):
+        return {name: module for name, module in found.items() if not is_routers(name)}
+    return found
 
 
 def _stacks(block: nn.Module) -> dict[str, Tensor]:
