@@ -291,6 +291,18 @@ def test_users_are_answered_before_and_at_every_checkpoint(tmp_path: Path) -> No
     assert {"wild.rewrite.question", "wild.rephrase.instruction"} <= {text["kind"] for text in said}
 
 
+def test_tasks_are_measured_before_and_at_every_checkpoint(tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval")
+    from kdpo_editor.compare.run.cell import run
+
+    tasks = ["protocol.tasks=[kdpo_facts]", "protocol.tasks_limit=20", "protocol.known=0", "n_edits=2"]
+    cell = run(composed(tmp_path, *tasks))
+    assert cell.manifest()["status"] == "complete", (cell.folder / "run.log").read_text("utf-8")
+    rows = figures(cell.folder)
+    asked = rows[rows["metric"] == "tasks.kdpo_facts.acc"]
+    assert list(zip(asked["when"], asked["checkpoint"], strict=True)) == [("pre", 0), ("checkpoint", 2)]
+
+
 def test_counterfact_is_edited_and_scored_without_a_network(tmp_path: Path) -> None:
     from kdpo_editor.compare.run.cell import run
 

@@ -38,7 +38,9 @@ MAIN = [
     ("peak_memory", "checkpoint"),
 ]
 LOWER_IS_BETTER = ("perplexity", *COST)
-HIGHER_IS_BETTER = re.compile(r".+_acc|.+_gen|.+_gen_stop|.+\.ngram_entropy|counterfact\..+|wild\..+|known|agreement")
+HIGHER_IS_BETTER = re.compile(
+    r".+_acc|.+_gen|.+_gen_stop|.+\.ngram_entropy|counterfact\..+|wild\..+|tasks\..+|known|agreement"
+)
 LEGEND = (
     "*_acc: EasyEdit's teacher-forced accuracy. *_gen: the greedy answer begins with the wanted one; *_gen_stop: it is "
     "that and no more. counterfact.*: ROME's scores, by which of two answers is likelier. right after: each edit as "

@@ -120,6 +120,11 @@ class Protocol:
     """The model to ask there."""
     perplexity: bool = True
     """Of held-out text, and the next tokens' agreement with the unedited model's, at every ``eval_at``."""
+    tasks: list[str] = field(default_factory=list)
+    """Tasks of lm-evaluation-harness, by name or by their files' paths, before any edit and at every ``eval_at``
+    (:mod:`~.harness`)."""
+    tasks_limit: int | None = None
+    """Examples of each task at most; ``null`` takes all."""
     batch_size: int = 256
     """Prompts scored at once, at most."""
 

@@ -34,7 +34,7 @@ SCHEMA = 1
 LOCK = ".lock"
 IDENTITY = ("method", "label", "model", "dataset", "protocol", "seed", "n_edits")
 MEASURED = ("edit", "checkpoint", "when", "metric", "value")
-PACKAGES = ("kdpo-editor", "easyeditor", "torch", "transformers", "peft", "hydra-core", "omegaconf", "numpy")
+PACKAGES = ("kdpo-editor", "easyeditor", "torch", "transformers", "peft", "hydra-core", "omegaconf", "numpy", "lm_eval")
 
 
 @dataclass

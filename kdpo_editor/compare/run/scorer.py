@@ -12,7 +12,7 @@ from typing import Any
 from ...edits.storage import write_file
 from ...requests import tokenize
 from ...testbed import taught_texts
-from . import statistics
+from . import harness, statistics
 from .config import Compare
 from .datasets import Record, content_hash
 from .editing import Editing
@@ -75,6 +75,8 @@ class Scorer:
 
             self.reading = Reading(*self._kept({"text": text}, reading))
 
+        self.tasks = self._kept(self._of_tasks(), lambda: self._measure(evaluator)) if protocol.tasks else {}
+
     def before(self, log: Log) -> None:
         """Rows and generations of the model as it is before any edit."""
         self._add(log, range(len(self.edited)), self.pre, "pre", 0)
@@ -83,6 +85,7 @@ class Scorer:
         if self.reading is not None:
             log.rows.append((-1, 0, "pre", "perplexity", self.reading.perplexity))
             log.rows.append((-1, 0, "pre", "agreement", 1.0))
+        log.rows += [(-1, 0, "pre", name, value) for name, value in self.tasks.items()]
 
     def score(self, log: Log, which: Sequence[int], when: str, checkpoint: int) -> None:
         """Rows and generations of the edits ``which``."""
@@ -102,6 +105,9 @@ class Scorer:
             log.rows.append((-1, checkpoint, "checkpoint", "perplexity", now.perplexity))
             agreement = accuracy(now.choices, self.reading.choices)
             log.rows.append((-1, checkpoint, "checkpoint", "agreement", agreement))
+        if self.config.protocol.tasks:
+            figures = self._measure(self._evaluator("tasks"))
+            log.rows += [(-1, checkpoint, "checkpoint", name, value) for name, value in figures.items()]
 
     def _add(self, log: Log, which: Sequence[int], said: Sequence[Outputs], when: str, checkpoint: int) -> None:
         stops = self.config.protocol.stops
@@ -110,6 +116,16 @@ class Scorer:
             log.rows += [(i, checkpoint, when, m, v) for m, v in rows(record, self.pre[i], output, stops)]
             place = {"edit": i, "checkpoint": checkpoint, "when": when}
             log.generations += [{**place, **entry} for entry in texts(record, output)]
+
+    def _measure(self, evaluator: Evaluator) -> dict[str, float]:
+        protocol = self.config.protocol
+        return harness.measure(evaluator, protocol.tasks, protocol.tasks_limit, self.config.seed)
+
+    def _of_tasks(self) -> dict[str, Any]:
+        """What the figures of tasks depend on beside the model: their names, and the content of own files."""
+        files = [Path(task).read_text("utf-8") for task in self.config.protocol.tasks if Path(task).is_file()]
+        protocol = self.config.protocol
+        return {"tasks": list(protocol.tasks), "files": files, "limit": protocol.tasks_limit, "seed": self.config.seed}
 
     def _evaluator(self, progress: str) -> Evaluator:
         evaluator = self.editing.evaluator()
