@@ -251,43 +251,6 @@ def test_results_without_texts(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "nothing that was generated" in capsys.readouterr().err
 
 
-# --- radars
-
-
-def test_radars_are_of_the_last_checkpoint_unless_told(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write_cell(results, "c", REPHRASED, dataset="recent")
-    assert main(["radar", str(results)]) == 0
-    assert {file.name for file in written(capsys)} == {f"radar-m-{d}-sequence-2-T2.png" for d in ("zsre", "recent")}
-    assert main(["radar", str(results), "--after", "1", "--dataset", "recent", "--out", str(results / "x")]) == 0
-    assert written(capsys) == [results / "x" / "radar-m-recent-sequence-2-T1.png"]
-    assert main(["mean-radar", str(results)]) == 0
-    assert written(capsys) == [results / "report" / "figures" / "radar-m-mean-sequence-2-T2.png"]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (["radar", "--after", "500"], "--after 500: {} has checkpoints after 1, 2 edits"),
-        (["radar", "--dataset", "x"], "--dataset x: {} has zsre"),
-        (["mean-radar"], "{}: a mean needs two data sets"),
-    ],
-)
-def test_a_radar_that_cannot_be_drawn(
-    results: Path, arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    figure, *options = arguments
-    assert main([figure, str(results), *options]) == 1
-    assert said.format(results) in capsys.readouterr().err
-
-
-def test_two_metrics_make_no_radar(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write_cell(tmp_path, "a")
-    assert main(["radar", str(tmp_path)]) == 1
-    assert (
-        "a radar needs three metrics; there are known, locality.other_acc, locality.same_acc" in capsys.readouterr().err
-    )
-
-
 # --- frontier
 
 
@@ -311,7 +274,7 @@ def test_a_frontier_of_what_was_not_measured(results: Path, capsys: pytest.Captu
     )
 
 
-@pytest.mark.parametrize("figure", ["example", "radar", "mean-radar", "frontier"])
+@pytest.mark.parametrize("figure", ["example", "frontier"])
 def test_a_folder_without_results(figure: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([figure, str(tmp_path)]) == 1
     assert "holds no results" in capsys.readouterr().err

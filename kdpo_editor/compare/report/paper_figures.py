@@ -1,4 +1,4 @@
-"""The command ``kdpo-figures``: each kind of figure of the KDPO paper from a folder of results, or from an edit."""
+"""The command ``kdpo-figures``: figures of the KDPO paper that ``kdpo-report`` does not draw, and the frontier."""
 
 from __future__ import annotations
 
@@ -22,11 +22,10 @@ examples:
   kdpo-figures example results --edit 3          what each method wrote, before and after
   kdpo-figures cycle --record 24                 one edit of the shipped model, step by step
   kdpo-figures cycle --model gpt2-xl --prompt "The capital of Australia is" --target Melbourne
-  kdpo-figures radar results                     a radar plot for each model and data set
-  kdpo-figures mean-radar results --after 500    a radar plot averaged over data sets
   kdpo-figures frontier results                  success against what else changed, over learning rates
 
-Every figure is written as PNG and SVG. Exit status: 0 when it was, 1 when there is nothing to draw, 2 for wrong usage.
+Every figure is written as PNG and SVG. Radar plots are drawn by kdpo-report.
+Exit status: 0 when it was, 1 when there is nothing to draw, 2 for wrong usage.
 """
 CHOICES = ("model", "dataset", "protocol", "n_edits")
 
@@ -52,7 +51,7 @@ def make_parser() -> argparse.ArgumentParser:
     """Of the command line; ``draw`` is what makes the pictures."""
     parser = argparse.ArgumentParser(
         prog="kdpo-figures",
-        description="The figures of the KDPO paper, from the results of a comparison or from an edit.",
+        description="Figures of the KDPO paper, from the results of a comparison or from an edit.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -79,8 +78,6 @@ def make_parser() -> argparse.ArgumentParser:
     sub = of_results("example", _example, "What the model wrote before an edit, and after it by method.")
     sub.add_argument("--edit", type=int, default=0, metavar="K", help="which edit, from 0 (default 0)")
     sub.add_argument("--seed", type=int, metavar="S", help="of the runs (default: the lowest; it orders the edits)")
-    of_results("radar", _radar, "A radar plot of the methods for each model and data set.")
-    of_results("mean-radar", _mean_radar, "A radar plot of the methods for each model, averaged over data sets.")
 
     sub = of_results("frontier", _frontier, "Two metrics against each other, a curve for each method over its rates.")
     sub.add_argument("--x", default="rewrite_gen", metavar="METRIC", help="across (default rewrite_gen)")
@@ -108,7 +105,10 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def _chosen(args: argparse.Namespace) -> list[Cell]:
-    """The cells that the options leave. Raises ResultsError naming the option that leaves none."""
+    """The cells that the options leave, of one model, data set, protocol and number of edits.
+
+    Raises ResultsError naming the option that leaves none, or that is to choose.
+    """
     from .reading import read_cells
 
     cells, left_out = read_cells(args.folder)
@@ -122,12 +122,6 @@ def _chosen(args: argparse.Namespace) -> list[Cell]:
                 there = _listed(cell.manifest[key] for cell in cells)
                 raise ResultsError(f"--{key.replace('_', '-')} {wanted}: {args.folder} has {there}")
             cells = found
-    return cells
-
-
-def _alike(args: argparse.Namespace) -> list[Cell]:
-    """As :func:`_chosen`, of one model, data set, protocol and number of edits, or ResultsError naming the option."""
-    cells = _chosen(args)
     for key in CHOICES:
         several = {cell.manifest[key] for cell in cells}
         if len(several) > 1:
@@ -140,33 +134,9 @@ def _alike(args: argparse.Namespace) -> list[Cell]:
 def _frontier(args: argparse.Namespace) -> Iterator[Picture]:
     from . import frontier
 
-    cells = _alike(args)
+    cells = _chosen(args)
     made = max(int(cell.means["T"].max()) for cell in cells) if args.after is None else args.after
     yield from frontier.pictures(cells, args.x, args.y, made)
-
-
-def _radar(args: argparse.Namespace, kind: str = "radar") -> list[Picture]:
-    from .figures import pictures
-    from .means import tidy
-
-    means = tidy(_chosen(args))
-    last = means.groupby(["model", "dataset", "protocol", "n_edits"])["T"].transform("max")
-    shown = means[means["T"] == (last if args.after is None else args.after)]
-    if shown.empty:
-        raise ResultsError(f"--after {args.after}: {args.folder} has checkpoints after {_listed(means['T'])} edits")
-    drawn = pictures(shown, [kind])
-    if not drawn and kind == "mean":
-        raise ResultsError(
-            f"{args.folder}: a mean needs two data sets of the same model, protocol, number of edits and checkpoint; "
-            f"there is {_listed(shown['dataset'])}"
-        )
-    if not drawn:
-        raise ResultsError(f"{args.folder}: a radar needs three metrics; there are {_listed(shown['metric'])}")
-    return drawn
-
-
-def _mean_radar(args: argparse.Namespace) -> list[Picture]:
-    return _radar(args, "mean")
 
 
 def _example(args: argparse.Namespace) -> Iterator[Picture]:
@@ -176,7 +146,7 @@ def _example(args: argparse.Namespace) -> Iterator[Picture]:
     from .figures import SETTINGS, picture
     from .tables import after
 
-    cells = _alike(args)
+    cells = _chosen(args)
     seeds = {cell.manifest["seed"] for cell in cells}
     seed = min(seeds) if args.seed is None else args.seed
     if seed not in seeds:
