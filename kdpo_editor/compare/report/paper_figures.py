@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...errors import DataError, ResultsError
+from ...errors import DataError, RequestError, ResultsError
 from .report import exit_status, say, slug, write
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def make_parser() -> argparse.ArgumentParser:
     sub.add_argument("--x", default="rewrite_gen", metavar="METRIC", help="across (default rewrite_gen)")
     sub.add_argument("--y", default="known", metavar="METRIC", help="upwards (default known)")
 
-    sub = figure("cycle", _cycle, "One KDPO edit: its negatives cycle by cycle, log-probabilities step by step.")
+    sub = figure("cycle", _cycle, "One KDPO edit: its rejected answers cycle by cycle, its loss step by step.")
     which = sub.add_mutually_exclusive_group(required=True)
     which.add_argument("--prompt", help="what the model is asked; with --target")
     which.add_argument(
@@ -212,9 +212,11 @@ def _cycle(args: argparse.Namespace) -> Iterator[Picture]:
     import matplotlib as mpl
 
     from ...cli.main import chosen_settings
+    from ...derived import complete
+    from ...editing import edit
     from ...models import load
+    from ...requests import tokenize
     from ..run.datasets import load as load_records
-    from ..run.watch import watch
     from . import edit_figures
     from .figures import SETTINGS, picture
 
@@ -227,12 +229,28 @@ def _cycle(args: argparse.Namespace) -> Iterator[Picture]:
         request, of = {"prompt": record.prompt, "target_new": record.target_new}, f"{args.dataset}-{args.record}"
     hparams, _ = chosen_settings(args)
     model, tok = load(args.model, device=args.device)
-    watched = watch(model, tok, request, hparams)
-    steps = sum(cycle.steps for cycle in watched.cycles)
-    end = f"{len(watched.cycles)} cycles, {steps} steps, {'won' if watched.converged else 'not won'}"
+    ((tokens, *_),) = tokenize(tok, [request], append_eos=hparams.append_eos)
+    _, _, (trace,) = edit(model, tok, [request], complete(hparams, model))
+    if not trace.cycles:
+        raise RequestError(f"{request['prompt']!r} is answered with {request['target_new']!r} already: nothing to show")
+    cycles = [(_spelled(tok, cycle.rejected), cycle) for cycle in trace.cycles]
+    end = f"{len(cycles)} cycles, {trace.steps} steps, {'won' if trace.converged else 'not won'}"
     with mpl.rc_context(SETTINGS):
-        title = f"{args.model}: {end}"
-        yield from picture(("cycle", args.model, of), title, None, edit_figures.optimisation(title, watched))
+        title, chosen = f"{args.model}: {end}", _spelled(tok, tokens.chosen.tolist())
+        drawn = edit_figures.optimisation(title, request["prompt"], chosen, cycles, hparams.stop_loss)
+        yield from picture(("cycle", args.model, of), title, None, drawn)
+
+
+def _spelled(tok: Any, ids: Sequence[int]) -> list[str]:
+    """Each token as text, a space at its beginning shown as ``␣``."""
+    shown = []
+    for identity, token in zip(ids, tok.convert_ids_to_tokens(ids), strict=True):
+        text = tok.decode([identity])
+        if "\N{REPLACEMENT CHARACTER}" in text or not text:
+            text = str(token)  # a part of a character, or nothing to see
+        space = text.startswith(" ") or str(token).startswith("▁")  # which some tokenizers do not decode alone
+        shown.append(("␣" if space else "") + text.replace("\n", "⏎").strip())
+    return shown
 
 
 if __name__ == "__main__":
