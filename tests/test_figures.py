@@ -7,24 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-import torch.nn.functional as F
 
 pytest.importorskip("pandas")
 pytest.importorskip("pyarrow")
 pytest.importorskip("matplotlib")
 
-from conftest import REQUEST, assert_same, state
 from result_folders import TWO_EDITS, Row, write_cell
 
-from kdpo_editor import edit
 from kdpo_editor.compare.report.edit_figures import Answer, Question, example, optimisation
 from kdpo_editor.compare.report.frontier import points
-from kdpo_editor.compare.report.paper_figures import main
+from kdpo_editor.compare.report.paper_figures import _spelled, main
 from kdpo_editor.compare.report.reading import read_cells
-from kdpo_editor.compare.run.watch import WatchedCycle, WatchedEdit, watch
-from kdpo_editor.errors import HyperParamsError, RequestError
-from kdpo_editor.requests import tokenize
+from kdpo_editor.engine.batches import Cycle
+from kdpo_editor.testbed import load_records
 
 REPHRASED: list[Row] = [
     *TWO_EDITS,
@@ -46,79 +41,16 @@ def written(capsys: pytest.CaptureFixture[str]) -> list[Path]:
     return files
 
 
-# --- an edit, watched
+# --- an edit, cycle by cycle
 
 
-def test_watching_sees_the_editor_s_own_negatives_and_losses(llama: Any, settings: Any) -> None:
-    model, tok = llama
-    hparams = settings(lr=3e-4)
-    before = state(model)
-    watched = watch(model, tok, REQUEST, hparams)
-    assert_same(model, before)
-    assert not any(p.grad is not None for p in model.parameters())
-    _, _, (trace,) = edit(model, tok, [REQUEST], hparams)
-    assert len(trace.cycles) > 1
-    assert sum(cycle.steps for cycle in watched.cycles) == trace.steps
-    assert watched.converged == trace.converged
-    for cycle, seen in zip(trace.cycles, watched.cycles, strict=True):
-        spelled = "".join(seen.rejected).replace("␣", " ")
-        assert spelled.split() == tok.decode(cycle.rejected).split()
-    # With the first negative the reference is what was seen first, so that the paper's loss follows.
-    first = watched.cycles[0]
-    for loss, chosen, rejected in zip(trace.cycles[0].losses, first.chosen_logps, first.rejected_logps, strict=False):
-        gain = (chosen - first.chosen_logps[0]) - (rejected - first.rejected_logps[0])
-        assert F.softplus(torch.tensor(-hparams.beta * gain)).item() == pytest.approx(loss, abs=1e-4)
-    # A cycle begins where the one before it ended.
-    for earlier, later in zip(watched.cycles, watched.cycles[1:], strict=False):
-        assert earlier.chosen_logps[-1] == later.chosen_logps[0]
-    ((tokens,),) = tokenize(tok, [REQUEST])
-    assert len(watched.chosen) == len(watched.final) == len(tokens.chosen)
-
-
-def test_steps_that_a_gpu_masks_are_not_shown(llama: Any, settings: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    hparams = settings(lr=1e-3, stop_loss=0.5)  # reached within the first cycle's steps
-    plain = watch(*llama, REQUEST, hparams)
-    assert any(cycle.steps < hparams.num_steps for cycle in plain.cycles)
-    monkeypatch.setattr("kdpo_editor.engine.steps.host_waits", lambda device, optimizer: False)
-    masked = watch(*llama, REQUEST, hparams)
-    assert [cycle.rejected for cycle in masked.cycles] == [cycle.rejected for cycle in plain.cycles]
-    for one, other in zip(masked.cycles, plain.cycles, strict=True):
-        assert one.chosen_logps == pytest.approx(other.chosen_logps, abs=1e-4)
-        assert one.rejected_logps == pytest.approx(other.rejected_logps, abs=1e-4)
-
-
-@pytest.mark.parametrize(
-    ("request_", "changes", "error", "said"),
-    [
-        (REQUEST, {"objective": "dpo"}, HyperParamsError, "objective: 'dpo'"),
-        (REQUEST, {"mom2_weight": 1.0}, HyperParamsError, "mom2_weight: 1.0 cannot be watched"),
-        ({**REQUEST, "rephrases": ["What?"]}, {}, RequestError, "rephrases"),
-        ({**REQUEST, "target_new": ""}, {}, RequestError, "target_new"),
-    ],
-)
-def test_what_cannot_be_watched_is_refused(
-    llama: Any, settings: Any, request_: Any, changes: Any, error: type[Exception], said: str
-) -> None:
-    with pytest.raises(error, match=said):
-        watch(*llama, request_, settings(**changes))
-
-
-def test_an_answer_that_is_known_has_no_cycle_to_show(llama: Any, settings: Any) -> None:
-    model, tok = llama
-    edit(model, tok, [REQUEST], settings())
-    before = state(model)
-    with pytest.raises(RequestError, match="already"):
-        watch(model, tok, REQUEST, settings())
-    assert_same(model, before)
-
-
-def test_the_cycle_is_drawn_with_its_tokens_and_a_line_where_a_negative_is_taken() -> None:
+def test_the_cycle_is_drawn_with_its_tokens_and_a_line_where_a_rejected_answer_is_taken() -> None:
     cycles = [
-        WatchedCycle(["␣A", "b"], [-9.0, -5.0, -3.0], [-1.0, -3.0, -6.0]),
-        WatchedCycle(["␣A", "b"], [-3.0, -2.0], [-6.0, -7.0]),
-        WatchedCycle(["␣C", "d"], [-2.0, -1.0], [-1.0, -8.0]),
+        (["␣A", "b"], Cycle([1, 2], [0.7, 0.5], 2)),
+        (["␣A", "b"], Cycle([1, 2], [0.4], 1)),
+        (["␣C", "d"], Cycle([3, 4], [0.3, 0.0005], 1)),
     ]
-    figure = optimisation("m: won", WatchedEdit("Who?", ["␣C", "b"], cycles, ["␣C", "b"], True))
+    figure = optimisation("m: won", "Who?", ["␣C", "b"], cycles, 0.001)
     said = texts_of(figure)
     for text in ("Who?", "␣A", "d", "y_l of cycles 1 to 2", "y_l of cycle 3", "y_l 3"):
         assert text in said
@@ -127,8 +59,22 @@ def test_the_cycle_is_drawn_with_its_tokens_and_a_line_where_a_negative_is_taken
     lines = figure.axes[1].lines
     assert [line.get_xdata()[0] for line in lines if line.get_linestyle() == ":"] == [0, 2, 3]
     curves = [line for line in lines if line.get_marker() != "None"]
-    assert len({(line.get_linestyle(), line.get_marker()) for line in curves}) == 2  # told apart in grey
-    assert list(curves[-1].get_ydata()) == [-1.0, -8.0]
+    assert [list(curve.get_xdata()) for curve in curves] == [[0, 1], [2], [3, 4]]
+    assert list(curves[-1].get_ydata()) == [0.3, 0.0005]
+
+
+def test_tokens_are_spelled_with_their_spaces(llama: Any) -> None:
+    _, tok = llama
+    spelled = _spelled(tok, tok(" male or\nfemale")["input_ids"])
+    assert spelled[0].startswith("␣")
+    assert "".join(spelled).replace("␣", " ").replace("⏎", "\n") == " male or\nfemale"
+
+
+def test_an_answer_that_is_known_has_no_cycle_to_show(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    record = load_records()[0]
+    request = ["--prompt", record["prompt"], "--target", record["ground_truth"]]
+    assert main(["cycle", *request, "--device", "cpu", "--out", str(tmp_path)]) == 1
+    assert "already" in capsys.readouterr().err
 
 
 def test_the_command_draws_a_record_s_cycle(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -251,43 +197,6 @@ def test_results_without_texts(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "nothing that was generated" in capsys.readouterr().err
 
 
-# --- radars
-
-
-def test_radars_are_of_the_last_checkpoint_unless_told(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write_cell(results, "c", REPHRASED, dataset="recent")
-    assert main(["radar", str(results)]) == 0
-    assert {file.name for file in written(capsys)} == {f"radar-m-{d}-sequence-2-T2.png" for d in ("zsre", "recent")}
-    assert main(["radar", str(results), "--after", "1", "--dataset", "recent", "--out", str(results / "x")]) == 0
-    assert written(capsys) == [results / "x" / "radar-m-recent-sequence-2-T1.png"]
-    assert main(["mean-radar", str(results)]) == 0
-    assert written(capsys) == [results / "report" / "figures" / "radar-m-mean-sequence-2-T2.png"]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (["radar", "--after", "500"], "--after 500: {} has checkpoints after 1, 2 edits"),
-        (["radar", "--dataset", "x"], "--dataset x: {} has zsre"),
-        (["mean-radar"], "{}: a mean needs two data sets"),
-    ],
-)
-def test_a_radar_that_cannot_be_drawn(
-    results: Path, arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    figure, *options = arguments
-    assert main([figure, str(results), *options]) == 1
-    assert said.format(results) in capsys.readouterr().err
-
-
-def test_two_metrics_make_no_radar(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write_cell(tmp_path, "a")
-    assert main(["radar", str(tmp_path)]) == 1
-    assert (
-        "a radar needs three metrics; there are known, locality.other_acc, locality.same_acc" in capsys.readouterr().err
-    )
-
-
 # --- frontier
 
 
@@ -311,7 +220,7 @@ def test_a_frontier_of_what_was_not_measured(results: Path, capsys: pytest.Captu
     )
 
 
-@pytest.mark.parametrize("figure", ["example", "radar", "mean-radar", "frontier"])
+@pytest.mark.parametrize("figure", ["example", "frontier"])
 def test_a_folder_without_results(figure: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([figure, str(tmp_path)]) == 1
     assert "holds no results" in capsys.readouterr().err

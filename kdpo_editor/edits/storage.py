@@ -20,15 +20,13 @@ from typing import Any, BinaryIO
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import DamagedFileError, StorageError
 
 MAX_JSON = 1 << 24
 """Bytes of one JSON document or journal line (16 MiB)."""
-MAX_HEADER = 1 << 20
-"""Bytes of a safetensors header (1 MiB)."""
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """The dtypes that matrices may have, by safetensors' names."""
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -199,38 +197,28 @@ def check_tensors(path: Path, expected: Mapping[str, Spec]) -> None:
 
     Only its header is read.
     """
-    with open_regular(path) as file:
-        _check_header(file, path, expected)
+    open_regular(path).close()
+    try:
+        with safe_open(path, "np") as file:
+            parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            found = {name: Spec(tuple(part.get_shape()), part.get_dtype()) for name, part in parts.items()}
+    except OSError as error:
+        raise storage_error("read", path, error) from error
+    except SafetensorError as error:
+        raise DamagedFileError(f"{path} is damaged: {error}") from None
+    if found.keys() != expected.keys():
+        raise DamagedFileError(f"{path} holds {', '.join(found) or 'nothing'}, not {', '.join(expected)}"[:400])
+    for name, spec in expected.items():
+        if found[name] != spec:
+            raise DamagedFileError(f"{path}: {name} is {found[name]}; it must be {spec}")
 
 
 def read_tensors(path: Path, expected: Mapping[str, Spec]) -> dict[str, Tensor]:
     """Read the tensors of a safetensors file, on the CPU, after :func:`check_tensors`."""
+    check_tensors(path, expected)
     with open_regular(path) as file:
-        size = _check_header(file, path, expected)
-        file.seek(0)
-        data = file.read(size)
+        data = file.read()
     try:
         return safetensors.torch.load(data)
     except (SafetensorError, ValueError, RuntimeError) as error:
         raise DamagedFileError(f"{path} is damaged: {error}") from None
-
-
-def _check_header(file: BinaryIO, path: Path, expected: Mapping[str, Spec]) -> int:
-    """The file's size in bytes, once its header is as it should be."""
-    size = os.fstat(file.fileno()).st_size
-    length = int.from_bytes(file.read(8), "little")
-    if size < 8 or not 2 <= length <= min(MAX_HEADER, size - 8):
-        raise DamagedFileError(f"{path} is damaged: no safetensors header")
-    header = parse_json(file.read(length), f"{path}: its header")
-    if not isinstance(header, dict):
-        raise DamagedFileError(f"{path} is damaged: its header is not an object")
-    header.pop("__metadata__", None)
-    if header.keys() != expected.keys():
-        raise DamagedFileError(f"{path} holds {', '.join(header) or 'nothing'}, not {', '.join(expected)}"[:400])
-    for name, spec in expected.items():
-        found = spec_from(header[name], f"{path}: {name}")
-        if found != spec:
-            raise DamagedFileError(f"{path}: {name} is {found}; it must be {spec}")
-    if size != 8 + length + sum(spec.nbytes for spec in expected.values()):
-        raise DamagedFileError(f"{path} is damaged: {size} bytes do not match its header")
-    return size

@@ -11,8 +11,8 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from ..run.watch import WatchedEdit
-from .figures import COLOURS, LINES, MARKERS, wrapped_title
+from ...engine.batches import Cycle
+from .figures import COLOURS, MARKERS, wrapped_title
 
 WIDTH, MARGIN = 7.0, 0.15  # inches
 LINE, SPACE = 0.17, 0.09
@@ -84,48 +84,47 @@ def example(title: str, questions: Sequence[Question]) -> Figure:
     return _sheet(title, lines, below=MARGIN)
 
 
-def optimisation(title: str, edit: WatchedEdit) -> Figure:
-    """Below ``title``, the tokens of ``y_w`` and of each cycle's ``y_l``, above what both are worth from step to step.
+def optimisation(
+    title: str, prompt: str, chosen: Sequence[str], cycles: Sequence[tuple[Sequence[str], Cycle]], stop_loss: float
+) -> Figure:
+    """Below ``title``, the tokens of ``y_w``, ``chosen``, and of each cycle's ``y_l``, above the loss before each step.
 
-    Tokens by which a ``y_l`` differs are framed; where a new one is taken there is a dotted line.
+    ``cycles``: the tokens of each ``y_l`` as text, and its cycle of an :class:`~kdpo_editor.EditTrace`. Tokens by which
+    a ``y_l`` differs are framed; where a new one is taken there is a dotted line.
     """
-    rows = [("y_w, the new answer", edit.chosen)]
-    for rejected_answer, same in groupby(enumerate(edit.cycles, 1), key=lambda numbered: numbered[1].rejected):
+    rows = [("y_w, the new answer", chosen)]
+    for rejected, same in groupby(enumerate(cycles, 1), key=lambda numbered: list(numbered[1][0])):
         numbers = [number for number, _ in same]
         of = f"cycle {numbers[0]}" if len(numbers) == 1 else f"cycles {numbers[0]} to {numbers[-1]}"
-        rows.append((f"y_l of {of}", rejected_answer))
-    rows.append(("the model at the end", edit.final))
-    lines = [_Line([(MARGIN, _wrapped(edit.prompt, WIDTH - 2 * MARGIN, bold=True), {"weight": "bold"})])]
+        rows.append((f"y_l of {of}", rejected))
+    lines = [_Line([(MARGIN, _wrapped(prompt, WIDTH - 2 * MARGIN, bold=True), {"weight": "bold"})])]
     lines += _token_lines(rows)
     note = "framed: where it is not y_w. ␣: a space"
     lines.append(_Line([(MARGIN, note, {"color": "#444444", "fontsize": SIZE - 1})]))
-    left, above, plot, below = 0.75, 0.35, 2.6, 0.85
+    left, above, plot, below = 0.75, 0.35, 2.6, 0.55
     figure = _sheet(title, lines, above + plot + below)
     height = figure.get_figheight()
     axes: Any = figure.add_axes((left / WIDTH, below / height, (WIDTH - left - MARGIN) / WIDTH, plot / height))
-    chosen = {"color": COLOURS[0], "marker": MARKERS[0], "linestyle": LINES[0]}
-    rejected = {"color": COLOURS[1], "marker": MARKERS[1], "linestyle": LINES[1], "markerfacecolor": "white"}
-    few, total = len(edit.cycles) <= 8, sum(cycle.steps for cycle in edit.cycles)
+    total = sum(cycle.steps for _, cycle in cycles)
     first, named = 0, -total
-    for number, cycle in enumerate(edit.cycles, 1):
-        steps = range(first, first + cycle.steps + 1)
-        names = ("chosen, y_w", "rejected, y_l") if number == 1 else (None, None)
-        axes.plot(steps, cycle.chosen_logps, label=names[0], linewidth=1.5, markersize=4, **chosen)
-        axes.plot(steps, cycle.rejected_logps, label=names[1], linewidth=1.5, markersize=5, **rejected)
+    for number, (_, cycle) in enumerate(cycles, 1):
+        steps = range(first, first + len(cycle.losses))
+        axes.semilogy(steps, cycle.losses, color=COLOURS[0], marker=MARKERS[0], linewidth=1.5, markersize=4)
         axes.axvline(first, color="#666666", linestyle=":", linewidth=1, zorder=0)
-        if first - named > total / (12 if few else 25):  # names would overlap otherwise
+        if first - named > total / 25:  # names would overlap otherwise
             axes.annotate(
-                f"y_l {number}" if few else str(number), (first, 1), xycoords=axes.get_xaxis_transform(),
+                f"y_l {number}" if len(cycles) <= 8 else str(number), (first, 1), xycoords=axes.get_xaxis_transform(),
                 xytext=(2, 3), textcoords="offset points", fontsize=SIZE - 1,
             )  # fmt: skip
             named = first
         first += cycle.steps
+    axes.axhline(stop_loss, color="#666666", linestyle="--", linewidth=1)
     axes.set_xlabel("optimiser steps taken; dotted: a new y_l is read off the model", fontsize=SIZE)
-    axes.set_ylabel("log-probability (nats)", fontsize=SIZE)
+    axes.set_ylabel("loss (nats); dashed: a cycle ends", fontsize=SIZE)
+    axes.yaxis.set_major_formatter("{x:g}")
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.tick_params(labelsize=SIZE)
     axes.grid(axis="y", color="#eeeeee")
-    figure.legend(loc="lower center", ncols=2, fontsize=SIZE, frameon=False, handlelength=4)
     return figure
 
 
@@ -150,7 +149,7 @@ def _token_lines(rows: Sequence[tuple[str, Sequence[str]]]) -> list[_Line]:
                     look["bbox"] = {"boxstyle": "square,pad=0.25", "facecolor": LOST, "edgecolor": "black", "lw": 0.7}
                 parts.append((x, tokens[t], look))
                 x += widths[t]
-            lines.append(_Line(parts, above=0.12 if i in (0, len(rows) - 1) else 0.02))
+            lines.append(_Line(parts, above=0.12 if i == 0 else 0.02))
     return lines
 
 

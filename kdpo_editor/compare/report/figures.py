@@ -6,7 +6,7 @@ import dataclasses
 import io
 import math
 import textwrap
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from itertools import cycle
 from typing import Any
 
@@ -27,8 +27,6 @@ RADAR = {
     "fluency.ngram_entropy": "Fluency",
     "rewrite_gen": "Generation",
 }
-KINDS = ("radar", "mean", "curves")
-"""A radar plot per model and data set, radar plots averaged over data sets, curves over the number of edits."""
 CURVES = ("rewrite_acc", "rewrite_gen", "rephrase_acc", "locality_acc", "portability_acc", "known")
 # Okabe and Ito's colours, told apart by most people who see fewer of them; without the yellow, too pale on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#7B3FA0")
@@ -54,10 +52,13 @@ class Picture:
     svg: bytes
 
 
-def pictures(tidy: pd.DataFrame, kinds: Collection[str] = KINDS) -> list[Picture]:
-    """Every figure of ``kinds`` (of ``KINDS``) that the frame of :func:`~.means.tidy` has the data for."""
+def pictures(tidy: pd.DataFrame) -> list[Picture]:
+    """Every figure that the frame of :func:`~.means.tidy` has the data for.
+
+    A radar plot per model and data set, radar plots averaged over data sets, curves over the number of edits.
+    """
     with mpl.rc_context(SETTINGS):
-        drawn = _pictures(tidy[tidy["when"] != "pre"], kinds)
+        drawn = _pictures(tidy[tidy["when"] != "pre"])
         return list(tqdm(drawn, desc="figures", unit="figure", disable=None, leave=False))
 
 
@@ -71,18 +72,17 @@ def styles_of(tidy: pd.DataFrame) -> dict[str, dict[str, Any]]:
     return styles
 
 
-def _pictures(tidy: pd.DataFrame, kinds: Collection[str]) -> Iterator[Picture]:
+def _pictures(tidy: pd.DataFrame) -> Iterator[Picture]:
     looks = {model: styles_of(frame) for model, frame in tidy.groupby("model")}
     for (model, protocol, n_edits), frame in tidy.groupby(["model", "protocol", "n_edits"], sort=False):
         scores, styles = {}, looks[model]
         for (dataset, made), part in frame.groupby(["dataset", "T"], sort=False):
             scores[dataset, made] = _radar_scores(part)
-            if "radar" in kinds:
-                title = f"{model}, {dataset}\n{after(protocol, n_edits, made)}"
-                name = ("radar", model, dataset, protocol, str(n_edits), f"T{made}")
-                group = (model, dataset, protocol, n_edits)
-                yield from picture(name, title, group, _radar(scores[dataset, made], styles))
-        for made in sorted(frame["T"].unique()) if "mean" in kinds else ():
+            title = f"{model}, {dataset}\n{after(protocol, n_edits, made)}"
+            name = ("radar", model, dataset, protocol, str(n_edits), f"T{made}")
+            group = (model, dataset, protocol, n_edits)
+            yield from picture(name, title, group, _radar(scores[dataset, made], styles))
+        for made in sorted(frame["T"].unique()):
             over = {dataset: table for (dataset, t), table in scores.items() if t == made}
             if len(over) > 1:
                 # A method that lacks a data set would be averaged over easier or harder ones than the others.
@@ -92,7 +92,7 @@ def _pictures(tidy: pd.DataFrame, kinds: Collection[str]) -> Iterator[Picture]:
                 title = f"{model}, mean of {', '.join(over)}\n{after(protocol, n_edits, made)}"
                 mean = ("radar", model, "mean", protocol, str(n_edits), f"T{made}")
                 yield from picture(mean, title, None, _radar(average, styles))
-        if protocol == "sequence" and "curves" in kinds:
+        if protocol == "sequence":
             for dataset, part in frame.groupby("dataset", sort=False):
                 title = f"{model}, {dataset}\nover {n_edits} edits"
                 curves = ("curves", model, dataset, str(n_edits))

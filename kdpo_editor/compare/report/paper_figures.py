@@ -1,4 +1,4 @@
-"""The command ``kdpo-figures``: each kind of figure of the KDPO paper from a folder of results, or from an edit."""
+"""The command ``kdpo-figures``: figures of the KDPO paper that ``kdpo-report`` does not draw, and the frontier."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...errors import DataError, ResultsError
+from ...errors import DataError, RequestError, ResultsError
 from .report import exit_status, say, slug, write
 
 if TYPE_CHECKING:
@@ -22,11 +22,10 @@ examples:
   kdpo-figures example results --edit 3          what each method wrote, before and after
   kdpo-figures cycle --record 24                 one edit of the shipped model, step by step
   kdpo-figures cycle --model gpt2-xl --prompt "The capital of Australia is" --target Melbourne
-  kdpo-figures radar results                     a radar plot for each model and data set
-  kdpo-figures mean-radar results --after 500    a radar plot averaged over data sets
   kdpo-figures frontier results                  success against what else changed, over learning rates
 
-Every figure is written as PNG and SVG. Exit status: 0 when it was, 1 when there is nothing to draw, 2 for wrong usage.
+Every figure is written as PNG and SVG. Radar plots are drawn by kdpo-report.
+Exit status: 0 when it was, 1 when there is nothing to draw, 2 for wrong usage.
 """
 CHOICES = ("model", "dataset", "protocol", "n_edits")
 
@@ -52,7 +51,7 @@ def make_parser() -> argparse.ArgumentParser:
     """Of the command line; ``draw`` is what makes the pictures."""
     parser = argparse.ArgumentParser(
         prog="kdpo-figures",
-        description="The figures of the KDPO paper, from the results of a comparison or from an edit.",
+        description="Figures of the KDPO paper, from the results of a comparison or from an edit.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -79,14 +78,12 @@ def make_parser() -> argparse.ArgumentParser:
     sub = of_results("example", _example, "What the model wrote before an edit, and after it by method.")
     sub.add_argument("--edit", type=int, default=0, metavar="K", help="which edit, from 0 (default 0)")
     sub.add_argument("--seed", type=int, metavar="S", help="of the runs (default: the lowest; it orders the edits)")
-    of_results("radar", _radar, "A radar plot of the methods for each model and data set.")
-    of_results("mean-radar", _mean_radar, "A radar plot of the methods for each model, averaged over data sets.")
 
     sub = of_results("frontier", _frontier, "Two metrics against each other, a curve for each method over its rates.")
     sub.add_argument("--x", default="rewrite_gen", metavar="METRIC", help="across (default rewrite_gen)")
     sub.add_argument("--y", default="known", metavar="METRIC", help="upwards (default known)")
 
-    sub = figure("cycle", _cycle, "One KDPO edit: its negatives cycle by cycle, log-probabilities step by step.")
+    sub = figure("cycle", _cycle, "One KDPO edit: its rejected answers cycle by cycle, its loss step by step.")
     which = sub.add_mutually_exclusive_group(required=True)
     which.add_argument("--prompt", help="what the model is asked; with --target")
     which.add_argument(
@@ -108,7 +105,10 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def _chosen(args: argparse.Namespace) -> list[Cell]:
-    """The cells that the options leave. Raises ResultsError naming the option that leaves none."""
+    """The cells that the options leave, of one model, data set, protocol and number of edits.
+
+    Raises ResultsError naming the option that leaves none, or that is to choose.
+    """
     from .reading import read_cells
 
     cells, left_out = read_cells(args.folder)
@@ -122,12 +122,6 @@ def _chosen(args: argparse.Namespace) -> list[Cell]:
                 there = _listed(cell.manifest[key] for cell in cells)
                 raise ResultsError(f"--{key.replace('_', '-')} {wanted}: {args.folder} has {there}")
             cells = found
-    return cells
-
-
-def _alike(args: argparse.Namespace) -> list[Cell]:
-    """As :func:`_chosen`, of one model, data set, protocol and number of edits, or ResultsError naming the option."""
-    cells = _chosen(args)
     for key in CHOICES:
         several = {cell.manifest[key] for cell in cells}
         if len(several) > 1:
@@ -140,33 +134,9 @@ def _alike(args: argparse.Namespace) -> list[Cell]:
 def _frontier(args: argparse.Namespace) -> Iterator[Picture]:
     from . import frontier
 
-    cells = _alike(args)
+    cells = _chosen(args)
     made = max(int(cell.means["T"].max()) for cell in cells) if args.after is None else args.after
     yield from frontier.pictures(cells, args.x, args.y, made)
-
-
-def _radar(args: argparse.Namespace, kind: str = "radar") -> list[Picture]:
-    from .figures import pictures
-    from .means import tidy
-
-    means = tidy(_chosen(args))
-    last = means.groupby(["model", "dataset", "protocol", "n_edits"])["T"].transform("max")
-    shown = means[means["T"] == (last if args.after is None else args.after)]
-    if shown.empty:
-        raise ResultsError(f"--after {args.after}: {args.folder} has checkpoints after {_listed(means['T'])} edits")
-    drawn = pictures(shown, [kind])
-    if not drawn and kind == "mean":
-        raise ResultsError(
-            f"{args.folder}: a mean needs two data sets of the same model, protocol, number of edits and checkpoint; "
-            f"there is {_listed(shown['dataset'])}"
-        )
-    if not drawn:
-        raise ResultsError(f"{args.folder}: a radar needs three metrics; there are {_listed(shown['metric'])}")
-    return drawn
-
-
-def _mean_radar(args: argparse.Namespace) -> list[Picture]:
-    return _radar(args, "mean")
 
 
 def _example(args: argparse.Namespace) -> Iterator[Picture]:
@@ -176,7 +146,7 @@ def _example(args: argparse.Namespace) -> Iterator[Picture]:
     from .figures import SETTINGS, picture
     from .tables import after
 
-    cells = _alike(args)
+    cells = _chosen(args)
     seeds = {cell.manifest["seed"] for cell in cells}
     seed = min(seeds) if args.seed is None else args.seed
     if seed not in seeds:
@@ -242,9 +212,11 @@ def _cycle(args: argparse.Namespace) -> Iterator[Picture]:
     import matplotlib as mpl
 
     from ...cli.main import chosen_settings
+    from ...derived import complete
+    from ...editing import edit
     from ...models import load
+    from ...requests import tokenize
     from ..run.datasets import load as load_records
-    from ..run.watch import watch
     from . import edit_figures
     from .figures import SETTINGS, picture
 
@@ -257,12 +229,28 @@ def _cycle(args: argparse.Namespace) -> Iterator[Picture]:
         request, of = {"prompt": record.prompt, "target_new": record.target_new}, f"{args.dataset}-{args.record}"
     hparams, _ = chosen_settings(args)
     model, tok = load(args.model, device=args.device)
-    watched = watch(model, tok, request, hparams)
-    steps = sum(cycle.steps for cycle in watched.cycles)
-    end = f"{len(watched.cycles)} cycles, {steps} steps, {'won' if watched.converged else 'not won'}"
+    ((tokens, *_),) = tokenize(tok, [request], append_eos=hparams.append_eos)
+    _, _, (trace,) = edit(model, tok, [request], complete(hparams, model))
+    if not trace.cycles:
+        raise RequestError(f"{request['prompt']!r} is answered with {request['target_new']!r} already: nothing to show")
+    cycles = [(_spelled(tok, cycle.rejected), cycle) for cycle in trace.cycles]
+    end = f"{len(cycles)} cycles, {trace.steps} steps, {'won' if trace.converged else 'not won'}"
     with mpl.rc_context(SETTINGS):
-        title = f"{args.model}: {end}"
-        yield from picture(("cycle", args.model, of), title, None, edit_figures.optimisation(title, watched))
+        title, chosen = f"{args.model}: {end}", _spelled(tok, tokens.chosen.tolist())
+        drawn = edit_figures.optimisation(title, request["prompt"], chosen, cycles, hparams.stop_loss)
+        yield from picture(("cycle", args.model, of), title, None, drawn)
+
+
+def _spelled(tok: Any, ids: Sequence[int]) -> list[str]:
+    """Each token as text, a space at its beginning shown as ``␣``."""
+    shown = []
+    for identity, token in zip(ids, tok.convert_ids_to_tokens(ids), strict=True):
+        text = tok.decode([identity])
+        if "\N{REPLACEMENT CHARACTER}" in text or not text:
+            text = str(token)  # a part of a character, or nothing to see
+        space = text.startswith(" ") or str(token).startswith("▁")  # which some tokenizers do not decode alone
+        shown.append(("␣" if space else "") + text.replace("\n", "⏎").strip())
+    return shown
 
 
 if __name__ == "__main__":
