@@ -114,9 +114,9 @@ def test_an_edit_through_its_subject(tmp_path: Path, capsys: Any) -> None:
     first = FACTS[1]
     own = ["--prompt", first["prompt"], "--target", first["target_new"], "--out", tmp_path / "e"]
     layers = ["--set", "layers=[1, 4]", "--set", "fact_token=subject"]
-    code, lines, err = kdpo(capsys, "edit", *MODEL, *own, *layers)
+    code, lines, err = kdpo(capsys, "edit", *MODEL, *own, *layers, "--subject", "Atlantis")
     assert (code, lines) == (1, [])
-    assert "no 'subject'" in err
+    assert "'subject' 'Atlantis' does not stand in the prompt" in err
     subject = first["prompt"].split()[-1].strip("?.")
     code, lines, _ = kdpo(capsys, "edit", *MODEL, *own, *layers, "--subject", subject)
     assert (code, lines[0]["converged"]) == (0, True)

@@ -18,7 +18,8 @@ from tqdm import tqdm
 from transformers import GenerationConfig
 
 from ..errors import RequestError
-from ..requests import token_ids, tokenize
+from ..request_forms import plain_requests, right_answers
+from ..requests import EditTokens, token_ids, tokenize
 from .weights import as_found
 
 # Rows and tokens, padding and answers included, that are generated together: they bound the keys and values held.
@@ -129,13 +130,21 @@ def answers(
 def says_target(
     model: nn.Module, tok: Any, requests: Sequence[Mapping[str, Any]], append_eos: bool = False
 ) -> list[bool]:
-    """For each request, whether the new answer is the model's choice at every position, under teacher forcing."""
+    """For each request, whether the new answer is the model's choice at every position, under teacher forcing.
+
+    So it is where that holds for another of its accepted answers.
+    """
     device = model.get_input_embeddings().weight.device  # type: ignore[operator]
-    won = []
-    for edit, *_ in tokenize(tok, requests, append_eos=append_eos):
+
+    def says(edit: EditTokens) -> bool:
         logits = model(input_ids=edit.sequence.unsqueeze(0).to(device), use_cache=False).logits
         choice = logits[0, len(edit.prompt) - 1 :].argmax(-1).cpu()
-        won.append(bool(torch.equal(choice, edit.chosen)))
+        return bool(torch.equal(choice, edit.chosen))
+
+    won = []
+    for request in plain_requests(requests):
+        right = [{**request, "target_new": answer, "rephrases": None} for answer in right_answers(request)]
+        won.append(any(says(edit) for edit, *_ in tokenize(tok, right, append_eos=append_eos)))
     return won
 
 
