@@ -49,7 +49,7 @@ def load(
         raise ModelError(f"dtype: {dtype!r} is not one of {', '.join(DTYPES)}")
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    folder = converted(name) or resolve(name)
+    folder = folder_of(name)
     try:
         tok = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
         model = AutoModelForCausalLM.from_pretrained(
@@ -81,7 +81,7 @@ def outline(name: str, *, trust_remote_code: bool = False) -> nn.Module:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
-        config = AutoConfig.from_pretrained(converted(name) or resolve(name), trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(folder_of(name), trust_remote_code=trust_remote_code)
         with torch.device("meta"):
             model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
@@ -92,6 +92,14 @@ def outline(name: str, *, trust_remote_code: bool = False) -> nn.Module:
 def is_known_here(name: str) -> bool:
     """Whether ``name`` is a model that only :func:`load` can load: a name of this package's, or a ``.gguf`` file."""
     return name == SHIPPED_MODEL or name in PACKAGED or gguf_file(name) is not None
+
+
+def folder_of(name: str) -> str:
+    """The folder or hub id by which ``transformers`` alone loads what :func:`load` loads by ``name``.
+
+    Raises :class:`~kdpo_editor.errors.ModelError` and :class:`~kdpo_editor.errors.StorageError` as :func:`load`.
+    """
+    return str(converted(name) or resolve(name))
 
 
 def dequantised_from(model: nn.Module) -> dict[str, str] | None:

@@ -20,6 +20,7 @@ from ..engine.weights import restore
 from ..errors import CompressionError, DamagedFileError, EditDiverged, FingerprintError
 from ..hparams import KDPOHyperParams
 from ..lifelong.second_moments import remember
+from ..request_forms import right_answers
 from .delta_file import load_delta, save_delta
 from .low_rank import decompose, pair_of, rank_within
 from .manifest import Change, EditInfo, Value, check_config, config_hash, config_of, full_form, matrices_of, value_of
@@ -330,7 +331,7 @@ class EditDelta:
             small = self._low_rank(self.config, changes, self.info, pairs)
             wanted, found = self.behaviour(model, tok), small.behaviour(model, tok)
         for request, (won, said), (still, says) in zip(self.info.requests, wanted, found, strict=True):
-            if (won and not still) or says not in (said, request["target_new"].strip()):
+            if (won and not still) or says not in (said, *(a.strip() for a in right_answers(request))):
                 raise CompressionError(
                     f"rank {small.rank} does not hold the edit: after {request['prompt']!r} the model says {says!r}, "
                     f"not {said!r}" + (" and loses its target" if won and not still else "")

@@ -57,6 +57,12 @@ def find_matrices(model: nn.Module, hparams: KDPOHyperParams) -> dict[str, nn.Pa
     return found
 
 
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The module that ``torch.compile`` was called on, where ``model`` is what it gave; else ``model`` itself."""
+    inner = getattr(model, "_orig_mod", None)
+    return inner if isinstance(inner, nn.Module) else model
+
+
 def check_kind(model: nn.Module, blocks: Mapping[int, nn.Module] | None = None) -> None:
     """Raise :class:`ModelError` for a kind of model that cannot be edited.
 
