@@ -27,6 +27,7 @@ from .lifelong.preconditioning import preconditioners
 from .lifelong.replay import ReplayBuffer
 from .lifelong.second_moments import remember_copy
 from .models import room
+from .request_forms import plain_requests, same_request, say_once
 from .requests import EditTokens, tokenize
 
 LOG = logging.getLogger(__name__)
@@ -44,8 +45,9 @@ def edit(
         model: a decoder-only ``transformers`` model, edited in place unless ``copy``.
         tok: its tokenizer. Neither its padding side nor anything else of it is changed.
         requests: ``[{"prompt": str, "target_new": str}, ...]``, edited in this order. ``"rephrases"``, a list of other
-            prompts for the same target, is trained too. ``"subject"``, a part of the prompt, is needed where
-            ``fact_token`` is not "all". Other keys are ignored.
+            prompts for the same target, is trained too. ``"subject"``, a part of the prompt, is looked for in it where
+            ``fact_token`` is not "all", and guessed where it is missing. Other keys are ignored. A request that repeats
+            another is edited once. What else is understood says :func:`kdpo_editor.request_forms.plain_request`.
         hparams: settings. With the paper's alone, an edit is :func:`kdpo_editor.kdpo.kdpo`, with ``objective: dpo``
             :func:`kdpo_editor.ablation.dpo`, and with any other :func:`kdpo_editor.lifelong.loop.kdpo_l`.
         copy: edit and return a deep copy instead.
@@ -59,7 +61,11 @@ def edit(
             Whatever is raised during an edit, the model is left as it was before the call.
     """
     hparams = complete(hparams, model)
+    requests = plain_requests(requests)
     edits, weights = check(model, tok, requests, hparams)
+    # Of each request, the first that asks for the same; each is edited once.
+    firsts = _firsts(requests)
+    edits = [phrasings for i, phrasings in enumerate(edits) if firsts[i] == i]
     spared = preconditioners(model, tok, weights, hparams)
     buffer = ReplayBuffer.of(model, weights) if hparams.replay else None
     if copy:
@@ -85,7 +91,8 @@ def edit(
         _check_size(weights, originals)
     if buffer is not None:
         buffer.store(model, weights, hparams)
-    traces = [_of_request(several) for several in _split(found, edits)]
+    of_first = dict(zip(sorted(set(firsts)), map(_of_request, _split(found, edits)), strict=True))
+    traces = [of_first[first] for first in firsts]
     _say_missed(requests, traces, hparams.cycles)
     return model, originals, traces
 
@@ -105,11 +112,16 @@ def check(
     """Find what an edit would train, or raise what :func:`edit` would before it changes anything.
 
     Returns the token ids of each request's phrasings, and the matrices by parameter name.
+
+    Raises also :class:`~kdpo_editor.RequestError` where two requests give one prompt different targets.
     """
+    requests = plain_requests(requests)
+    asked = requests
     requests = in_contexts(tok, requests, hparams.context_templates)
     edits = tokenize(tok, requests, append_eos=hparams.append_eos, with_subject=hparams.needs_subject)
     if hparams.objective == "dpo" and any(len(phrasings) > 1 for phrasings in edits):
         raise RequestError("'rephrases' cannot be trained where objective is dpo")
+    _check_targets(asked, edits)
     weights = find_matrices(model, hparams)
     _check_layers(model, hparams)
     _check_lengths(model, edits)
@@ -171,6 +183,31 @@ def _check_size(weights: Mapping[str, nn.Parameter], originals: Mapping[str, Ten
         if ((change > LARGEST_CHANGE * size) & (size > 0)).any():
             largest = (change / size)[size > 0].max().item()
             raise EditDiverged(f"{name} changed by {largest:.3g} times its norm")
+
+
+def _firsts(requests: Sequence[Mapping[str, Any]]) -> list[int]:
+    """The position of the first request that asks for the same as each; a repetition is said once."""
+    seen: dict[Any, int] = {}
+    firsts = [seen.setdefault(same_request(request), i) for i, request in enumerate(requests)]
+    for i, first in enumerate(firsts):
+        if first < i:
+            say_once(f"repeats request {first}, {requests[i]['prompt']!r}; it is edited once", f"request {i}")
+    return firsts
+
+
+def _check_targets(requests: Sequence[Mapping[str, Any]], edits: Sequence[Sequence[EditTokens]]) -> None:
+    """Raise where one prompt, a request's own or a rephrase, is to be answered in two ways."""
+    answered: dict[tuple[int, ...], tuple[int, list[int]]] = {}
+    for i, phrasings in enumerate(edits):
+        for tokens in phrasings:
+            answer = tokens.chosen.tolist()
+            first, earlier = answered.setdefault(tokens.prompt_ids, (i, answer))
+            if earlier != answer:
+                raise RequestError(
+                    f"requests {first} and {i} give the prompt {tokens.text!r:.200} two targets, "
+                    f"{requests[first]['target_new']!r:.200} and {requests[i]['target_new']!r:.200}; keep one, or make "
+                    "two calls"
+                )
 
 
 def _check_layers(model: nn.Module, hparams: KDPOHyperParams) -> None:

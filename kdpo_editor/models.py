@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from math import inf
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -49,7 +48,7 @@ def load(
         raise ModelError(f"dtype: {dtype!r} is not one of {', '.join(DTYPES)}")
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    folder = _folder(name)
+    folder = folder_of(name)
     try:
         tok = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
         model = AutoModelForCausalLM.from_pretrained(
@@ -81,7 +80,7 @@ def outline(name: str, *, trust_remote_code: bool = False) -> nn.Module:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     try:
-        config = AutoConfig.from_pretrained(_folder(name), trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(folder_of(name), trust_remote_code=trust_remote_code)
         with torch.device("meta"):
             model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
@@ -94,14 +93,17 @@ def is_known_here(name: str) -> bool:
     return name in FOLDERS or name in PACKAGED or gguf_file(name) is not None
 
 
-def _folder(name: str) -> Path | str:
-    """Where transformers finds the model ``name``, or ``name`` itself."""
-    return converted(name) or FOLDERS.get(name) or name
-
-
 def _hint(name: str) -> str:
     """Said of a name that looks like one of this package's and is not known."""
     return ", a name that `import kdpo_editor.testbed` may make known" if name.startswith("kdpo-") else ""
+
+
+def folder_of(name: str) -> str:
+    """The folder or hub id by which ``transformers`` alone loads what :func:`load` loads by ``name``.
+
+    Raises :class:`~kdpo_editor.errors.ModelError` and :class:`~kdpo_editor.errors.StorageError` as :func:`load`.
+    """
+    return str(converted(name) or FOLDERS.get(name) or name)
 
 
 def dequantised_from(model: nn.Module) -> dict[str, str] | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 import unicodedata
 from collections.abc import Mapping, Sequence
@@ -14,8 +13,9 @@ import torch
 from torch import Tensor
 
 from .errors import RequestError
+from .request_forms import plain_requests, say_first, say_once
+from .subjects import places_of, subject_of
 
-LOG = logging.getLogger(__name__)
 # Scripts that write no spaces between words: Thai, Lao, Tibetan, Burmese, Khmer, Chinese and Japanese, the last two
 # with their punctuation and full-width forms.
 UNSPACED = re.compile(
@@ -26,8 +26,6 @@ UNSPACED = re.compile(
 CLOSES = {"\u201c": "\u201e", "\u2018": "\u201a", "\u00ab": "\u00bb", "\u2039": "\u203a"}
 # What a continuation is tried behind, so that a tokenizer which begins every text with a space adds none to it.
 ANCHORS = ("", "\n", ":", "a", "1")
-# What was warned of. An edit is tokenised more than once; it is said once.
-_WARNED: set[str] = set()
 
 
 @dataclass(frozen=True)
@@ -80,14 +78,16 @@ def tokenize(
 
     No padding and no truncation takes place, so a tokenizer's settings for them do not matter. With ``append_eos`` the
     end token closes the answer. With ``with_subject`` each request's ``subject`` is found in its prompts, where it
-    stands last; one that stands there twice is warned of. All requests are checked before any is returned.
+    stands last, at whole words if it can; one that stands there twice is warned of, and so is one that is written there
+    in another case or Unicode form. Where a request has none, it is what :func:`~kdpo_editor.subjects.subject_of` says,
+    of a prompt in the chat template without the template; what is taken is logged. What else a request may look like
+    says :func:`~kdpo_editor.request_forms.plain_request`. All requests are checked before any is returned.
 
     Raises :class:`~kdpo_editor.RequestError`, naming the request's position and what is wrong with it; so also where
     the tokenizer cannot write the target.
     """
-    if isinstance(requests, (str, Mapping)) or not isinstance(requests, Sequence) or not requests:
-        raise RequestError("requests must be a list of at least one {'prompt': ..., 'target_new': ...}")
-    return [_tokenize_all(tok, r, f"request {i}", append_eos, with_subject) for i, r in enumerate(requests)]
+    plain = plain_requests(requests)
+    return [_tokenize_all(tok, r, f"request {i}", append_eos, with_subject) for i, r in enumerate(plain)]
 
 
 def joint(tok: Any, prompt: str, target: str) -> str:
@@ -154,14 +154,21 @@ def _without_end(tok: Any, ids: list[int]) -> list[int]:
 # One request ----------------------------------------------------------------------------------------------------
 
 
-def _tokenize_all(tok: Any, request: Any, name: str, append_eos: bool, with_subject: bool) -> list[EditTokens]:
-    if not isinstance(request, Mapping):
-        raise RequestError(f"{name} is a {type(request).__name__}; it must be a dict")
+def _tokenize_all(
+    tok: Any, request: Mapping[str, Any], name: str, append_eos: bool, with_subject: bool
+) -> list[EditTokens]:
+    _check_texts(request, name, with_subject)
+    rephrases = _prompts(request, "rephrases", name)
+    guessed = with_subject and "subject" not in request
+    if guessed:
+        request = {**request, "subject": _guessed(tok, request["prompt"], name)}
     first = _tokenize(tok, request, name, append_eos, with_subject)
-    others = [
-        _tokenize(tok, {**request, "prompt": prompt}, name, append_eos, with_subject)
-        for prompt in _prompts(request, "rephrases", name)
-    ]
+    others = []
+    for prompt in rephrases:
+        other = {**request, "prompt": prompt}
+        if guessed and not places_of(prompt, request["subject"], len(prompt)):
+            other["subject"] = _guessed(tok, prompt, name)
+        others.append(_tokenize(tok, other, name, append_eos, with_subject))
     return [first, *(replace(other, request=first.prompt_ids) for other in others)]
 
 
@@ -172,19 +179,22 @@ def _prompts(request: Mapping[str, Any], key: str, name: str) -> Sequence[str]:
     return prompts
 
 
-def _tokenize(tok: Any, request: Mapping[str, Any], name: str, append_eos: bool, with_subject: bool) -> EditTokens:
-    for key in ("prompt", "target_new", *(("subject",) if with_subject else ())):
+def _check_texts(request: Mapping[str, Any], name: str, with_subject: bool) -> None:
+    for key in ("prompt", "target_new", *(("subject",) if with_subject and "subject" in request else ())):
         if key not in request:
             raise RequestError(f"{name} has no {key!r}; it has {', '.join(map(repr, request)) or 'nothing'}")
         if not isinstance(request[key], str):
             raise RequestError(f"{name}: {key!r} is a {type(request[key]).__name__}; it must be text")
         if not request[key].strip():
             raise RequestError(f"{name}: {key!r} is empty")
+
+
+def _tokenize(tok: Any, request: Mapping[str, Any], name: str, append_eos: bool, with_subject: bool) -> EditTokens:
     separator = request.get("separator")
     if separator is None:
         separator = joint(tok, request["prompt"], request["target_new"])
         if separator == " " == request["target_new"][0]:
-            _warn(
+            say_once(
                 f"the target {request['target_new']!r} begins with a space and gets another before it; strip it", name
             )
     if not isinstance(separator, str):
@@ -239,16 +249,19 @@ def _find_subject(tok: Any, request: Mapping[str, Any], name: str, prompt: list[
     text, subject = request["prompt"], request["subject"].strip()
     # A chat template's end may say "assistant" or "model", which is no subject.
     end = _chat(tok).end
-    start = text.rfind(subject, 0, len(text) - (len(end) if text.endswith(end) else 0))
-    if start < 0:
+    places = places_of(text, subject, len(text) - (len(end) if text.endswith(end) else 0))
+    if not places:
         raise RequestError(f"{name}: 'subject' {subject!r} does not stand in the prompt {text!r}")
-    if text.find(subject) < start:
-        _warn(f"the subject {subject!r} stands more than once in {text!r}; the last one is taken", name)
+    start, stop = places[-1]
+    if text[start:stop] != subject:
+        say_once(f"the subject {subject!r} is taken for {text[start:stop]!r} in {text!r}", name)
+    if len(places) > 1:
+        say_once(f"the subject {subject!r} stands more than once in {text!r}; the last one is taken", name)
     # Characters are counted in what tokens say, so that whatever the tokenizer changes or loses counts on both sides.
     # Where a character has tokens of its bytes, only those ends of tokens are looked at that end a character too.
     preceding = token_ids(tok, text[:start].rstrip(" "))
     before = _length(tok, preceding)
-    through = _length(tok, token_ids(tok, text[: start + len(subject)]))
+    through = _length(tok, token_ids(tok, text[:stop]))
     begin = next((i for i, (a, b) in enumerate(zip(preceding, prompt, strict=False)) if a != b), len(preceding))
     begin = min(begin, len(prompt) - 1)
     while begin and _ends_within(tok, prompt[:begin]):
@@ -265,10 +278,19 @@ def _find_subject(tok: Any, request: Mapping[str, Any], name: str, prompt: list[
     return begin, len(prompt)
 
 
-def _warn(text: str, name: str) -> None:
-    if text not in _WARNED:
-        _WARNED.add(text)
-        LOG.warning("%s: %s", name, text)
+def _guessed(tok: Any, text: str, name: str) -> str:
+    """The subject of a prompt whose request names none."""
+    chat = _chat(tok)
+    # A chat template may put a system's message before the question, which is about others.
+    begin = text.rfind(chat.begin) + len(chat.begin) if chat.begin and chat.begin in text else 0
+    inside = text[begin : len(text) - len(chat.end)] if chat.end and text.endswith(chat.end) else text
+    for mark in chat.special:
+        inside = inside.replace(mark, "\n")
+    subject = subject_of(inside) or inside.strip()
+    if not subject:
+        raise RequestError(f"{name} has no 'subject', and none can be found in {text!r}")
+    say_first("a subject", f"no 'subject' is given for {text!r}; {subject!r} is taken", name)
+    return subject
 
 
 # Text -----------------------------------------------------------------------------------------------------------
@@ -320,8 +342,12 @@ def _writes_no_spaces(characters: Any) -> bool | None:
 
 
 class _Chat(NamedTuple):
-    """How prompts of a tokenizer end before an answer: in its template, with what that puts there; special tokens."""
+    """How prompts of a tokenizer begin and end in its template, with what that puts before answers; special tokens.
 
+    ``begin`` is what stands directly before a question, from the last line break or special token on.
+    """
+
+    begin: str
     end: str
     before_answer: str
     special: tuple[str, ...]
@@ -341,11 +367,14 @@ def _chat_of(tok: Any, template: str, added: int) -> _Chat:
         question = {"role": "user", "content": "QUESTION"}
         answered = _rendered(tok, [question, {"role": "assistant", "content": "ANSWER"}], False)
     except RequestError:
-        return _Chat("", "", special)
+        return _Chat("", "", "", special)
     between = answered[len(asked) :].partition("ANSWER")[0]
     whole = answered.startswith(asked) and (between.isspace() or not between)
-    _, found, end = asked.rpartition("QUESTION")
-    return _Chat(end if found else "", between if whole else "", special)
+    before, found, end = asked.rpartition("QUESTION")
+    if not found:
+        return _Chat("", "", between if whole else "", special)
+    last = max((before.rfind(mark) for mark in special if mark in before), default=0)
+    return _Chat(before[last:], end, between if whole else "", special)
 
 
 def _rendered(tok: Any, messages: list[dict[str, str]], ask: bool) -> str:

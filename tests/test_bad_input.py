@@ -139,7 +139,7 @@ def test_settings_come_from_omegaconf_too(tmp_path: Path) -> None:
         ([{**REQUEST, "prompt": " "}], r"request 0: 'prompt' is empty"),
         ([REQUEST, {**REQUEST, "target_new": ""}], r"request 1: 'target_new' is empty"),
         ([{**REQUEST, "target_new": None}], r"request 0: 'target_new' is a NoneType; it must be text"),
-        ([{**REQUEST, "target_new": ["male"]}], r"'target_new' is a list"),
+        ([{**REQUEST, "target_new": [["male"]]}], r"'target_new' is a list; it must be text, a number"),
         ([{**REQUEST, "target_new": "male " * 300}], r"request 0 has \d+ tokens .* the model takes 256 at most"),
     ],
 )

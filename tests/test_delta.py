@@ -409,7 +409,7 @@ def test_peft_loads_the_adapter_and_says_the_same(shipped: tuple[Any, Any], tmp_
     rank = delta.save_lora(tmp_path / "adapter", model, tok)
     assert_same(model, before)
     assert flags == [p.requires_grad for p in model.parameters()], "PEFT left its marks"
-    assert rank <= 192
+    assert rank in (8, 16, 32, 64, 128, 256)
     fresh, _ = load_model()
     unedited = [generate(fresh, tok, r["prompt"]) for r in records]
     adapted = peft.PeftModel.from_pretrained(fresh, str(tmp_path / "adapter"))
@@ -553,7 +553,7 @@ def test_without_requests_the_adapter_is_the_whole_change(shipped: tuple[Any, An
     model, tok = shipped
     _, originals = apply_kdpo_to_model(model, tok, load_records()[:1], shipped_settings(), return_orig_weights=True)
     delta = EditDelta.of(model, originals)
-    assert delta.save_lora(tmp_path / "adapter", model, tok) == 192
+    assert delta.save_lora(tmp_path / "adapter", model, tok) == 256  # of 192, and zeros
 
 
 def test_a_change_of_nothing_makes_no_adapter(shipped: tuple[Any, Any], tmp_path: Path) -> None:

@@ -261,6 +261,8 @@ def show(args: argparse.Namespace) -> int:
 
 def export(args: argparse.Namespace) -> int:
     """Write the edited model, a LoRA adapter, or the change alone."""
+    from ..edits.lora import served_rank
+
     ledger = _open(args)
     number = ledger.head if args.edit is None else args.edit
     if number == 0:
@@ -279,6 +281,7 @@ def export(args: argparse.Namespace) -> int:
     model, tok = _model_of(ledger, args)
     if said["as"] == "lora":
         said["rank"] = delta.save_lora(out, model, tok, rank=args.rank)
+        said["max_lora_rank"] = served_rank(said["rank"])
     else:
         delta.apply(model)
         model.save_pretrained(out)

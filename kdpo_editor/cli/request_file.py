@@ -9,6 +9,7 @@ from typing import Any
 from ..edits.manifest import texts_of
 from ..edits.storage import MAX_JSON, parse_json
 from ..errors import DamagedFileError, RequestError
+from ..request_forms import plain_request
 
 ALIASES = {"target": "target_new"}
 
@@ -25,8 +26,9 @@ class Line:
 def read_lines(lines: Iterable[bytes], name: str) -> list[Line]:
     """Read ``{"prompt": ..., "target_new": ...}`` from each line that is not blank.
 
-    ``target`` is understood as ``target_new``; other texts and lists of texts are kept, anything else is left out. Bad
-    lines do not raise: each has an error that begins with ``name`` and the line's number.
+    ``target`` is understood as ``target_new``, which may be a number or a list of answers
+    (:func:`~kdpo_editor.request_forms.plain_request`). Other texts and lists of texts are kept, anything else is left
+    out. Bad lines do not raise: each has an error that begins with ``name`` and the line's number.
     """
     found = []
     for number, data in enumerate(lines, 1):
@@ -43,7 +45,7 @@ def read_lines(lines: Iterable[bytes], name: str) -> list[Line]:
 def _request(record: Any, what: str) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise RequestError(f'{what} is a {type(record).__name__}; it must be {{"prompt": ..., "target_new": ...}}')
-    record = {ALIASES.get(key, key): value for key, value in record.items()}
+    record = plain_request({ALIASES.get(key, key): value for key, value in record.items()}, what)
     for key in ("prompt", "target_new"):
         if key not in record:
             keys = ", ".join(map(repr, record))[:200]

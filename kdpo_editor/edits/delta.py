@@ -15,13 +15,14 @@ from torch import Tensor, nn
 from ..derived import complete
 from ..editing import edit
 from ..engine.batches import EditTrace
-from ..engine.generation import generate, says_target
+from ..engine.generation import answers, generate, says_target
 from ..engine.weights import restore
 from ..errors import CompressionError, DamagedFileError, EditDiverged, FingerprintError
 from ..hparams import KDPOHyperParams
 from ..lifelong.second_moments import remember
+from ..request_forms import right_answers
 from .delta_file import load_delta, save_delta
-from .lora import check_place, save_lora
+from .lora import asked_prompts, check_place, save_lora
 from .low_rank import decompose, pair_of, rank_within
 from .manifest import Change, EditInfo, Value, check_config, config_hash, config_of, full_form, matrices_of, value_of
 from .switching import edited, note, unedited
@@ -334,7 +335,7 @@ class EditDelta:
             small = self._low_rank(self.config, changes, self.info, pairs)
             wanted, found = self.behaviour(model, tok), small.behaviour(model, tok)
         for request, (won, said), (still, says) in zip(self.info.requests, wanted, found, strict=True):
-            if (won and not still) or says not in (said, request["target_new"].strip()):
+            if (won and not still) or says not in (said, *(a.strip() for a in right_answers(request))):
                 raise CompressionError(
                     f"rank {small.rank} does not hold the edit: after {request['prompt']!r} the model says {says!r}, "
                     f"not {said!r}" + (" and loses its target" if won and not still else "")
@@ -370,20 +371,22 @@ class EditDelta:
     def save_lora(self, path: str | Path, model: nn.Module, tok: Any, *, rank: int | None = None) -> int:
         """Write the change as a PEFT LoRA adapter for the unedited model.
 
-        It is loaded with PEFT before it is kept: the free answers to the edit's prompts must be those of the edited
-        model.
+        It is loaded with PEFT before it is kept. After the prompt of each edit the model must give a right answer, or
+        say what the edited one says; after a rephrase it must give one where the edited model does.
 
         Args:
             path: a folder, which must not exist, or be empty.
             model: the model that the delta fits, before or after it; it is left as found.
             tok: its tokenizer.
-            rank: of the adapter; by default the smallest of 1, 2, 4, ... and the full rank that keeps the answers.
+            rank: of the adapter; by default the smallest that servers take (8, 16, ..., 512) and that keeps the
+                answers. Where the change has a smaller one, the rest is zeros.
 
         Returns:
-            The adapter's rank.
+            The adapter's rank. A server must allow it: vLLM by ``--max-lora-rank``.
 
         Raises:
-            CompressionError: an answer differs, and its prompt is named; or the edits changed nothing.
+            CompressionError: an answer differs, and its prompt is named; the edits changed nothing; or a rank above 512
+                would be needed, or was asked for.
             ModuleNotFoundError: PEFT is not installed.
             StorageError: the folder is not empty, or cannot be written.
             FingerprintError: the model is neither as before the edit nor as after it.
@@ -392,7 +395,8 @@ class EditDelta:
         if not self.changes:
             raise CompressionError("the edits changed no weight; there is nothing for an adapter to hold")
         with self.before(model):
-            wanted = [said for _, said in self.behaviour(model, tok)]
+            with edited(model, self):
+                wanted = answers(model, tok, asked_prompts(self.info.requests))
             return save_lora(Path(path), model, tok, self.change(), self.info.requests, wanted, rank)
 
     # On disk --------------------------------------------------------------------------------------------------

@@ -1,8 +1,13 @@
-"""An edit as a PEFT LoRA adapter, for every program that loads those."""
+"""An edit as a PEFT LoRA adapter, for every program that loads those: PEFT, vLLM, the evaluation harness.
+
+The adapter is of the unedited model, and says in its ``adapter_config.json`` which: by a name that PEFT can load
+without this package, and by the class that its names of modules are from.
+"""
 
 from __future__ import annotations
 
 import errno
+import logging
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,10 +19,18 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from ..engine.generation import generate
-from ..errors import CompressionError, StorageError
+from ..engine.answers import begins_with
+from ..engine.generation import answers
+from ..engine.weights import uncompiled
+from ..errors import CompressionError, DamagedFileError, FingerprintError, ModelError, StorageError
+from ..models import dequantised_from, folder_of, is_known_here
+from ..request_forms import right_answers
 from .low_rank import decompose, pair_of
-from .storage import make_folder, storage_error
+from .storage import make_folder, read_json, storage_error, write_file
+
+LOG = logging.getLogger(__name__)
+# The ranks that vLLM makes room for by --max-lora-rank, but for 1 and 320, which not all its releases know.
+SERVED = (8, 16, 32, 64, 128, 256, 512)
 
 
 def check_place(path: Path) -> None:
@@ -37,18 +50,37 @@ def save_lora(
 ) -> int:
     """Write ``change`` to the folder ``path`` as an adapter for ``model``, which is as before the edit and left so.
 
-    It is loaded with PEFT before it is kept: the free answers to ``requests`` must be ``wanted``. Returns the rank;
-    errors as those of :meth:`EditDelta.save_lora`.
+    It is loaded with PEFT before it is kept. After the prompt of each edit the model must give a right answer, or say
+    what the edited one says; after a rephrase it must give one where the edited model does.
+
+    Args:
+        path: a folder; see :func:`check_place`.
+        model: the model as before the edit; it is left as found.
+        tok: its tokenizer.
+        change: what is added, ``{parameter name: tensor}``.
+        requests: the edits.
+        wanted: the edited model's answers after :func:`asked_prompts` of ``requests``.
+        rank: of the adapter; by default the smallest of :data:`SERVED` that keeps the answers. Where the change has a
+            smaller one, the rest is zeros.
+
+    Returns the adapter's rank; errors as those of :meth:`EditDelta.save_lora`.
     """
     from peft import PeftModel
 
+    if rank is not None:
+        served_rank(rank)
+    model = uncompiled(model)
     make_folder(path.parent)
     weights = dict(model.named_parameters())
     parts = {name: decompose(matrix, weights[name]) for name, matrix in change.items()}
     full = max(scale.shape[-1] for _, scale, _ in parts.values())
-    ranks = [rank] if rank is not None else [*(2**i for i in range(full.bit_length()) if 2**i < full), full]
-    if rank is None and not requests:
-        ranks = [full]  # nothing tells when a smaller one would do
+    if rank is not None:
+        ranks: list[int] = [rank]
+    elif requests:
+        ranks = [r for r in SERVED if r < full] + [r for r in SERVED if r >= full][:1]
+    else:
+        ranks = [served_rank(full)]  # nothing tells when a smaller one would do
+    asked = _asked(requests)
     for r in ranks:
         folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
         try:
@@ -56,22 +88,89 @@ def save_lora(
             with _left_alone(model):
                 adapted = PeftModel.from_pretrained(model, str(folder))
                 try:
-                    said = [generate(adapted, tok, request["prompt"]) for request in requests]
+                    said = answers(adapted, tok, list(asked))
                 finally:
                     adapted.unload()
-            if said == wanted:
+            lost = [
+                (prompt, says, was)
+                for (prompt, rule), says, was in zip(asked.items(), said, wanted, strict=True)
+                if not _is_kept(says, was, *rule)
+            ]
+            if not lost:
                 folder.chmod(0o755)
                 folder.replace(path)
+                LOG.info("%s: rank %d; vLLM needs --max-lora-rank %d", path, r, served_rank(r))
                 return r
         except OSError as error:
             raise storage_error("write", path, error) from error
         finally:
             shutil.rmtree(folder, ignore_errors=True)
-    wrong = next(i for i, (a, b) in enumerate(zip(said, wanted, strict=True)) if a != b)
+    prompt, says, was = lost[0]
     raise CompressionError(
-        f"an adapter of rank {ranks[-1]} does not hold the edit: after {requests[wrong]['prompt']!r} the "
-        f"model says {said[wrong]!r}, not {wanted[wrong]!r}"
+        f"an adapter of rank {ranks[-1]} does not hold the edit: after {prompt!r} the model says {says!r}, "
+        f"not {was!r}; export the model instead, which holds it exactly"
     )
+
+
+def load_lora(model: nn.Module, path: str | Path) -> Any:
+    """Load an adapter of :func:`save_lora` onto ``model``, the unedited one, and return PEFT's model.
+
+    PEFT alone does the same with ``PeftModel.from_pretrained(model, path)``. It looks modules up by the ends of their
+    names, so on another class an adapter may find none of its tensors' places and do nothing; here that is an error.
+
+    Raises:
+        FingerprintError: the adapter was made on another class of model, or names modules that this one has not.
+        DamagedFileError, StorageError: there is no adapter, or it cannot be read.
+        ModuleNotFoundError: PEFT is not installed.
+    """
+    from peft import PeftModel
+
+    config = read_json(Path(path) / "adapter_config.json")
+    made = config.get("auto_mapping") or {}
+    targets = config.get("target_modules")
+    if not isinstance(made, dict) or not isinstance(targets, list):
+        raise DamagedFileError(f"{path}: adapter_config.json is not of an adapter by this package")
+    own = type(uncompiled(model)).__name__
+    if made.get("base_model_class", own) != own:
+        raise FingerprintError(f"{path} was made on a {made['base_model_class']}, and this model is a {own}")
+    modules = {name for name, _ in uncompiled(model).named_modules()}
+    if missing := sorted(set(map(str, targets)) - modules):
+        raise FingerprintError(f"{path} adapts {missing[0]}, which this {own} does not have")
+    return PeftModel.from_pretrained(model, str(path))  # type: ignore[arg-type]
+
+
+def served_rank(rank: int) -> int:
+    """Say which ``--max-lora-rank`` an adapter of this rank needs of vLLM.
+
+    Raises :class:`~kdpo_editor.CompressionError` for a rank that no server takes.
+    """
+    if rank < 1 or rank > SERVED[-1]:
+        raise CompressionError(
+            f"an adapter's rank is 1 to {SERVED[-1]}, and {rank} would be needed; export the model instead"
+        )
+    return next(served for served in SERVED if served >= rank)
+
+
+def asked_prompts(requests: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Every prompt of ``requests``, rephrases too, once each: what an adapter is asked before it is kept."""
+    return list(_asked(requests))
+
+
+def _asked(requests: Sequence[Mapping[str, Any]]) -> dict[str, tuple[tuple[str, ...], bool]]:
+    """Every prompt's right answers, and whether it is a request's own and not a rephrase."""
+    asked: dict[str, tuple[tuple[str, ...], bool]] = {}
+    for request in requests:  # a prompt that was edited again has the later answer
+        asked[request["prompt"]] = right_answers(request), True
+        for rephrase in request.get("rephrases") or ():
+            asked.setdefault(rephrase, (right_answers(request), False))
+    return asked
+
+
+def _is_kept(says: str, said: str, right: tuple[str, ...], needed: bool) -> bool:
+    """Whether the adapted model, which ``says`` so, keeps what the edited one ``said``."""
+    if says == said or any(begins_with(says, answer) for answer in right):
+        return True
+    return not needed and not any(begins_with(said, answer) for answer in right)
 
 
 def _write(folder: Path, model: nn.Module, parts: dict[str, tuple[Tensor, Tensor, Tensor]], rank: int) -> None:
@@ -106,13 +205,60 @@ def _write(folder: Path, model: nn.Module, parts: dict[str, tuple[Tensor, Tensor
         target_modules=[module for name, module in modules.items() if name not in stacks],
         fan_in_fan_out=bool(transposed),
         task_type="CAUSAL_LM",
-        base_model_name_or_path=getattr(model, "name_or_path", None),
+        base_model_name_or_path=_base_of(model),
         inference_mode=True,
+        auto_mapping={"base_model_class": type(model).__name__, "parent_library": type(model).__module__},
         **extra,
     )
     config.save_pretrained(str(folder))
     data = safetensors.torch.save(tensors, metadata={"format": "pt"})
     (folder / "adapter_model.safetensors").write_bytes(data)
+    write_file(folder / "README.md", _card(model, rank).encode())
+
+
+def _base_of(model: nn.Module) -> str | None:
+    """The name by which PEFT loads the unedited model, without this package."""
+    name = getattr(model, "name_or_path", None)
+    try:
+        return folder_of(name) if name and is_known_here(name) else name
+    except (ModelError, StorageError):  # the file that it was read from is gone
+        return str(name)
+
+
+def _card(model: nn.Module, rank: int) -> str:
+    """The README beside an adapter."""
+    name, base, kind = getattr(model, "name_or_path", None) or "", _base_of(model) or "BASE", type(model).__name__
+    source = dequantised_from(model)
+    lines = ["---", "library_name: peft", *([f"base_model: {name}"] if _is_hub_id(name) else []), "---", ""]
+    lines += [f"# An edit of {name or 'a model'}, as a LoRA adapter", "", f"Rank {rank}, of a `{kind}`.", ""]
+    if source is not None:
+        lines += [
+            f"The base is the model in `{source['file']}` (SHA-256 `{source['sha256']}`), written out in fp32. It is "
+            "not the unquantised model of the same name on the hub, for which this adapter was not made. Its folder of "
+            f"safetensors is `{base}`, where it was made; on another machine copy that folder, or have it made again "
+            f"by `kdpo settings --model {Path(name).name}` there, and name it as the base.",
+            "",
+        ]
+    lines += [
+        "```python",
+        "from peft import PeftModel",
+        f"from transformers import {kind}",
+        "",
+        f'model = {kind}.from_pretrained("{base}")',
+        'model = PeftModel.from_pretrained(model, "THIS FOLDER")',
+        "```",
+        "",
+        "```sh",
+        f"vllm serve {base} --enable-lora --max-lora-rank {served_rank(rank)} --lora-modules edit=THIS_FOLDER",
+        f"lm_eval --model hf --model_args pretrained={base},peft=THIS_FOLDER --tasks ...",
+        "```",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _is_hub_id(name: str) -> bool:
+    return name.count("/") == 1 and not is_known_here(name) and not Path(name).exists()
 
 
 @contextmanager

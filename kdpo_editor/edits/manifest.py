@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..engine.batches import EditTrace
 from ..errors import DamagedFileError, FingerprintError
 from ..hparams import KDPOHyperParams
+from ..request_forms import plain_request
 from ..version import __version__
 from .storage import NAMES, Spec, dump_json, field, hash_from, spec_from, spec_of
 
@@ -101,7 +102,7 @@ class EditInfo:
         import transformers
 
         return cls(
-            requests=[texts_of(request) for request in requests],
+            requests=[texts_of(plain_request(request, f"request {i}")) for i, request in enumerate(requests)],
             outcomes=[{"converged": t.converged, "steps": t.steps} for t in traces],
             hparams=None if hparams is None else hparams.to_dict(),
             date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),

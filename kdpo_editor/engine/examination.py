@@ -64,10 +64,16 @@ def _begin(part: UpperPart, ids: Tensor) -> Examined | None:
         try:
             cache, before = part.run(ids, positions, inside)
             cache = replace(cache, per_row=per_row(part, cache, ids, inside)).rows(swapped)
+        except torch.OutOfMemoryError:
+            raise
         except ModelError:
             if inside:
                 continue
             raise
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            # Hidden states that are no [B, L, D], as Gemma-3n's, of which there are several for each token.
+            found = f"fails ({type(error).__name__}: {error})"
+            continue
         handle = part.module.register_forward_hook(disturb)
         try:
             full = part.model(input_ids=ids[swapped], use_cache=False, return_dict=True).logits.float()

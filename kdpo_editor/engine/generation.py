@@ -11,19 +11,23 @@ from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import GenerationConfig
 
 from ..errors import RequestError
-from ..requests import token_ids, tokenize
+from ..request_forms import plain_requests, right_answers
+from ..requests import EditTokens, token_ids, tokenize
 from .weights import as_found
 
 # Rows and tokens, padding and answers included, that are generated together: they bound the keys and values held.
 ROWS = 64
 TOKENS = 8192
+# Of each model that was given prompts of several lengths, whether it takes padding.
+_TAKES_PADDING: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -66,7 +70,8 @@ def greedy(
         prompts: as :func:`~kdpo_editor.requests.token_ids` gives them.
         longest: tokens generated at most.
         ignore_end: go on behind end tokens, up to ``longest``, and keep them.
-        rows: prompts in a batch at most. Prompts of different lengths are padded on the left and masked.
+        rows: prompts in a batch at most. Prompts of different lengths are padded on the left and masked, unless the
+            model says something else then than without padding, as some recurrent ones do.
         alike: batch only prompts of equal length.
         progress: what a progress bar is headed; ``None`` shows none.
     """
@@ -88,6 +93,7 @@ def greedy(
     device = base.get_input_embeddings().weight.device  # type: ignore[operator]
     lengths = [len(prompt) for prompt in prompts]
     with as_found(base), _configured(base, config), bar(len(prompts), progress) as counted:
+        alike = alike or (rows > 1 and len(set(lengths)) > 1 and not _takes_padding(base, pad))
         for group in batches([n + longest for n in lengths], rows, TOKENS, lengths if alike else None):
             width = max(lengths[i] for i in group)
             ids = torch.full((len(group), width), pad)
@@ -101,6 +107,29 @@ def greedy(
                 found[i] = Continuation(new[:end], end is not None)
             counted.update(len(group))
     return found
+
+
+def _takes_padding(model: nn.Module, pad: int) -> bool:
+    """Whether a row that is padded on the left and masked gives the logits that it gives alone; tried once."""
+    if model not in _TAKES_PADDING:
+        device = model.get_input_embeddings().weight.device  # type: ignore[operator]
+        short, width = torch.arange(1, 4, device=device), 8
+        long = torch.arange(width, device=device) % 4
+        ids = torch.stack([nn.functional.pad(short, (width - len(short), 0), value=pad), long])
+        mask = torch.stack([nn.functional.pad(torch.ones_like(short), (width - len(short), 0)), torch.ones_like(long)])
+
+        def first(ids: Tensor, mask: Tensor) -> Tensor:
+            config = GenerationConfig(do_sample=False, max_new_tokens=1, pad_token_id=pad, use_cache=True)
+            config.output_logits = config.return_dict_in_generate = True
+            out = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)  # type: ignore[operator]
+            logits: Tensor = out.logits[0][0].float()
+            return logits
+
+        alone, padded = first(short.unsqueeze(0), mask[:1, -len(short) :]), first(ids, mask)
+        half = next(model.parameters()).dtype in (torch.float16, torch.bfloat16)
+        # NaN tells nothing: then padding is no worse than anything.
+        _TAKES_PADDING[model] = not bool((alone - padded).norm() > (0.1 if half else 1e-3) * alone.norm())
+    return _TAKES_PADDING[model]
 
 
 def generate(model: Any, tok: Any, prompt: str, longest: int = 24) -> str:
@@ -129,13 +158,21 @@ def answers(
 def says_target(
     model: nn.Module, tok: Any, requests: Sequence[Mapping[str, Any]], append_eos: bool = False
 ) -> list[bool]:
-    """For each request, whether the new answer is the model's choice at every position, under teacher forcing."""
+    """For each request, whether the new answer is the model's choice at every position, under teacher forcing.
+
+    So it is where that holds for another of its accepted answers.
+    """
     device = model.get_input_embeddings().weight.device  # type: ignore[operator]
-    won = []
-    for edit, *_ in tokenize(tok, requests, append_eos=append_eos):
+
+    def says(edit: EditTokens) -> bool:
         logits = model(input_ids=edit.sequence.unsqueeze(0).to(device), use_cache=False).logits
         choice = logits[0, len(edit.prompt) - 1 :].argmax(-1).cpu()
-        won.append(bool(torch.equal(choice, edit.chosen)))
+        return bool(torch.equal(choice, edit.chosen))
+
+    won = []
+    for request in plain_requests(requests):
+        right = [{**request, "target_new": answer, "rephrases": None} for answer in right_answers(request)]
+        won.append(any(says(edit) for edit, *_ in tokenize(tok, right, append_eos=append_eos)))
     return won
 
 

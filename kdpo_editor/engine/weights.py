@@ -71,6 +71,12 @@ def _check_shape(name: str, weight: Tensor, block: nn.Module) -> None:
             raise ModelError(f"{name} is of one routed expert, or of a form that is not understood; {STACKED_ONLY}")
 
 
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The module that ``torch.compile`` was called on, where ``model`` is what it gave; else ``model`` itself."""
+    inner = getattr(model, "_orig_mod", None)
+    return inner if isinstance(inner, nn.Module) else model
+
+
 def check_kind(model: nn.Module) -> None:
     """Raise :class:`ModelError` for a kind of model that cannot be edited."""
     kind = type(model).__name__
