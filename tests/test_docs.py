@@ -24,10 +24,11 @@ from typing import Any
 import pytest
 import yaml
 
+import typer
+
 import kdpo_editor
 from kdpo_editor import KDPOHyperParams
-from kdpo_editor.cli.arguments import check_options, make_parser
-from kdpo_editor.cli.main import COMMANDS
+from kdpo_editor.cli.main import app
 from kdpo_editor.derived import default_layers
 
 ROOT = Path(__file__).parents[1]
@@ -192,15 +193,13 @@ def test_commands_exist(page: str, command: str, complete: bool, tmp_path: Path)
     if complete or program in ("kdpo-compare", "make", "pip", "python"):
         CHECKS.get(program, lambda *_: None)(arguments, tmp_path)
     elif program == "kdpo":
-        _, known = make_parser(COMMANDS)
-        assert arguments[0] in known or arguments[0].startswith("-")
+        assert arguments[0] in typer.main.get_command(app).commands or arguments[0].startswith("-")  # type: ignore[attr-defined]
 
 
 def check_kdpo(arguments: list[str], folder: Path) -> None:
-    parser, known = make_parser(COMMANDS)
-    check_options(parser, known, arguments)
-    parsed = parser.parse_args(arguments)
-    values = dict(pair.split("=", 1) for pair in getattr(parsed, "set", []))
+    command = typer.main.get_command(app).commands[arguments[0]]  # type: ignore[attr-defined]
+    given = command.make_context(arguments[0], arguments[1:]).params  # wrong usage raises
+    values = dict(pair.split("=", 1) for pair in given.get("changes") or [])
     assert set(values) <= {f.name for f in fields(KDPOHyperParams)}
 
 
@@ -267,11 +266,12 @@ def check_report(arguments: list[str], folder: Path) -> None:
 
 
 def check_figures(arguments: list[str], folder: Path) -> None:
-    from kdpo_editor.cli.main import chosen_settings
+    from kdpo_editor.cli.settings import chosen_settings
     from kdpo_editor.compare.report import paper_figures
 
     if arguments[0] == "cycle":
-        chosen_settings(paper_figures.make_parser().parse_args(arguments))
+        given = paper_figures.make_parser().parse_args(arguments)
+        chosen_settings(given.model, given.hparams, changes=given.set)
     else:
         words = [str(folder / a) if i == 1 else a for i, a in enumerate(arguments)]
         assert paper_figures.main(words) == 1  # there are no results here; wrong usage would exit

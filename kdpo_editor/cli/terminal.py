@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import json
-import shutil
 import sys
-import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from tqdm import tqdm
 
+def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table on standard output, as wide as the terminal or, elsewhere, 120 columns; cells are wrapped."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
 
-def columns(heads: list[str], rows: Sequence[tuple[str, ...]]) -> Iterator[str]:
-    """A table as wide as the terminal, cells wrapped."""
-    width = max((shutil.get_terminal_size((120, 24)).columns - 4) // len(heads), 12)
-    for row in [tuple(heads), tuple("-" * width for _ in heads), *rows]:
-        cells = [textwrap.wrap(plain(cell), width) or [""] for cell in row]
-        for i in range(max(map(len, cells))):
-            yield "  ".join((cell[i] if i < len(cell) else "").ljust(width) for cell in cells).rstrip()
+    shown = Table(*heads, box=box.SIMPLE_HEAD, pad_edge=False)
+    for row in rows:
+        shown.add_row(*(Text(plain(cell)) for cell in row))
+    Console(file=sys.stdout, width=None if sys.stdout.isatty() else 120).print(shown)
 
 
 def plain(text: str) -> str:
@@ -28,6 +28,8 @@ def plain(text: str) -> str:
 
 def put(record: dict[str, Any]) -> None:
     """One JSON line on standard output."""
+    from tqdm import tqdm
+
     line = json.dumps(record, ensure_ascii=False)
     with tqdm.external_write_mode(file=sys.stdout):
         sys.stdout.write("".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in line) + "\n")

@@ -211,7 +211,7 @@ def _listed(values: Iterable[Any]) -> str:
 def _cycle(args: argparse.Namespace) -> Iterator[Picture]:
     import matplotlib as mpl
 
-    from ...cli.main import chosen_settings
+    from ...cli.settings import chosen_settings
     from ...derived import complete
     from ...editing import edit
     from ...models import load
@@ -227,7 +227,7 @@ def _cycle(args: argparse.Namespace) -> Iterator[Picture]:
             raise DataError(f"--record {args.record}: {args.dataset} has records 0 to {len(records) - 1}")
         record = records[args.record]
         request, of = {"prompt": record.prompt, "target_new": record.target_new}, f"{args.dataset}-{args.record}"
-    hparams, _ = chosen_settings(args)
+    hparams, _ = chosen_settings(args.model, args.hparams, changes=args.set)
     model, tok = load(args.model, device=args.device)
     ((tokens, *_),) = tokenize(tok, [request], append_eos=hparams.append_eos)
     _, _, (trace,) = edit(model, tok, [request], complete(hparams, model))

@@ -1,0 +1,213 @@
+"""``kdpo edit`` and ``kdpo apply``: put edits into a ledger."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from tqdm import tqdm
+
+from ..errors import EditDiverged, KDPOError, RequestError
+from ..hparams import KDPOHyperParams
+from .loading import STORED, load_model, stored_dtype, writable_ledger
+from .options import (
+    Changes,
+    Device,
+    DtypeOption,
+    HParams,
+    Model,
+    Out,
+    Recipe,
+    RecipeOption,
+    SkipDamaged,
+    Trust,
+    Wait,
+)
+from .settings import chosen_settings, derived
+from .terminal import complain, put
+
+if TYPE_CHECKING:
+    from ..edits.ledger import EditLedger
+
+Requests = list[tuple[str, dict[str, Any]]]
+"""Requests, each with where it stands."""
+
+
+def edit(
+    model: Model,
+    out: Out,
+    prompt: Annotated[str | None, typer.Option(help="What the model is asked.")] = None,
+    target: Annotated[str | None, typer.Option(help="What it shall answer.")] = None,
+    subject: Annotated[
+        str | None, typer.Option(help="What the prompt asks about, word for word (for fact_token).")
+    ] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Put the prompts into the model's own chat template.")] = False,
+    file: Annotated[
+        str | None, typer.Option(metavar="JSONL", help='Edits, one a line; "-" reads standard input.')
+    ] = None,
+    hparams: HParams = None,
+    recipe: RecipeOption = Recipe.KDPO,
+    changes: Changes = None,
+    dtype: DtypeOption = None,
+    keep_going: Annotated[bool, typer.Option("--keep-going", help="Skip bad lines and edits that diverge.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Leave out edits that are in the ledger already.")
+    ] = False,
+    device: Device = None,
+    trust_remote_code: Trust = False,
+    wait: Wait = 0.0,
+    skip_damaged: SkipDamaged = False,
+) -> int:
+    """Edit a model, request by request, each journaled before the next."""
+    from ..derived import complete
+    from ..editing import check
+
+    if file is not None and (prompt, target, subject) != (None, None, None):
+        raise typer.BadParameter("give either --file, or --prompt, --target and, where it is needed, --subject")
+    if file is None and (prompt is None or target is None):
+        raise typer.BadParameter("give --prompt and --target, or --file")
+    settings, _ = chosen_settings(model, hparams, recipe.value, changes or ())
+    if file is None:
+        request = {"prompt": prompt, "target_new": target} | ({} if subject is None else {"subject": subject})
+        requests: Requests = [("--prompt", request)]
+        skipped: list[str] = []
+    else:
+        requests, skipped = _read(file)
+    if skipped and not keep_going:
+        return _nothing(skipped, "with --keep-going such lines are skipped")
+    with writable_ledger(out, wait, skip_damaged, made=True) as ledger:
+        wanted = dtype.value if dtype else stored_dtype(ledger) or ("float16" if settings.fp16 else "float32")
+        loaded, tok = load_model(
+            model, wanted, settings.device if device is None else device, trust_remote_code
+        )
+        if chat:
+            requests = [(where, _in_chat(tok, request)) for where, request in requests]
+        found = complete(settings, loaded)
+        if found != settings:
+            complain(f"from the model's structure: {derived(settings, found)}; kdpo settings prints all settings")
+        good: Requests = []
+        for where, request in requests:
+            try:
+                check(loaded, tok, [request], found)
+                good.append((where, request))
+            except KDPOError as error:
+                skipped.append(str(error).replace("request 0", where, 1))
+        if (len(good) < len(requests) and not keep_going) or not good:
+            return _nothing(skipped, "" if keep_going else "--keep-going skips such requests")
+        for text in skipped:
+            complain(text)
+        ledger.restore(loaded)
+        todo = _not_done(good, ledger.requests) if resume else good
+        if len(todo) < len(good):
+            complain(f"{len(good) - len(todo)} of {len(good)} edits are in the ledger already")
+        try:
+            missed = _edit_all(ledger, loaded, tok, todo, found, keep_going)
+        except KeyboardInterrupt:
+            complain(f"the edits reported are in {out}, and the same command with --resume goes on from there")
+            raise
+    return 1 if missed or skipped else 0
+
+
+def apply(
+    delta: Annotated[
+        list[Path], typer.Argument(metavar="DELTA...", help="Folders that kdpo export --as delta or EditDelta made.")
+    ],
+    model: Model,
+    out: Out,
+    dtype: DtypeOption = None,
+    force: Annotated[bool, typer.Option("--force", help="Add the difference even if the model is another.")] = False,
+    device: Device = None,
+    trust_remote_code: Trust = False,
+    wait: Wait = 0.0,
+    skip_damaged: SkipDamaged = False,
+) -> int:
+    """Apply saved deltas to a model's ledger."""
+    from ..edits.delta import EditDelta
+
+    deltas = [EditDelta.load(path) for path in delta]
+    with writable_ledger(out, wait, skip_damaged, made=True) as ledger:
+        specs = [change.before.spec for one in deltas for change in one.changes.values()]
+        stored = STORED[specs[0].dtype] if specs else "float32"
+        wanted = dtype.value if dtype else stored_dtype(ledger) or stored
+        loaded, _ = load_model(model, wanted, device, trust_remote_code)
+        ledger.restore(loaded)
+        for path, one in zip(delta, deltas, strict=True):
+            ledger.apply(loaded, one, force=force)
+            put({"edit": ledger.head, "delta": str(path), "requests": len(one.info.requests), "bytes": one.nbytes})
+    return 0
+
+
+def _nothing(why: list[str], hint: str) -> int:
+    """Say that nothing was edited; the exit code."""
+    for text in why:
+        complain(text)
+    complain("nothing was edited" + (f"; {hint}" if hint else ""))
+    return 1
+
+
+def _read(file: str) -> tuple[Requests, list[str]]:
+    """The requests of a file, and what is wrong with other lines."""
+    from .request_file import read_lines
+
+    name = "stdin" if file == "-" else file
+    if file == "-":
+        lines = read_lines(sys.stdin.buffer, name)
+    else:
+        with open(file, "rb") as stream:
+            lines = read_lines(stream, name)
+    if not lines:
+        raise RequestError(f"{name} has no requests")
+    good = [(f"{name}, line {line.number}", line.request) for line in lines if line.request is not None]
+    return good, [line.error for line in lines if line.error is not None]
+
+
+def _edit_all(
+    ledger: EditLedger, model: Any, tok: Any, todo: Requests, hparams: KDPOHyperParams, keep_going: bool
+) -> int:
+    """Edit one by one, or all at once if the schedule says so; the number that failed or missed their target."""
+    together = hparams.schedule == "breadth_first"
+    groups = [todo] if together and todo else [[one] for one in todo]
+    missed = 0
+    with tqdm(total=len(todo), unit="edit", disable=None) as bar:
+        for group in groups:
+            requests = [request for _, request in group]
+            try:
+                _, _, traces = ledger.edit(model, tok, requests, hparams)
+            except EditDiverged as error:
+                if not keep_going:
+                    raise EditDiverged(f"{group[0][0]}: {error}") from None
+                for where, request in group:
+                    put({**_named(request), "error": str(error)})
+                    complain(f"{where}: {error}")
+                missed += len(group)
+                continue
+            for request, trace in zip(requests, traces, strict=True):
+                put({"edit": ledger.head, **_named(request), "converged": trace.converged, "steps": trace.steps})
+                missed += not trace.converged
+            bar.update(len(group))
+    return missed
+
+
+def _in_chat(tok: Any, request: dict[str, Any]) -> dict[str, Any]:
+    """``request`` with its prompts in the model's chat template, as the ledger keeps it: so it is asked again."""
+    from ..requests import as_chat
+
+    rephrases = request.get("rephrases")
+    others = {"rephrases": [as_chat(tok, p) for p in rephrases]} if isinstance(rephrases, list) else {}
+    return {**request, "prompt": as_chat(tok, request["prompt"]), **others}
+
+
+def _not_done(wanted: Requests, done: list[dict[str, Any]]) -> Requests:
+    """Those of ``wanted`` that are left, ``done`` being a ledger's requests in order."""
+    rest: Iterator[dict[str, Any]] = iter(done)
+    for i, (_, request) in enumerate(wanted):
+        if not any(_named(other) == _named(request) for other in rest):
+            return wanted[i:]
+    return []
+
+
+def _named(request: dict[str, Any]) -> dict[str, str]:
+    return {"prompt": request["prompt"], "target_new": request.get("target_new", "")}
