@@ -22,9 +22,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
-
 import typer
+import yaml
 
 import kdpo_editor
 from kdpo_editor import KDPOHyperParams

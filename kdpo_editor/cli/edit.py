@@ -53,9 +53,7 @@ def edit(
     changes: Changes = None,
     dtype: DtypeOption = None,
     keep_going: Annotated[bool, typer.Option("--keep-going", help="Skip bad lines and edits that diverge.")] = False,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Leave out edits that are in the ledger already.")
-    ] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Leave out edits that are in the ledger already.")] = False,
     device: Device = None,
     trust_remote_code: Trust = False,
     wait: Wait = 0.0,
@@ -80,9 +78,7 @@ def edit(
         return _nothing(skipped, "with --keep-going such lines are skipped")
     with writable_ledger(out, wait, skip_damaged, made=True) as ledger:
         wanted = dtype.value if dtype else stored_dtype(ledger) or ("float16" if settings.fp16 else "float32")
-        loaded, tok = load_model(
-            model, wanted, settings.device if device is None else device, trust_remote_code
-        )
+        loaded, tok = load_model(model, wanted, settings.device if device is None else device, trust_remote_code)
         if chat:
             requests = [(where, _in_chat(tok, request)) for where, request in requests]
         found = complete(settings, loaded)

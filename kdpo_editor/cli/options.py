@@ -45,6 +45,4 @@ HParams = Annotated[
     ),
 ]
 RecipeOption = Annotated[Recipe, typer.Option(help="Which ready-made settings.")]
-Changes = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="One setting; can be repeated.")
-]
+Changes = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="One setting; can be repeated.")]
