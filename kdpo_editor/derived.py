@@ -12,6 +12,7 @@ from torch import nn
 from .engine.structure import editable_layers, structure_of
 from .engine.weights import find_blocks
 from .hparams import KDPOHyperParams, ready_made
+from .located import layers_of
 
 LOG = logging.getLogger(__name__)
 # The place of the edited block in the model's depth. The paper edits block 21 of 32 in four of its models, and one
@@ -28,9 +29,9 @@ def complete(hparams: KDPOHyperParams, model: nn.Module) -> KDPOHyperParams:
     """Fill in ``layers`` and ``rewrite_module_tmp`` where they are ``None``, and leave everything else as it is.
 
     The matrix is the one that a block writes with into the residual stream last, by the structure of ``model``. The
-    layers are those of the ready-made settings for a model of this name. Without such, they go by the model's depth and
-    ``fact_token``. Blocks of a hybrid model without the matrix are passed over. What was derived is logged at level
-    INFO, once.
+    layers are those of the ready-made settings for a model of this name or, through a subject's tokens, those that were
+    located (:mod:`kdpo_editor.located`). Without such, they go by the model's depth and ``fact_token``. Blocks of a
+    hybrid model without the matrix are passed over. What was derived is logged at level INFO, once.
 
     Raises:
         ModelError: the model is an encoder-decoder or quantised, its structure cannot be found, or
@@ -46,9 +47,8 @@ def complete(hparams: KDPOHyperParams, model: nn.Module) -> KDPOHyperParams:
     if layers is None:
         depth = len(find_blocks(model, replace(hparams, rewrite_module_tmp=template)))
         whole = hparams.fact_token == "all"
-        layers = (_published_layers(hparams.model_name, template, depth) if whole else None) or default_layers(
-            depth, editable_layers(model, template) or range(depth), whole
-        )
+        known = _published_layers(hparams.model_name, template, depth) if whole else layers_of(model, template)
+        layers = known or default_layers(depth, editable_layers(model, template) or range(depth), whole)
         derived["layers"] = str(layers)
     said = f"{hparams.model_name}: derived {', '.join(f'{key}: {value}' for key, value in sorted(derived.items()))}"
     if said not in _SAID.setdefault(model, set()):

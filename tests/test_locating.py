@@ -1,0 +1,97 @@
+"""Causal tracing: where a model recalls its facts, and that edits go there."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+from conftest import load, state
+
+from kdpo_editor import KDPOHyperParams, RequestError, located
+from kdpo_editor.derived import complete
+from kdpo_editor.lifelong.locating import SUBJECT_LAST, TOKENS, CausalTrace, trace
+
+FACTS = [
+    {"prompt": "What species is ZIC3 specific to?", "subject": "ZIC3", "target_new": "male"},
+    {"prompt": "Which family does Epaspidoceras belong to?", "subject": "Epaspidoceras", "target_new": "Noctuidae"},
+]
+SETTINGS = KDPOHyperParams(model_name="llama-mini", fact_token="subject_last", margin=1.0)
+
+
+def test_only_a_layer_that_writes_has_an_effect(llama: tuple[Any, Any]) -> None:
+    model, tok = llama
+    with torch.no_grad():
+        for layer, block in enumerate(model.model.layers):
+            if layer != 3:
+                block.mlp.down_proj.weight.zero_()
+    effects = trace(model, tok, FACTS, SETTINGS).effects
+    window = max(1, round(10 / 48 * len(model.model.layers)))
+    assert effects.shape == (len(TOKENS), len(model.model.layers))
+    far = [layer for layer in range(effects.shape[1]) if not layer - window < 3 < layer + window]
+    assert effects[SUBJECT_LAST, 3].abs() > 0
+    assert (effects[:, far].nan_to_num() == 0).all()
+
+
+def test_restoring_what_noise_did_not_reach_has_no_effect(llama: tuple[Any, Any], monkeypatch: Any) -> None:
+    """Without noise there is nothing to restore, and the answer is as likely as ever."""
+    model, tok = llama
+    with torch.no_grad():
+        model.get_input_embeddings().weight.fill_(0.1)  # no spread, so no noise
+    found = trace(model, tok, FACTS, SETTINGS)
+    assert found.corrupted == pytest.approx(found.clean, abs=1e-6)
+    assert found.effects.nan_to_num().abs().max() < 1e-6
+
+
+def test_a_traced_model_is_left_as_it_was(llama: tuple[Any, Any]) -> None:
+    model, tok = llama
+    before, model.training = state(model), True
+    trace(model, tok, FACTS, SETTINGS)
+    assert model.training
+    assert all(torch.equal(before[name], value) for name, value in state(model).items())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_the_layers_end_where_the_effect_is_largest() -> None:
+    effects = torch.zeros(len(TOKENS), 30)
+    effects[SUBJECT_LAST, 8] = 0.3
+    effects[TOKENS.index("last of the prompt"), 20] = 0.9
+    assert CausalTrace(effects, 0.9, 0.1, 20).layers == [4, 5, 6, 7, 8]
+
+
+def test_the_last_layer_is_never_named() -> None:
+    """A subject's tokens there reach no answer."""
+    effects = torch.zeros(len(TOKENS), 6)
+    effects[SUBJECT_LAST, 5] = 1.0
+    assert CausalTrace(effects, 0.9, 0.1, 20).layers == [4]
+
+
+def test_a_fact_without_its_subject_is_refused(llama: tuple[Any, Any]) -> None:
+    model, tok = llama
+    with pytest.raises(RequestError, match="Zeus"):
+        trace(model, tok, [{**FACTS[0], "subject": "Zeus"}], SETTINGS)
+    with pytest.raises(RequestError, match="no facts"):
+        trace(model, tok, [], SETTINGS)
+
+
+def test_what_was_located_is_what_is_edited_also_in_a_model_edited_since(llama: tuple[Any, Any]) -> None:
+    model, _ = llama
+    matrix = complete(SETTINGS, model).place[1]
+    assert complete(SETTINGS, model).layers != [0, 3]
+    located.keep(model, matrix, [0, 3])
+    assert complete(SETTINGS, model).layers == [0, 3]
+    with torch.no_grad():
+        model.model.layers[3].mlp.down_proj.weight.add_(0.01)
+    assert complete(SETTINGS, model).layers == [0, 3]
+    other, _ = load("gpt2")
+    assert located.layers_of(other, matrix) is None
+
+
+def test_a_damaged_file_is_said_and_passed_over(llama: tuple[Any, Any], caplog: pytest.LogCaptureFixture) -> None:
+    model, _ = llama
+    matrix = complete(SETTINGS, model).place[1]
+    located.keep(model, matrix, [0]).write_text("{", "utf-8")
+    with caplog.at_level(logging.WARNING):
+        assert complete(SETTINGS, model).layers != [0]
+    assert "damaged" in caplog.text
