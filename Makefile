@@ -1,4 +1,4 @@
-# make demo     edit real facts in the shipped model, KDPO beside FT
+# make demo     edit real facts in SmolLM2-135M, KDPO beside FT
 # make test     lint, types, tests
 # make compare  every method on the shipped model, fifty edits in a row, ending with the table (under ten minutes)
 # make docs     the documentation, into site/
@@ -22,7 +22,7 @@ RESULTS ?= results/$(EXPERIMENT)
 METHODS ?= kdpo kdpo_dpo ft_l ft_m lora rome memit
 
 demo: $(VENV)/.installed
-	$(BIN)/python -m kdpo_editor.cli.demo
+	$(BIN)/kdpo demo
 
 test: $(VENV)/.installed
 	$(BIN)/ruff check .

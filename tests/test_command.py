@@ -212,7 +212,7 @@ def test_an_edit_that_misses_its_target_gives_exit_code_one(tmp_path: Path, caps
     [
         ({"prompt": "x"}, "line 601 has no 'target_new'; it has 'prompt'"),
         ('{"prompt": "x", ', "line 601 is not JSON"),
-        ({"prompt": "x", "target_new": ["y"]}, "line 601: 'target_new' is a list; it must be text"),
+        ({"prompt": "x", "target_new": []}, "line 601: 'target_new' is an empty list"),
         ({"prompt": " ", "target_new": "y"}, "line 601: 'prompt' is empty"),
         ("[]", "line 601 is a list"),
         ({"prompt": "x", "target_new": "y " * 3000}, "line 601 has 6001 tokens"),

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from conftest import load, state
+from conftest import GOLDEN, load, state
 
 from kdpo_editor import KDPOHyperParams, RequestError, located
+from kdpo_editor.cli.main import main
 from kdpo_editor.derived import complete
 from kdpo_editor.lifelong.locating import SUBJECT_LAST, TOKENS, CausalTrace, trace
 
@@ -57,14 +60,14 @@ def test_the_layers_end_where_the_effect_is_largest() -> None:
     effects = torch.zeros(len(TOKENS), 30)
     effects[SUBJECT_LAST, 8] = 0.3
     effects[TOKENS.index("last of the prompt"), 20] = 0.9
-    assert CausalTrace(effects, 0.9, 0.1, 20).layers == [4, 5, 6, 7, 8]
+    assert CausalTrace(effects, 0.9, 0.1, 20, "h.{}.mlp").layers == [4, 5, 6, 7, 8]
 
 
 def test_the_last_layer_is_never_named() -> None:
     """A subject's tokens there reach no answer."""
     effects = torch.zeros(len(TOKENS), 6)
     effects[SUBJECT_LAST, 5] = 1.0
-    assert CausalTrace(effects, 0.9, 0.1, 20).layers == [4]
+    assert CausalTrace(effects, 0.9, 0.1, 20, "h.{}.mlp").layers == [4]
 
 
 def test_a_fact_without_its_subject_is_refused(llama: tuple[Any, Any]) -> None:
@@ -95,3 +98,18 @@ def test_a_damaged_file_is_said_and_passed_over(llama: tuple[Any, Any], caplog: 
     with caplog.at_level(logging.WARNING):
         assert complete(SETTINGS, model).layers != [0]
     assert "damaged" in caplog.text
+
+
+def test_the_command_prints_draws_and_keeps_what_it_found(
+    tmp_path: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    facts = [SimpleNamespace(prompt=f["prompt"], subject=f["subject"], ground_truth=f["target_new"]) for f in FACTS]
+    monkeypatch.setattr("kdpo_editor.compare.run.known.known_facts", lambda *_: facts)
+    name, picture, settings = str(GOLDEN / "llama-mini"), tmp_path / "map.png", tmp_path / "kept.yaml"
+    assert main(["locate", "--model", name, "--picture", str(picture), "--to", str(settings)]) == 0
+    out = capsys.readouterr().out
+    kept = KDPOHyperParams.from_hparams(settings)
+    assert f"Layers {kept.place[0][0]} to {kept.place[0][-1]}" in out
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    model, _ = load("llama")
+    assert complete(replace(kept, layers=None), model).layers == kept.layers

@@ -1,11 +1,7 @@
-"""Edit ten real facts in a real pretrained model through EasyEdit, three methods side by side.
-
-python -m kdpo_editor.cli.demo
-"""
+"""What ``kdpo demo`` does: edit real facts in a real pretrained model through EasyEdit, three methods side by side."""
 
 from __future__ import annotations
 
-import argparse
 import logging
 import sys
 import time
@@ -26,13 +22,10 @@ from ..compare.run.scores import Outputs, observe, rows
 from ..compare.run.statistics import read_text
 from ..editing import prepare
 from ..engine.generation import answers
-from ..errors import KDPOError
 from ..hparams import KDPOHyperParams, settings_folder
 from ..models import outline
-from .terminal import complain
 from .terminal import say as say_line
 
-MODEL = "smollm2-135m"
 KNOWN = 30  # facts about other subjects that are asked
 DOCUMENTS = 4  # of the held-out text
 LONGEST = 8  # tokens of an answer
@@ -48,32 +41,13 @@ class Before:
     words: list[list[str]]
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m kdpo_editor.cli.demo",
-        description="Edit CounterFact records in SmolLM2-135M, one after another, with KDPO, KDPO-L and EasyEdit's FT.",
-    )
-    parser.add_argument("--model", default=MODEL, help=f"name, folder or .gguf file (default {MODEL})")
-    parser.add_argument("--edits", type=_count, default=10, help="how many records to edit (default 10)")
-    parser.add_argument("--show", type=_count, default=3, help="how many of them to show in words (default 3)")
-    parser.add_argument("--device", default="cpu", help='CUDA index or "cpu" (default)')
-    args = parser.parse_args(argv)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    try:
-        easyedit.require()
-        run(args.model, args.edits, args.show, args.device)
-    except (KDPOError, ModuleNotFoundError) as error:
-        complain(str(error))
-        return 1
-    except KeyboardInterrupt:
-        complain("interrupted")
-        return 130
-    return 0
-
-
 def run(model: str, edits: int, show: int, device: str | int) -> None:
-    """Edit the first ``edits`` CounterFact records by each method, and print what happened."""
+    """Edit the first ``edits`` CounterFact records by each method, and print what happened.
+
+    Raises ``ModuleNotFoundError`` where EasyEdit is not installed.
+    """
+    easyedit.require()
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
     records = load("counterfact", seed=0)[:edits]
     form = "upstream checkout" if easyedit.is_upstream() else "PyPI release"
     say(f"EasyEdit's {form} edits {len(records)} CounterFact records in {model}, one after another.")
@@ -212,14 +186,3 @@ def say(text: str) -> None:
     for line in text.split("\n"):
         say_line(line)
     sys.stdout.flush()
-
-
-def _count(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is less than 1")
-    return number
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -6,13 +6,15 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from functools import wraps
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
 from ..errors import DamagedFileError, KDPOError, StorageError
 from .edit import apply, edit
 from .history import checkout, compact, log, redo, undo
+from .locate import locate
+from .options import MODEL
 from .settings import settings
 from .show import export, show
 from .terminal import complain
@@ -32,6 +34,7 @@ EXAMPLES = {
   kdpo show edits
   kdpo undo edits
   kdpo export edits --as lora --to adapter""",
+    "demo": "  kdpo demo\n  kdpo demo --edits 3 --show 1",
     "edit": """\
   kdpo edit --model kdpo-llama-knowedit --prompt "Which was the family of Stamnophora?" --target Tortricidae --out edits
   kdpo edit --model meta-llama/Llama-2-7b-hf --file facts.jsonl --out edits --set append_eos=true --set margin=1
@@ -43,6 +46,7 @@ each line of facts.jsonl:
     "settings": """\
   kdpo settings --model Qwen/Qwen3-0.6B > qwen3.yaml
   kdpo settings --model meta-llama/Llama-2-7b-hf --set lr=2e-5""",
+    "locate": "  kdpo locate --model smollm2-135m --picture map.png --to smollm2.yaml",
     "apply": "  kdpo apply saved-delta --model kdpo-llama-knowedit --out edits",
     "undo": "  kdpo undo edits\n  kdpo undo edits -n 3",
     "redo": "  kdpo redo edits",
@@ -56,7 +60,22 @@ each line of facts.jsonl:
   kdpo export edits --as delta --to one-edit --edit 3 --since 2""",
     "compact": "  kdpo compact edits\n  kdpo compact edits --keep 10",
 }
-COMMANDS = (edit, settings, apply, undo, redo, checkout, log, show, export, compact)
+
+
+def demo(
+    model: Annotated[str, typer.Option(metavar="ID", help=f"{MODEL}.")] = "smollm2-135m",
+    edits: Annotated[int, typer.Option(metavar="N", min=1, help="Records to edit.")] = 10,
+    show: Annotated[int, typer.Option(metavar="N", min=0, help="Records to show in words.")] = 3,
+    device: Annotated[str, typer.Option(help='CUDA index, "cpu" or "cuda:1".')] = "cpu",
+) -> int:
+    """Edit ten real facts, one after another, with KDPO, KDPO-L and EasyEdit's FT side by side."""
+    from .demo import run
+
+    run(model, edits, show, device)
+    return 0
+
+
+COMMANDS = (demo, edit, settings, locate, apply, undo, redo, checkout, log, show, export, compact)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

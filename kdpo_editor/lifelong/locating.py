@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -50,12 +51,14 @@ class CausalTrace:
     NaN where no fact has such a token.
     ``clean``, ``corrupted``: the probability of the answer's first token without and with noise.
     ``facts``: how many there were.
+    ``matrix``: the matrices that were restored, with ``{}`` for the block's index.
     """
 
     effects: Tensor
     clean: float
     corrupted: float
     facts: int
+    matrix: str
 
     @property
     def layers(self) -> list[int]:
@@ -95,9 +98,7 @@ def trace(model: nn.Module, tok: Any, facts: Sequence[dict[str, str]], hparams: 
             found.append(effects)
             clean.append(before)
             corrupted.append(after)
-    return CausalTrace(
-        torch.stack(found).nanmean(0), sum(clean) / len(clean), sum(corrupted) / len(corrupted), len(tokens)
-    )
+    return CausalTrace(torch.stack(found).nanmean(0), fmean(clean), fmean(corrupted), len(tokens), hparams.place[1])
 
 
 def _trace_one(
