@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -87,7 +88,9 @@ def manifest(cell: Path) -> dict[str, Any]:
 def figures(cell: Path) -> pd.DataFrame:
     """All rows but those that measure the machine."""
     rows = pd.read_parquet(cell / "rows.parquet")
-    return rows[~rows["metric"].isin(["seconds", "setup_seconds", "peak_memory"])].reset_index(drop=True)
+    return rows[~rows["metric"].isin(["seconds", "setup_seconds", "peak_memory", "total_memory"])].reset_index(
+        drop=True
+    )
 
 
 # Methods --------------------------------------------------------------------------------------------------------
@@ -244,6 +247,8 @@ def test_each_call_is_timed_and_its_memory_measured_and_set_up_apart(finished: P
         assert list(rows.loc["peak_memory", "checkpoint"]) == [1, 2, 3, 4]
         matrix = 192 * 768 * 4  # the least that an edit holds is a copy of what it changes
         assert rows.loc["peak_memory", "value"].max() > matrix
+        weights = 4_000_000 * 4
+        assert rows.loc["total_memory", "value"].min() > rows.loc["peak_memory", "value"].max() + weights
 
 
 def test_known_facts_are_asked_before_and_at_every_checkpoint(finished: Path) -> None:
@@ -536,6 +541,27 @@ def test_a_method_that_the_form_lacks_is_skipped_and_said(tmp_path: Path) -> Non
     assert manifest(found["grace"])["status"] == "skipped"
     assert manifest(found["kdpo"])["status"] == "complete"
     assert "PyPI form does not have this method" in run.stdout + run.stderr
+
+
+def test_the_easyedit_that_ran_is_told_by_its_files(tmp_path: Path) -> None:
+    from kdpo_editor.compare.run.results import versions
+    from kdpo_editor.easyedit.finding import described
+
+    package = tmp_path / "easyeditor"
+    (package / "editors").mkdir(parents=True)
+    (package / "editors" / "editor.py").write_text("a = 1\n", "utf-8")
+    plain = described(package, "upstream")
+    assert re.fullmatch(r"upstream, files [0-9a-f]{12}", plain)
+    (package / "editors" / "editor.py").write_text("a = 2\n", "utf-8")
+    assert described(package, "upstream") != plain
+    (package / "editors" / "editor.py").write_text("a = 1\n", "utf-8")
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b.c"]
+    for arguments in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "All"]):
+        subprocess.run([*git, *arguments], check=True)
+    committed = described(package, "upstream")
+    assert re.fullmatch(r"upstream commit [0-9a-f]{12}, files [0-9a-f]{12}", committed)
+    assert committed.endswith(plain.removeprefix("upstream"))
+    assert re.fullmatch(r"(PyPI [\w.]+|upstream.*), files [0-9a-f]{12}", versions()["easyeditor"])
 
 
 def test_a_full_disk_is_said_and_leaves_no_half_results(tmp_path: Path) -> None:

@@ -65,7 +65,7 @@ if TYPE_CHECKING:
         save_null_space,
         settings,
     )
-    from .finding import form, is_upstream, require
+    from .finding import form, is_upstream, require, version
     from .loading import RIGHT_PADDED
     from .placeholders import MOVED
     from .pypi import on_device
@@ -73,7 +73,7 @@ if TYPE_CHECKING:
 # Where each name is. They are loaded when they are used: the import hook, in this folder too, must cost nothing.
 _MODULES = {
     "comparing": "forget forget_history memory methods prepare quietly remember save_null_space settings",
-    "finding": "form is_upstream require",
+    "finding": "form is_upstream require version",
     "loading": "RIGHT_PADDED",
     "placeholders": "MOVED",
     "pypi": "on_device",
@@ -95,6 +95,7 @@ __all__ = [
     "require",
     "save_null_space",
     "settings",
+    "version",
 ]
 
 

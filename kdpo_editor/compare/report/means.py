@@ -12,7 +12,8 @@ from .cells import Cell
 
 GROUP = ["model", "dataset", "protocol", "n_edits", "T"]
 UNEDITED = "unedited"
-COST = ("seconds", "setup_seconds", "peak_memory")
+MEMORY = ("peak_memory", "total_memory")
+COST = ("seconds", "setup_seconds", *MEMORY)
 # Metrics measured under several keys, and the name of their average over an edit's keys.
 KEYED = {
     r"locality\..+_acc": "locality_acc",
@@ -38,7 +39,7 @@ def cell_means(rows: pd.DataFrame) -> pd.DataFrame:
     metric, mean and edits (how many edits are behind the mean; 0 for a metric of the whole model):
 
     - when = "checkpoint": measured after T edits on all of them. ``seconds`` is the mean over the T edits,
-      ``peak_memory`` the highest of their calls, ``setup_seconds`` what was spent before the first.
+      memory the highest of their calls, ``setup_seconds`` what was spent before the first.
     - when = "right_after": each of the T edits right after it was made.
     - when = "pre": the same edits before any was made.
 
@@ -68,7 +69,7 @@ def cell_means(rows: pd.DataFrame) -> pd.DataFrame:
     means = rows.groupby(keys, as_index=False).agg(
         mean=("value", "mean"), highest=("value", "max"), edits=("edits", "sum")
     )
-    means["mean"] = means["mean"].where(means["metric"] != "peak_memory", means["highest"])
+    means["mean"] = means["mean"].where(~means["metric"].isin(MEMORY), means["highest"])
     return _with_score(means.drop(columns="highest"))
 
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from .means import COST, GROUP, UNEDITED
+from .means import COST, GROUP, MEMORY, UNEDITED
 
 # EasyEdit's names, in the order of the main table; whatever else was measured stands in the second one.
 MAIN = [
@@ -36,6 +36,7 @@ MAIN = [
     ("seconds", "checkpoint"),
     ("setup_seconds", "checkpoint"),
     ("peak_memory", "checkpoint"),
+    ("total_memory", "checkpoint"),
 ]
 LOWER_IS_BETTER = ("perplexity", *COST)
 HIGHER_IS_BETTER = re.compile(
@@ -46,8 +47,9 @@ LEGEND = (
     "that and no more. counterfact.*: ROME's scores, by which of two answers is likelier. right after: each edit as "
     "soon as it was made. known: facts about other subjects that were answered right before and still are. perplexity: "
     "of held-out text; agreement: its next tokens that are the unedited model's. seconds: per edit; setup_seconds: "
-    "before the first; peak_memory: the highest of a call. Mean, and ± the standard deviation over seeds where there "
-    "are several; the best value of a column is marked, the unedited model aside."
+    "before the first; peak_memory: the highest of a call above what was held before it; total_memory: with that. "
+    "Mean, and ± the standard deviation over seeds where there are several; the best value of a column is marked, the "
+    "unedited model aside."
 )
 
 
@@ -140,14 +142,14 @@ def _table(group: tuple[Any, ...], frame: pd.DataFrame, columns: list[tuple[str,
 
 
 def _header(metric: str, when: str) -> str:
-    unit = " (MiB)" if metric == "peak_memory" else ""
+    unit = " (MiB)" if metric in MEMORY else ""
     return metric + unit + ("" if when == "checkpoint" else f" ({when.replace('_', ' ')})")
 
 
 def _number(metric: str, value: float, like: float | None = None) -> str:
     """``value`` with as many decimals as suit the metric and, for a cost, the size of ``like`` (default: itself)."""
     like = value if like is None else like
-    if metric == "peak_memory":
+    if metric in MEMORY:
         value, like = value / 2**20, like / 2**20
     if metric not in LOWER_IS_BETTER:
         return f"{value:.{2 if 'entropy' in metric else 3}f}"

@@ -198,8 +198,8 @@ def _edit(editing: Editing, records: Sequence[Record]) -> list[tuple[str, float]
         editing.edit(records)
         seconds = _now() - start
     costs: list[tuple[str, float]] = [("seconds", seconds / len(records))]
-    if peak.bytes is not None and editing.config:
-        costs.append(("peak_memory", peak.bytes))
+    if peak.bytes is not None and peak.total is not None and editing.config:
+        costs += [("peak_memory", peak.bytes), ("total_memory", peak.total)]
     return costs
 
 

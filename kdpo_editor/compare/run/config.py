@@ -71,7 +71,8 @@ class Dataset:
     name: str = MISSING
     """As in results."""
     source: str = MISSING
-    """"shipped", a name of :data:`~.datasets.KNOWN`, ``hub:<owner/name>:<file>``, or a local file."""
+    """"shipped", a name of :data:`~.datasets.KNOWN`, ``hub:<owner/name>:<file>``, or a local file, whatever its
+    name. A ``hub:`` source with a comma or an equals sign stands in double quotes of its own."""
     offset: int = 0
     """Records of the seeded order to leave out at the start."""
     split: str = "test"

@@ -15,9 +15,13 @@ RESET, STATUS = "/proc/self/clear_refs", "/proc/self/status"
 
 @dataclass
 class Peak:
-    """``bytes`` above what was held at the start, at the highest; ``None`` where the system does not tell."""
+    """``bytes`` above what was held at the start, at the highest, and ``total``, with it: what the machine must have.
+
+    ``None`` where the system does not tell.
+    """
 
     bytes: int | None = None
+    total: int | None = None
 
 
 @contextmanager
@@ -32,14 +36,16 @@ def high_water() -> Iterator[Peak]:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         yield peak
-        peak.bytes = int(torch.cuda.max_memory_allocated()) - before
+        peak.total = int(torch.cuda.max_memory_allocated())
+        peak.bytes = peak.total - before
         return
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)  # of glibc only
     held = _reset()
     yield peak
     if held is not None:
-        peak.bytes = max(_status("VmHWM") - held, 0)
+        peak.total = _status("VmHWM")
+        peak.bytes = max(peak.total - held, 0)
 
 
 def _reset() -> int | None:

@@ -26,6 +26,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ... import easyedit
 from ...edits.journal import lock
 from ...edits.storage import write_file
 from ...errors import CellBusy, LedgerLocked, ResultsError
@@ -34,7 +35,7 @@ SCHEMA = 1
 LOCK = ".lock"
 IDENTITY = ("method", "label", "model", "dataset", "protocol", "seed", "n_edits")
 MEASURED = ("edit", "checkpoint", "when", "metric", "value")
-PACKAGES = ("kdpo-editor", "easyeditor", "torch", "transformers", "peft", "hydra-core", "omegaconf", "numpy", "lm_eval")
+PACKAGES = ("kdpo-editor", "torch", "transformers", "peft", "hydra-core", "omegaconf", "numpy", "lm_eval")
 
 
 @dataclass
@@ -155,13 +156,15 @@ class Cell:
 
 
 def versions() -> dict[str, str]:
-    """Of the packages that figures depend on, and of Python."""
+    """Of the packages that figures depend on, of Python, and of the EasyEdit that is imported."""
     import platform
 
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         with contextlib.suppress(PackageNotFoundError):
             found[name] = version(name)
+    with contextlib.suppress(ModuleNotFoundError):
+        found["easyeditor"] = easyedit.version()
     return found
 
 
