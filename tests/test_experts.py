@@ -13,10 +13,11 @@ from test_cached_forward import EXPERTS, LLAMA_LIKE, WINDOW, skip_without_stacks
 from test_structure import build, random_model
 from torch import Tensor, nn
 
-from kdpo_editor import EditDelta, EditDiverged, EditLedger, KDPOHyperParams, ModelError, edit
+from kdpo_editor import EditDelta, EditDiverged, EditLedger, FingerprintError, KDPOHyperParams, ModelError, edit
 from kdpo_editor.compare.run.derived_settings import derive
 from kdpo_editor.derived import complete
 from kdpo_editor.editing import _check_size
+from kdpo_editor.edits.lora import load_lora
 from kdpo_editor.engine.generation import generate
 from kdpo_editor.engine.structure import editable_layers, structure_of
 from kdpo_editor.hparams import settings_folder
@@ -157,10 +158,21 @@ def test_peft_loads_an_adapter_of_experts(tok: Any, family: str, tmp_path: Path)
     assert_same(model, after)
     assert list(model.state_dict()) == list(after)
     assert rank <= 32
+    assert "vllm" not in (tmp_path / "adapter" / "README.md").read_text()
+    assert generate(load_lora(mixture(family), tmp_path / "adapter"), tok, REQUEST["prompt"]) == said
     adapted = peft.PeftModel.from_pretrained(mixture(family), str(tmp_path / "adapter"))
     assert generate(adapted, tok, REQUEST["prompt"]) == said
     merged = adapted.merge_and_unload()
     assert generate(merged, tok, REQUEST["prompt"]) == said
+
+
+def test_an_adapter_of_experts_is_refused_where_they_are_not(tok: Any, tmp_path: Path) -> None:
+    pytest.importorskip("peft", minversion="0.19")
+    model = mixture("Mixtral")
+    EditDelta.make(model, tok, [REQUEST], KDPOHyperParams(model_name="any", lr=1e-2)).save_lora(tmp_path, model, tok)
+    shallower = mixture("Mixtral", num_hidden_layers=3)
+    with pytest.raises(FingerprintError, match=r"adapts model\.layers\.3\.mlp\.experts\.down_proj, which this"):
+        load_lora(shallower, tmp_path)
 
 
 # KDPO-L --------------------------------------------------------------------------------------------------------

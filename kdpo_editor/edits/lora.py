@@ -127,14 +127,14 @@ def load_lora(model: nn.Module, path: str | Path) -> Any:
 
     config = read_json(Path(path) / "adapter_config.json")
     made = config.get("auto_mapping") or {}
-    targets = config.get("target_modules")
-    if not isinstance(made, dict) or not isinstance(targets, list):
+    targets, stacks = config.get("target_modules"), config.get("target_parameters") or []
+    if not isinstance(made, dict) or not isinstance(targets, list) or not isinstance(stacks, list):
         raise DamagedFileError(f"{path}: adapter_config.json is not of an adapter by this package")
     own = type(uncompiled(model)).__name__
     if made.get("base_model_class", own) != own:
         raise FingerprintError(f"{path} was made on a {made['base_model_class']}, and this model is a {own}")
-    modules = {name for name, _ in uncompiled(model).named_modules()}
-    if missing := sorted(set(map(str, targets)) - modules):
+    known = {name for name, _ in (*uncompiled(model).named_modules(), *uncompiled(model).named_parameters())}
+    if missing := sorted(set(map(str, [*targets, *stacks])) - known):
         raise FingerprintError(f"{path} adapts {missing[0]}, which this {own} does not have")
     return PeftModel.from_pretrained(model, str(path))  # type: ignore[arg-type]
 
@@ -213,7 +213,7 @@ def _write(folder: Path, model: nn.Module, parts: dict[str, tuple[Tensor, Tensor
     config.save_pretrained(str(folder))
     data = safetensors.torch.save(tensors, metadata={"format": "pt"})
     (folder / "adapter_model.safetensors").write_bytes(data)
-    write_file(folder / "README.md", _card(model, rank).encode())
+    write_file(folder / "README.md", _card(model, rank, bool(stacks)).encode())
 
 
 def _base_of(model: nn.Module) -> str | None:
@@ -225,12 +225,17 @@ def _base_of(model: nn.Module) -> str | None:
         return str(name)
 
 
-def _card(model: nn.Module, rank: int) -> str:
-    """The README beside an adapter."""
+def _card(model: nn.Module, rank: int, of_experts: bool) -> str:
+    """The README beside an adapter. No server was seen to load one of routed experts."""
     name, base, kind = getattr(model, "name_or_path", None) or "", _base_of(model) or "BASE", type(model).__name__
-    source = dequantised_from(model)
+    source, served = dequantised_from(model), f"--enable-lora --max-lora-rank {served_rank(rank)}"
     lines = ["---", "library_name: peft", *([f"base_model: {name}"] if _is_hub_id(name) else []), "---", ""]
     lines += [f"# An edit of {name or 'a model'}, as a LoRA adapter", "", f"Rank {rank}, of a `{kind}`.", ""]
+    if of_experts:
+        lines += [
+            "It adapts the matrices of routed experts, each by a pair of its own, for which PEFT 0.19 is needed.",
+            "",
+        ]
     if source is not None:
         lines += [
             f"The base is the model in `{source['file']}` (SHA-256 `{source['sha256']}`), written out in fp32. It is "
@@ -249,7 +254,7 @@ def _card(model: nn.Module, rank: int) -> str:
         "```",
         "",
         "```sh",
-        f"vllm serve {base} --enable-lora --max-lora-rank {served_rank(rank)} --lora-modules edit=THIS_FOLDER",
+        *([] if of_experts else [f"vllm serve {base} {served} --lora-modules edit=THIS_FOLDER"]),
         f"lm_eval --model hf --model_args pretrained={base},peft=THIS_FOLDER --tasks ...",
         "```",
         "",
