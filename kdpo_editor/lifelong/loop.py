@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from itertools import chain
 from typing import Protocol
 
+import torch
 from torch import nn
 
 from ..engine.batches import Batch, EditTrace, PreferenceBatch, lost, make_batches, refresh, unfinished
@@ -76,7 +77,8 @@ def kdpo_l(
             for pairs in chain(*violated):
                 for member, cycle in zip(pairs.members, pairs.finished(hparams.stop_loss), strict=True):
                     traces[member].cycles.append(cycle)
-    if violated or preconditioners:  # which leave the weights rounded
+    rounded = bool(preconditioners) and any(w.dtype not in (torch.float32, torch.float64) for w in weights.values())
+    if violated or rounded:
         for batch in chain(*work.batches):
             batch.renew()
     missed = set(lost(own))
