@@ -57,3 +57,7 @@ class LedgerLocked(LedgerError):
 
 class CompressionError(KDPOError, ValueError):
     """A low-rank form that would not hold its edit: a request whose answer it changes is named."""
+
+
+class HubError(KDPOError, RuntimeError):
+    """A repository of the hub that cannot be written to or read: not there, not yours, public, or of something else."""

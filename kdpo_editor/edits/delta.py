@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -21,6 +22,8 @@ from ..errors import CompressionError, DamagedFileError, EditDiverged, Fingerpri
 from ..hparams import KDPOHyperParams
 from ..lifelong.second_moments import remember
 from ..request_forms import right_answers
+from . import hub
+from .card import Base
 from .delta_file import load_delta, save_delta
 from .lora import asked_prompts, check_place, save_lora
 from .low_rank import decompose, pair_of, rank_within
@@ -421,6 +424,84 @@ class EditDelta:
             StorageError: it cannot be read.
         """
         return cls(*load_delta(Path(path)))
+
+    # On the hub -----------------------------------------------------------------------------------------------
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool = True,
+        base: Base | None = None,
+        adapter: str | Path | None = None,
+        measured: Mapping[str, Any] | None = None,
+        revision: str | None = None,
+        message: str | None = None,
+        token: str | None = None,
+    ) -> str:
+        """Upload the delta and a model card to a repository of the Hugging Face hub, which is made if it is not there.
+
+        Prompts, targets and every other text of the requests go along. What the settings say of this machine's
+        folders does not.
+
+        Args:
+            repo_id: ``OWNER/NAME``.
+            private: of a new repository. One that is there and public is refused unless this is ``False``.
+            base: the model that the edits were made on; by default what the settings name, and its licence if found.
+            adapter: a folder that :meth:`save_lora` wrote, to lie beside the delta for PEFT and transformers.
+            measured: a report of ``kdpo check --json`` on these edits, for the card.
+            revision: the branch; by default the main one.
+            message: of the commit.
+            token: of the hub; by default the one that is logged in.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            HubError: the repository is public, holds something else, or cannot be written to; the report is of other
+                edits.
+            ModelError: no model is named.
+            StorageError: the adapter cannot be read.
+        """
+        hub.check_push(repo_id, self.changes, measured)
+        base = base or hub.base_of(self.info, token=token)
+        info = hub.without_paths(self.info)
+        with TemporaryDirectory(prefix="kdpo-") as place:
+            folder = Path(place)
+            EditDelta(self.config, self.changes, info, self.stored, self._read).save(folder)
+            hub.complete(folder, repo_id, base, self.changes, info, adapter, measured)
+            return hub.push(folder, repo_id, private=private, revision=revision, message=message, token=token)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        repo_id: str | Path,
+        *,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        token: str | None = None,
+    ) -> EditDelta:
+        """Read the delta in a repository of the Hugging Face hub, or in a folder, as :meth:`load` does.
+
+        Args:
+            repo_id: ``OWNER/NAME``, or a folder.
+            revision: a branch, a tag or a commit.
+            cache_dir: where the hub's files are kept; by default where they always are.
+            local_files_only: ask the hub nothing.
+            token: of the hub; by default the one that is logged in.
+
+        Raises:
+            HubError: the repository is not there or holds no delta.
+            DamagedFileError: the delta is damaged.
+            StorageError: it cannot be read.
+        """
+        if Path(repo_id).is_dir():
+            return cls.load(repo_id)
+        folder = hub.pull(
+            str(repo_id), revision=revision, cache_dir=cache_dir, local_files_only=local_files_only, token=token
+        )
+        return cls(*load_delta(folder, follow_links=True))
 
 
 def _wide(w: Tensor) -> Tensor:

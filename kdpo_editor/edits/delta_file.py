@@ -62,10 +62,14 @@ def save_delta(parts: Parts, folder: Path) -> int:
     return len(data) + file.stat().st_size
 
 
-def load_delta(folder: Path) -> Parts:
-    """See :meth:`EditDelta.load`."""
+def load_delta(folder: Path, *, follow_links: bool = False) -> Parts:
+    """See :meth:`EditDelta.load`. ``follow_links``: the files may be links, as they are in the hub's own cache."""
+
+    def file(name: str) -> Path:
+        return (folder / name).resolve() if follow_links else folder / name
+
     where = str(folder / MANIFEST)
-    manifest = read_json(folder / MANIFEST)
+    manifest = read_json(file(MANIFEST))
     if field(manifest, "format", str, where) != "kdpo-delta" or field(manifest, "version", int, where) != 1:
         raise DamagedFileError(f"{where} is not a delta of version 1")
     config = field(manifest, "config", dict, where)
@@ -86,8 +90,8 @@ def load_delta(folder: Path) -> Parts:
         raise DamagedFileError(f"{where}: 'file' is {name!r:.200}; it must name a safetensors file in that folder")
     info = EditInfo.from_json(field(manifest, "info", dict, where), f"{where}: info")
     specs = {key: value.spec for key, value in stored.items()}
-    check_tensors(folder / name, specs)
-    return config, changes, info, stored, lambda: read_tensors(folder / name, specs)
+    check_tensors(file(name), specs)
+    return config, changes, info, stored, lambda: read_tensors(file(name), specs)
 
 
 def _check_stored(changes: dict[str, Change], stored: dict[str, Value], where: str) -> None:

@@ -167,6 +167,11 @@ def config_hash(config: dict[str, Any]) -> str:
     return hashlib.sha256(dump_json(config)).hexdigest()
 
 
+def state_hash(changes: Mapping[str, Change]) -> str:
+    """SHA-256 of the values that ``changes`` leave behind, by which edits are known again."""
+    return config_hash({name: change.after.sha256 for name, change in changes.items()})
+
+
 def check_config(config: dict[str, Any], model: nn.Module, what: str) -> None:
     """Raise :class:`~kdpo_editor.FingerprintError`, beginning with ``what``, unless ``model`` has that config.
 

@@ -1,0 +1,87 @@
+"""Edits as a command is given them, a ledger or a saved delta, and the model that they are edits of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import LedgerError
+from .terminal import complain
+
+if TYPE_CHECKING:
+    from ..edits.delta import EditDelta
+
+STORED = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
+
+
+@dataclass(frozen=True)
+class Edits:
+    """The edits that stand in a ledger or are in a saved delta, as one change of the unedited model.
+
+    ``number``: of the ledger's last edit among them, ``None`` for a delta. ``model_name``: of the model that they were
+    made on, ``None`` where it is not known.
+    """
+
+    source: str
+    delta: EditDelta
+    number: int | None
+    model_name: str | None
+
+    @property
+    def dtype(self) -> str:
+        """The type of the edited matrices, as :func:`kdpo_editor.models.load` takes it."""
+        specs = [change.before.spec for change in self.delta.changes.values()]
+        return STORED[specs[0].dtype] if specs else "float32"
+
+
+def read_edits(source: str, *, edit: int | None = None, skip_damaged: bool = False) -> Edits:
+    """Read the edits of a ledger, up to number ``edit`` (its head, if that is ``None``), or of a saved delta.
+
+    Raises:
+        LedgerError: no edit stands, or a number is given with a delta.
+        DamagedFileError: a line of the ledger or the delta is damaged, or the folder is neither.
+        StorageError: it cannot be read.
+    """
+    from ..edits.delta import EditDelta
+    from ..edits.delta_file import MANIFEST
+    from ..edits.ledger import JOURNAL, EditLedger
+
+    folder = Path(source)
+    if (folder / MANIFEST).exists() and not (folder / JOURNAL).exists():
+        if edit is not None:
+            raise LedgerError(f"{source} is a saved delta, which has no numbered edits; a ledger has")
+        delta = EditDelta.load(folder)
+        return Edits(source, delta, None, (delta.info.hparams or {}).get("model_name"))
+    ledger = EditLedger(folder, skip_damaged=skip_damaged)
+    for line in ledger.damaged:
+        complain(f"skipped: {line}")
+    number = ledger.head if edit is None else edit
+    if number == 0:
+        raise LedgerError(f"no edit stands in {source}")
+    return Edits(source, ledger.delta(number, since=0), number, ledger.model_name)
+
+
+def unedited_model(
+    edits: Edits, name: str | None, *, device: str | int | None = None, trust_remote_code: bool = False
+) -> tuple[Any, Any]:
+    """Load the model that ``edits`` are edits of, as it was before them, and its tokenizer; only safetensors are read.
+
+    ``name``: of the model, where it is another than the edits say.
+
+    Raises:
+        LedgerError: no model is named, or its own code is to be run and it is not named by the caller.
+        ModelError: it cannot be loaded.
+    """
+    from transformers.utils import logging
+
+    from ..models import load
+
+    found = name or edits.model_name
+    if found is None:
+        raise LedgerError(f"{edits.source} does not name its model; give --model")
+    if trust_remote_code and not name:
+        raise LedgerError("with --trust-remote-code name the model yourself, with --model")
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    return load(found, dtype=edits.dtype, device=device, trust_remote_code=trust_remote_code, safetensors_only=True)
