@@ -118,6 +118,7 @@ with torch.no_grad():
 """
 
 
+@pytest.mark.slow
 def test_a_fresh_process_gets_bit_identical_logits(llama: Any, settings: Any, tmp_path: Path) -> None:
     model, tok = llama
     EditDelta.make(model, tok, [REQUEST, SECOND], settings()).save(tmp_path / "d")
