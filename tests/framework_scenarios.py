@@ -234,10 +234,10 @@ def rivals() -> dict[str, Any]:
         hparams, _ = easyedit.settings({**config, "device": "cpu"})
         editor = BaseEditor.from_hparams(hparams)
         before = weight(editor)
-        metrics, _, _ = editor.edit(**inputs(RECORDS[:8]), **kept(True))
+        metrics, _, _ = editor.edit(**inputs(RECORDS[:4]), **kept(True))
         out[name] = {"restored": torch.equal(before, weight(editor)), **scores(metrics)}
     editor = BaseEditor.from_hparams(kdpo())
-    metrics, _, _ = editor.edit(**inputs(RECORDS[:8]), **kept(True))
+    metrics, _, _ = editor.edit(**inputs(RECORDS[:4]), **kept(True))
     out["KDPO"] = scores(metrics)
     return out
 

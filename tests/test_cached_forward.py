@@ -451,6 +451,49 @@ def test_a_model_that_feeds_the_edited_layer_past_its_block_is_refused() -> None
         forward.capture(IDS, POSITIONS)
 
 
+class Hidden:
+    """Something that belongs to each row of a batch, where nothing that looks for tensors finds it."""
+
+    def __init__(self, values: torch.Tensor) -> None:
+        self.values = values
+
+
+class Known(Hidden):
+    """The same, of which rows can be asked for."""
+
+    def rows(self, kept: torch.Tensor) -> Known:
+        return Known(self.values[kept])
+
+
+@pytest.mark.parametrize("kind", [Known, Hidden], ids=["known", "hidden"])
+@torch.no_grad()
+def test_a_model_whose_rows_cannot_be_told_apart_is_refused(kind: type[Hidden]) -> None:
+    class Adds(type(forward_of("llama", 1)[0].model.layers[3])):  # type: ignore[misc]
+        def forward(self, *args: Any, extra: Hidden, **kwargs: Any) -> Any:
+            return super().forward(*args, **kwargs) + extra.values
+
+    class Gives(transformers.LlamaModel):
+        def forward(self, input_ids: torch.Tensor, **kwargs: Any) -> Any:
+            extra = kind(self.embed_tokens(input_ids))
+            handle = self.layers[3].register_forward_pre_hook(
+                lambda module, args, given: (args, {**given, "extra": extra}), with_kwargs=True, prepend=True
+            )
+            try:
+                return super().forward(input_ids, **kwargs)
+            finally:
+                handle.remove()
+
+    model, forward, _ = forward_of("llama", 1)
+    model.model.__class__ = Gives
+    model.model.layers[3].__class__ = Adds
+    if kind is Known:
+        cache, hidden = forward.capture(IDS, POSITIONS)
+        torch.testing.assert_close(forward.from_cache(cache), hidden)
+    else:
+        with pytest.raises(ModelError, match="cannot be edited"):
+            forward.capture(IDS, POSITIONS)
+
+
 def build(family: str, **settings: Any) -> Any:
     torch.manual_seed(0)
     return getattr(transformers, family)(getattr(transformers, settings.pop("config"))(**settings))

@@ -49,6 +49,7 @@ def edits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "edits"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("program", "arguments", "code"),
     [("cli.main", ["--help"], 0), ("cli.main", ["edit", "--modell", "x"], 2), ("compare.report.report", ["--help"], 0)],
@@ -249,6 +250,7 @@ def test_resuming_leaves_out_what_is_there(tmp_path: Path, capsys: Any, edits: P
     assert EditLedger(tmp_path / "e").state(6) == EditLedger(edits).state(6), "as in one go, bit for bit"
 
 
+@pytest.mark.slow
 def test_interrupted_it_leaves_a_ledger_to_go_on_from(tmp_path: Path, capsys: Any, edits: Path) -> None:
     file = write(tmp_path / "f.jsonl", FACTS * 500)
     command = [

@@ -51,10 +51,7 @@ METHODS = [
 ]
 UPSTREAM_ONLY = {"FT-M", "LoRA", "DPO", "AlphaEdit", "WISE", "GRACE"}
 
-pytestmark = [
-    pytest.mark.xdist_group("compare"),
-    pytest.mark.skipif(not HAS_PYPI and not CHECKOUT, reason="no form of EasyEdit is installed"),
-]
+pytestmark = pytest.mark.skipif(not HAS_PYPI and not CHECKOUT, reason="no form of EasyEdit is installed")
 
 
 def environment(form: str, **more: str) -> dict[str, str]:
@@ -117,6 +114,7 @@ def scenarios(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     return {"form": request.param, **json.loads(run.stdout.splitlines()[-1])}
 
 
+@pytest.mark.slow
 def test_figures_agree_with_the_frameworks(scenarios: dict[str, Any]) -> None:
     pairs = [pair for record in scenarios["framework"] for pair in record.values()]
     assert any(0 < ours < 1 for ours, _ in pairs)
@@ -124,6 +122,7 @@ def test_figures_agree_with_the_frameworks(scenarios: dict[str, Any]) -> None:
         assert ours == pytest.approx(theirs, abs=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_a_method_leaves_nothing_behind_and_keeps_its_edits(scenarios: dict[str, Any], method: str) -> None:
     found = scenarios[method]
@@ -141,12 +140,14 @@ def test_a_method_leaves_nothing_behind_and_keeps_its_edits(scenarios: dict[str,
     assert found["kept"][0] >= min(found["kept_after_first"], 0.5)
 
 
+@pytest.mark.slow
 def test_wise_is_refused_without_a_spare_record(scenarios: dict[str, Any]) -> None:
     if scenarios["WISE"] is None:
         pytest.skip("this form of EasyEdit has no WISE")
     assert scenarios["alone"].startswith("n_edits: WISE needs a record that is never edited")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["KDPO", "ROME", "MEMIT"])
 def test_a_method_works_on_the_shipped_model(scenarios: dict[str, Any], method: str) -> None:
     assert fmean(scenarios[method]["rewrite"]) >= 0.9
@@ -471,6 +472,7 @@ def test_edits_of_one_case_are_of_one_split(tmp_path: Path) -> None:
 # The command ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -512,6 +514,7 @@ def test_what_names_no_file_is_left_to_hydra(tmp_path: Path) -> None:
         assert _quoted(argument) == argument
 
 
+@pytest.mark.slow
 def test_one_failing_cell_leaves_the_others(tmp_path: Path) -> None:
     own = tmp_path / "own" / "method"
     own.mkdir(parents=True)
@@ -532,6 +535,7 @@ def test_one_failing_cell_leaves_the_others(tmp_path: Path) -> None:
     assert (out / "report" / "report.html").exists()
 
 
+@pytest.mark.slow
 def test_a_method_that_the_form_lacks_is_skipped_and_said(tmp_path: Path) -> None:
     if not HAS_PYPI:
         pytest.skip("the PyPI form is not installed")
@@ -564,6 +568,7 @@ def test_the_easyedit_that_ran_is_told_by_its_files(tmp_path: Path) -> None:
     assert re.fullmatch(r"(PyPI [\w.]+|upstream.*), files [0-9a-f]{12}", versions()["easyeditor"])
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_said_and_leaves_no_half_results(tmp_path: Path) -> None:
     import resource
 
@@ -581,9 +586,10 @@ def test_a_full_disk_is_said_and_leaves_no_half_results(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("*/rows.parquet"))
 
 
-@pytest.mark.parametrize("options", [[], SECOND_MOMENTS], ids=["plain", "second moments"])
-def test_a_killed_run_goes_on_and_ends_as_an_undisturbed_one(tmp_path: Path, options: list[str]) -> None:
-    arguments = ["n_edits=12", "protocol.eval_at=[2,4,6,8,10]", *SMALL[2:], "method=kdpo", *options]
+@pytest.mark.slow
+def test_a_killed_run_goes_on_and_ends_as_an_undisturbed_one(tmp_path: Path) -> None:
+    """With the second moments of the model before any edit, which the rest of the run must have too."""
+    arguments = ["n_edits=12", "protocol.eval_at=[2,4,6,8,10]", *SMALL[2:], "method=kdpo", *SECOND_MOMENTS]
     undisturbed = compare(tmp_path / "whole", *arguments)
     assert undisturbed.returncode == 0, undisturbed.stderr
     form = "pypi" if HAS_PYPI else "upstream"
@@ -616,6 +622,7 @@ def test_a_killed_run_goes_on_and_ends_as_an_undisturbed_one(tmp_path: Path, opt
     assert (cell / "generations.jsonl").read_bytes() == (whole / "generations.jsonl").read_bytes()
 
 
+@pytest.mark.slow
 def test_joblib_and_submitit_compute_cells_too(tmp_path: Path) -> None:
     for launcher, package in (("joblib", "hydra_joblib_launcher"), ("submitit_local", "hydra_submitit_launcher")):
         if importlib.util.find_spec(f"hydra_plugins.{package}") is None:

@@ -15,6 +15,7 @@ import safetensors.torch
 import torch
 from conftest import PARAMETER, REQUEST, assert_same, load, state
 from small import NAME, Small, change
+from torch import nn
 
 from kdpo_editor import (
     SHIPPED_MODEL,
@@ -117,6 +118,7 @@ with torch.no_grad():
 """
 
 
+@pytest.mark.slow
 def test_a_fresh_process_gets_bit_identical_logits(llama: Any, settings: Any, tmp_path: Path) -> None:
     model, tok = llama
     EditDelta.make(model, tok, [REQUEST, SECOND], settings()).save(tmp_path / "d")
@@ -372,6 +374,24 @@ def test_a_rank_that_loses_the_edit_is_refused_by_its_request(shipped: tuple[Any
     assert_same(model, after)
     delta.revert(model)
     assert_same(model, before)
+
+
+def test_what_a_delta_does_is_that_of_the_model_in_evaluation_mode(
+    shipped: tuple[Any, Any], one_fact: EditDelta
+) -> None:
+    model, tok = shipped
+    dropout = nn.Dropout(0.9)
+    handle = model.model.layers[0].register_forward_hook(lambda module, args, out: dropout(out))
+    model.add_module("dropout", dropout.train())
+    try:
+        ((held, said),) = one_fact.behaviour(model, tok)
+        assert held
+        assert said == one_fact.info.requests[0]["target_new"]
+        assert one_fact.compress(model, tok, rank=16).rank == 16
+        assert dropout.training
+    finally:
+        handle.remove()
+        del model.dropout
 
 
 def test_compression_asks_for_one_of_rank_and_tolerance(shipped: tuple[Any, Any], one_fact: EditDelta) -> None:

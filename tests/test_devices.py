@@ -29,6 +29,7 @@ def found() -> dict[str, str | None]:
     return result
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_an_edit_keeps_to_the_devices_that_blocks_are_on(found: dict[str, str | None], name: str) -> None:
     if name in LACKING:

@@ -110,6 +110,7 @@ def test_python_blocks_compile(block: Block) -> None:
     compile(block.code, f"{block.page}, line {block.line}", "exec")
 
 
+@pytest.mark.slow
 def test_python_blocks_of_readme_and_docs_run_on_the_shipped_model(tmp_path: Path) -> None:
     runnable: dict[str, list[str]] = {}
     framework = (
@@ -141,6 +142,7 @@ def change(text: str, where: str, beginning: str, code: str) -> str:
     return "".join([*lines[:at], textwrap.indent(code, indent), *lines[at:]])
 
 
+@pytest.mark.slow
 def test_worked_examples_of_contributing_work(tmp_path: Path) -> None:
     """Their changes, made in a copy of the package, make the Python after them run, which fails without."""
     parts = {"kdpo_editor": ["__pycache__"], "hparams": [], "tests": ["__pycache__", "golden", "data"]}
@@ -562,6 +564,7 @@ def test_public_names_of_the_package_have_docstrings() -> None:
 # The site ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_site_builds_without_warnings_and_loads_nothing_from_elsewhere(tmp_path: Path) -> None:
     for package in ("mkdocs", "material", "mkdocstrings"):
         if importlib.util.find_spec(package) is None:

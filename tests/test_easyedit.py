@@ -18,7 +18,6 @@ from kdpo_editor.easyedit.placeholders import GONE, lent
 SCENARIOS = Path(__file__).parent / "framework_scenarios.py"
 MATRIX = "model.layers.{}.mlp.down_proj.weight"
 CHECKOUT = os.environ.get(VARIABLE)
-pytestmark = pytest.mark.xdist_group("easyedit")
 
 
 def python(code: str | list[str], form: str, folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -71,6 +70,7 @@ def scenario(results: dict[str, Any], name: str) -> dict[str, Any]:
     return dict(result)
 
 
+@pytest.mark.slow
 def test_importing_registers_kdpo_and_leaves_nothing_behind(form: str, results: dict[str, Any]) -> None:
     found = scenario(results, "importing")
     assert found["upstream"] is (form == "upstream")
@@ -81,6 +81,7 @@ def test_importing_registers_kdpo_and_leaves_nothing_behind(form: str, results: 
     assert found["watchers_left"] == 0
 
 
+@pytest.mark.slow
 def test_single_edits_succeed_and_restore_exactly(results: dict[str, Any]) -> None:
     found = scenario(results, "single")
     assert found["restored"]
@@ -92,6 +93,7 @@ def test_single_edits_succeed_and_restore_exactly(results: dict[str, Any]) -> No
     assert max(found["pre"]) < 1.0
 
 
+@pytest.mark.slow
 def test_sequential_edits_stay_and_equal_edits_by_hand(results: dict[str, Any]) -> None:
     found = scenario(results, "sequential")
     assert found["changed"]
@@ -99,6 +101,7 @@ def test_sequential_edits_stay_and_equal_edits_by_hand(results: dict[str, Any]) 
     assert min(found["rewrite"]) == 1.0
 
 
+@pytest.mark.slow
 def test_earlier_edits_are_replayed_in_a_sequence_and_forgotten_when_restored(results: dict[str, Any]) -> None:
     found = scenario(results, "replayed")
     assert len(found["in a row"]) == 4
@@ -106,6 +109,7 @@ def test_earlier_edits_are_replayed_in_a_sequence_and_forgotten_when_restored(re
     assert found["restored"] == []
 
 
+@pytest.mark.slow
 def test_batch_edit(results: dict[str, Any]) -> None:
     found = scenario(results, "batch_edit")
     assert found["metrics"] == 3
@@ -113,6 +117,7 @@ def test_batch_edit(results: dict[str, Any]) -> None:
     assert sum(found["rewrite"]) / 3 >= 0.9
 
 
+@pytest.mark.slow
 def test_edit_requests(form: str, results: dict[str, Any]) -> None:
     found = scenario(results, "edit_requests")
     assert found["restored"]
@@ -120,6 +125,7 @@ def test_edit_requests(form: str, results: dict[str, Any]) -> None:
     assert len(found["locality"]) == 2
 
 
+@pytest.mark.slow
 def test_generate_edit(form: str, results: dict[str, Any]) -> None:
     found = scenario(results, "generate_edit")
     if form == "pypi":
@@ -133,6 +139,7 @@ def test_generate_edit(form: str, results: dict[str, Any]) -> None:
     assert all(got.startswith(r["target_new"]) for got, r in zip(found["post"], records, strict=True))
 
 
+@pytest.mark.slow
 def test_a_sequence_is_journaled_and_resumed_by_the_next_editor(results: dict[str, Any]) -> None:
     found = scenario(results, "ledger_of_a_sequence")
     assert found["resumed"]
@@ -141,6 +148,7 @@ def test_a_sequence_is_journaled_and_resumed_by_the_next_editor(results: dict[st
     assert len(found["prompts"]) == 3
 
 
+@pytest.mark.slow
 def test_single_edits_are_journaled_as_taken_back(results: dict[str, Any]) -> None:
     found = scenario(results, "ledger_of_single_edits")
     assert found["restored"]
@@ -150,15 +158,17 @@ def test_single_edits_are_journaled_as_taken_back(results: dict[str, Any]) -> No
     assert found["fresh_editor_is_unedited"]
 
 
+@pytest.mark.slow
 def test_ft_and_rome_run_beside_it(results: dict[str, Any]) -> None:
     found = scenario(results, "rivals")
     assert all(found[method]["restored"] for method in ("FT", "ROME"))
     for method, scores in found.items():
         changed = [pre < 1 and post == 1 for pre, post in zip(scores["pre"], scores["rewrite"], strict=True)]
         assert sum(changed) >= 2, (method, scores)
-    assert sum(found["KDPO"]["rewrite"]) / 8 >= 0.95
+    assert sum(found["KDPO"]["rewrite"]) / 4 >= 0.95
 
 
+@pytest.mark.slow
 def test_mistakes_reach_the_user_by_name_through_the_framework(results: dict[str, Any]) -> None:
     found = scenario(results, "user_mistakes")
     assert "layers: 40 is outside the model, which has 6 layers" in found["layer"]["error"]
@@ -166,6 +176,7 @@ def test_mistakes_reach_the_user_by_name_through_the_framework(results: dict[str
     assert all(result["unchanged"] for result in found.values())
 
 
+@pytest.mark.slow
 def test_registers_too_when_easyeditor_is_imported_first(form: str, tmp_path: Path) -> None:
     code = (
         "import kdpo_editor.easyedit as e, sys\n"  # lends what the framework lacks; then undo all else it did
@@ -192,12 +203,14 @@ def test_a_module_that_transformers_dropped_is_stood_in_for_and_using_it_is_an_e
         exec("import transformers.never_there", framework)
 
 
+@pytest.mark.slow
 def test_a_checkout_without_easyeditor_is_named(tmp_path: Path) -> None:
     run = python("import kdpo_editor, easyeditor", "pypi", tmp_path, **{VARIABLE: str(tmp_path)})
     assert run.returncode != 0
     assert f"{VARIABLE}={tmp_path}: there is no folder easyeditor/ in it" in run.stderr
 
 
+@pytest.mark.slow
 def test_a_missing_framework_is_explained(tmp_path: Path) -> None:
     code = (
         "import sys, importlib.abc, kdpo_editor\n"
@@ -210,6 +223,7 @@ def test_a_missing_framework_is_explained(tmp_path: Path) -> None:
     assert VARIABLE in run.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkout", ["nowhere", "."])
 def test_importing_kdpo_editor_looks_for_nothing_and_changes_no_path(tmp_path: Path, checkout: str) -> None:
     code = "import sys; before = list(sys.path); import kdpo_editor; sys.exit(sys.path != before)"
@@ -217,11 +231,13 @@ def test_importing_kdpo_editor_looks_for_nothing_and_changes_no_path(tmp_path: P
     assert run.returncode == 0, run.stderr
 
 
+@pytest.mark.slow
 def test_importing_kdpo_editor_does_not_import_easyeditor(tmp_path: Path) -> None:
     run = python("import sys, kdpo_editor; sys.exit('easyeditor' in sys.modules)", "pypi", tmp_path)
     assert run.returncode == 0, run.stderr
 
 
+@pytest.mark.slow
 def test_a_model_in_a_gguf_file_is_edited_by_its_path(results: dict[str, Any]) -> None:
     found = scenario(results, "gguf_file")
     assert found["rewrite"] == 1.0

@@ -16,11 +16,12 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from kdpo_editor import EditDiverged, apply_kdpo_to_model, edit
 from kdpo_editor.engine.activation_cache import ActivationCache
-from kdpo_editor.engine.batches import Batch
+from kdpo_editor.engine.batches import Batch, group
 from kdpo_editor.engine.cached_forward import CachedForward
 from kdpo_editor.engine.optimizers import Stepper
 from kdpo_editor.lifelong import loop
 from kdpo_editor.objectives import dpo_loss, hardest_rejected, kdpo_loss
+from kdpo_editor.requests import EditTokens
 
 SECOND = {"prompt": "Which family does Epaspidoceras belong to?", "target_new": "Noctuidae"}
 
@@ -443,6 +444,36 @@ def test_a_mini_batch_divided_by_length_takes_the_same_steps(
         for cycle, again in zip(one.cycles, other.cycles, strict=True):
             assert again.losses == pytest.approx(cycle.losses, abs=1e-4)
     torch.testing.assert_close(model.get_parameter(PARAMETER), whole, atol=1e-4, rtol=0)
+
+
+class Counted(EditTokens):
+    """Tokens of an edit that count how often their length is asked for; put together they are not at all."""
+
+    asked = 0
+
+    @property
+    def length(self) -> int:
+        Counted.asked += 1
+        return super().length
+
+    @property
+    def sequence(self) -> torch.Tensor:
+        pytest.fail("tokens are put together to group edits")
+
+
+def test_edits_are_grouped_in_time_that_grows_as_their_number(llama: Any, settings: Any) -> None:
+    model, _ = llama
+    forward = CachedForward.above(model, [PARAMETER], settings())
+    asked = []
+    for many in (50, 200):
+        edits = [
+            Counted(torch.zeros(2 + i % 20, dtype=torch.int64), torch.zeros(3, dtype=torch.int64)) for i in range(many)
+        ]
+        Counted.asked = 0
+        minibatches, _ = group(forward, edits, 2e9)
+        assert sorted(member for parts in minibatches for part in parts for member in part) == list(range(many))
+        asked.append(Counted.asked)
+    assert asked[1] <= 4 * asked[0]
 
 
 def test_a_won_edit_is_left_out_and_looked_at_again(llama: Any, settings: Any) -> None:

@@ -178,6 +178,7 @@ def use_ledger(samples: Samples) -> None:
             pass
 
 
+@pytest.mark.slow
 def test_damaged_bytes_of_a_manifest(samples: Samples) -> None:
     @fuzz
     @given(broken_bytes(samples.sound[samples.manifest]))
@@ -188,6 +189,7 @@ def test_damaged_bytes_of_a_manifest(samples: Samples) -> None:
     check()
 
 
+@pytest.mark.slow
 def test_exchanged_values_of_a_manifest(samples: Samples) -> None:
     @fuzz
     @given(broken_json(json.loads(samples.sound[samples.manifest])))
@@ -198,6 +200,7 @@ def test_exchanged_values_of_a_manifest(samples: Samples) -> None:
     check()
 
 
+@pytest.mark.slow
 def test_damaged_bytes_of_tensors(samples: Samples) -> None:
     @fuzz
     @given(broken_bytes(samples.sound[samples.tensors]))
@@ -208,6 +211,7 @@ def test_damaged_bytes_of_tensors(samples: Samples) -> None:
     check()
 
 
+@pytest.mark.slow
 def test_damaged_bytes_of_a_journal(samples: Samples) -> None:
     @fuzz
     @given(broken_bytes(samples.sound[samples.journal]))
@@ -218,6 +222,7 @@ def test_damaged_bytes_of_a_journal(samples: Samples) -> None:
     check()
 
 
+@pytest.mark.slow
 def test_exchanged_values_of_a_journal(samples: Samples) -> None:
     records = [json.loads(line)["record"] for line in samples.sound[samples.journal].splitlines()]
 
@@ -237,6 +242,7 @@ REQUESTS = b"".join(
 )
 
 
+@pytest.mark.slow
 def test_damaged_bytes_of_requests() -> None:
     @fuzz
     @given(broken_bytes(REQUESTS))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 
 from kdpo_editor.engine.answers import begins_with, is_answer
-from kdpo_editor.engine.generation import answers, batches, end_tokens, generate, greedy
+from kdpo_editor.engine.generation import answers, batches, end_tokens, generate, greedy, says_target
 from kdpo_editor.errors import RequestError
 from kdpo_editor.requests import token_ids
 from kdpo_editor.testbed import load_model, load_records
@@ -134,20 +135,38 @@ def test_a_wrapper_around_a_model_generates(shipped: tuple[Any, Any]) -> None:
     assert greedy(Wrapper(model), tok, prompts, 8) == greedy(model, tok, prompts, 8)
 
 
-def test_a_model_in_training_mode_says_the_same_and_stays_in_it(shipped: tuple[Any, Any]) -> None:
-    model, tok = shipped
-    before = generate(model, tok, PROMPTS[0])
+@pytest.fixture
+def training(shipped: tuple[Any, Any]) -> Iterator[nn.Dropout]:
+    """The model in training mode, all but its last block, with dropout that leaves hardly anything of an answer."""
+    model, _ = shipped
     dropout = nn.Dropout(0.9)
     handle = model.model.layers[0].register_forward_hook(lambda module, args, out: dropout(out))
     model.add_module("dropout", dropout)
-    try:
-        model.train()
-        assert generate(model, tok, PROMPTS[0]) == before
-        assert dropout.training
-    finally:
-        handle.remove()
-        del model.dropout
-        model.eval()
+    model.train()
+    model.model.layers[-1].eval()
+    yield dropout
+    handle.remove()
+    del model.dropout
+    model.eval()
+
+
+def test_a_model_in_training_mode_says_the_same_and_stays_in_it(shipped: tuple[Any, Any], training: nn.Dropout) -> None:
+    model, tok = shipped
+    said = generate(model, tok, PROMPTS[0])
+    assert training.training
+    assert not model.model.layers[-1].training
+    model.eval()
+    assert generate(model, tok, PROMPTS[0]) == said
+
+
+def test_a_model_in_training_mode_is_asked_for_targets_as_it_would_be_served(
+    shipped: tuple[Any, Any], training: nn.Dropout
+) -> None:
+    model, tok = shipped
+    said = [{"prompt": prompt, "target_new": generate(model, tok, prompt)} for prompt in PROMPTS]
+    assert says_target(model, tok, said) == [True] * len(PROMPTS)
+    assert training.training
+    assert not model.model.layers[-1].training
 
 
 def test_an_answer_that_is_cut_off_is_marked(shipped: tuple[Any, Any]) -> None:

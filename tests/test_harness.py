@@ -44,6 +44,7 @@ def test_what_is_missing_is_named(shipped: tuple[Any, Any], monkeypatch: pytest.
         harness.measure(Evaluator(*shipped), ["kdpo_facts"], 4, 0)
 
 
+@pytest.mark.slow
 def test_figures_are_those_of_the_harnesss_own_command(shipped: tuple[Any, Any], tmp_path: Path) -> None:
     pytest.importorskip("lm_eval")
     model, tok = shipped

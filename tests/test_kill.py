@@ -8,7 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 
+
+@pytest.mark.slow
 def test_killed_at_random_moments_nothing_is_lost(tmp_path: Path) -> None:
     kills = int(os.environ.get("KDPO_KILLS", "40"))
     (tmp_path / "ledgers").mkdir()

@@ -358,6 +358,7 @@ def test_a_cache_that_cannot_be_written_is_an_error_that_names_the_variable(
         models.load(str(file))
 
 
+@pytest.mark.slow
 def test_two_processes_at_once_both_get_the_model(file: Path, cache: Path) -> None:
     code = (
         "import sys; from kdpo_editor import models; m, _ = models.load(sys.argv[1], device='cpu');"

@@ -58,6 +58,7 @@ def mean(figures: pd.DataFrame, metric: str) -> float:
     return float(figures.loc[(figures["metric"] == metric) & (figures["when"] == "checkpoint"), "value"].mean())
 
 
+@pytest.mark.slow
 def test_an_editor_from_elsewhere_needs_a_settings_file_alone(tmp_path: Path) -> None:
     methods = tmp_path / "own" / "method"
     methods.mkdir(parents=True)

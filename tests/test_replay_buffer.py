@@ -15,6 +15,7 @@ import torch
 from conftest import PARAMETER, REQUEST, assert_same, load, state
 
 from kdpo_editor import EditDiverged, ReplayBuffer, apply_kdpo_to_model, edit
+from kdpo_editor.engine.batches import make_batches
 from kdpo_editor.engine.cached_forward import CachedForward
 from kdpo_editor.lifelong.replay import EarlierEdits, Entry
 from kdpo_editor.objectives import hardest_rejected
@@ -205,6 +206,21 @@ def test_an_earlier_edit_is_trained_again_once_it_lost_half_its_margin(edited: A
         forward = CachedForward.above(model, weights, asked)
         harmed = chain(*EarlierEdits(ReplayBuffer.of(model, weights), forward, [new], asked).violated())
         assert [m for batch in harmed for m in batch.margins.tolist()] == pytest.approx(expected, abs=1e-3)
+
+
+def test_an_earlier_edit_that_was_trained_in_vain_is_forgotten(edited: Any, caplog: pytest.LogCaptureFixture) -> None:
+    model, tok, hparams = edited
+    weights = named(model, 4)
+    asked = replace(hparams, margin=1000.0)  # which no edit has
+    ((new,),) = tokenize(tok, [THIRD], append_eos=True)
+    forward = CachedForward.above(model, weights, asked)
+    buffer = ReplayBuffer.of(model, weights)
+    known = EarlierEdits(buffer, forward, [new], asked)
+    assert len(list(chain(*known.violated()))) > 0
+    assert known.violated() == [], "trained already"
+    known.close(make_batches(forward, [new], asked), changed=False)
+    assert buffer.entries == []
+    assert f"the earlier edit of {REQUEST['prompt']!r} is lost and forgotten" in caplog.text
 
 
 def test_the_memory_goes_with_the_model(settings: Any) -> None:

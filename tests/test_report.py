@@ -208,6 +208,7 @@ def test_latex_escapes_names(cell: WriteCell) -> None:
         assert all(row.replace(r"\&", "").count("&") == columns for row in rows)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("pdflatex"), reason="needs pdflatex")
 def test_latex_compiles(cell: WriteCell, tmp_path: Path) -> None:
     cell("a", label=NASTY)
@@ -410,6 +411,7 @@ def test_an_unknown_format_is_wrong_usage(capsys: pytest.CaptureFixture[str]) ->
     assert "markdown" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_importing_the_package_does_not_load_the_reports_libraries() -> None:
     heavy = "{'matplotlib', 'pandas', 'pyarrow'}"
     code = f"import sys, kdpo_editor, kdpo_editor.compare.report.report; sys.exit(bool({heavy} & set(sys.modules)))"

@@ -276,6 +276,7 @@ def test_they_are_computed_once_for_each_content_of_a_model(text: str, computed:
     assert len(computed) == 3
 
 
+@pytest.mark.slow
 def test_another_process_computes_nothing(text: str, cache: Path) -> None:
     model, tok = load("llama")
     spectra(model, tok, [PARAMETER], text, 500)

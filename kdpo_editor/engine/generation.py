@@ -160,7 +160,8 @@ def says_target(
 ) -> list[bool]:
     """For each request, whether the new answer is the model's choice at every position, under teacher forcing.
 
-    So it is where that holds for another of its accepted answers.
+    So it is where that holds for another of its accepted answers. The model answers as it would be served, in
+    evaluation mode; every module's own mode is as before afterwards.
     """
     device = model.get_input_embeddings().weight.device  # type: ignore[operator]
 
@@ -170,9 +171,10 @@ def says_target(
         return bool(torch.equal(choice, edit.chosen))
 
     won = []
-    for request in plain_requests(requests):
-        right = [{**request, "target_new": answer, "rephrases": None} for answer in right_answers(request)]
-        won.append(any(says(edit) for edit, *_ in tokenize(tok, right, append_eos=append_eos)))
+    with as_found(model):
+        for request in plain_requests(requests):
+            right = [{**request, "target_new": answer, "rephrases": None} for answer in right_answers(request)]
+            won.append(any(says(edit) for edit, *_ in tokenize(tok, right, append_eos=append_eos)))
     return won
 
 
