@@ -45,8 +45,8 @@ WISE                 Computes the edited matrix's output without its bias, unles
 ===================  ==================================================================================================
 
 Modules: ``registering`` puts KDPO into the framework; ``placeholders`` has what is lent at import; ``import_hook``
-waits for it; ``loading``, ``ledgers``, ``adalora`` and ``wise`` what they are called after; ``pypi`` devices and the
-PyPI form's contract and MEMIT; ``comparing`` ``prepare`` and the last three, which comparing methods needs.
+waits for it; ``loading``, ``ledgers``, ``adalora`` and ``wise`` what they are called after; ``pypi`` the PyPI
+form's devices and MEMIT; ``comparing`` ``prepare`` and the last three, which comparing methods needs.
 ``finding``, below them, imports the framework and tells its form.
 """
 

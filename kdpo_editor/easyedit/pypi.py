@@ -1,4 +1,4 @@
-"""What only the PyPI form needs, and what can go with it: its contract with methods, its MEMIT, its devices."""
+"""What only the PyPI form needs, and what can go with it: its MEMIT and its devices."""
 
 from __future__ import annotations
 
@@ -11,15 +11,6 @@ from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
-
-from .applying import apply_kdpo_to_model
-
-
-@functools.wraps(apply_kdpo_to_model)
-def apply_for_pypi(*args: Any, keep_original_weight: bool = False, **kwargs: Any) -> Any:
-    """KDPO, which returns weights only if it is to be undone: this form writes back whatever is returned."""
-    model, originals = apply_kdpo_to_model(*args, **kwargs)
-    return model, originals if keep_original_weight else {}
 
 
 def mend_memit() -> None:

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
+from typing import Any
 
 from .adalora import mend_adalora
 from .applying import apply_kdpo_to_model
 from .finding import editor_class, is_upstream
 from .ledgers import followed, resumed
 from .loading import with_model_loaded
-from .pypi import apply_for_pypi, mend_memit, on_its_device
+from .pypi import mend_memit, on_its_device
 from .wise import mend_wise
+
+
+@functools.wraps(apply_kdpo_to_model)
+def apply_for_pypi(*args: Any, keep_original_weight: bool = False, **kwargs: Any) -> Any:
+    """KDPO, which returns weights only if it is to be undone: the PyPI form writes back whatever is returned."""
+    model, originals = apply_kdpo_to_model(*args, **kwargs)
+    return model, originals if keep_original_weight else {}
 
 
 def register() -> None:

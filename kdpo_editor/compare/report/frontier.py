@@ -15,12 +15,12 @@ from .means import UNEDITED
 from .tables import after
 
 if TYPE_CHECKING:
-    from .cells import Cell
+    from .result_folder import ResultFolder
 
 RATE = "method.rate_factor"
 
 
-def points(cells: Sequence[Cell], x: str, y: str, made: int) -> pd.DataFrame:
+def points(cells: Sequence[ResultFolder], x: str, y: str, made: int) -> pd.DataFrame:
     """One row per method and rate: ``label``, ``method``, ``rate`` (times the one in its settings), ``x`` and ``y``
     (means over seeds of the two metrics after ``made`` edits).
 
@@ -40,7 +40,7 @@ def points(cells: Sequence[Cell], x: str, y: str, made: int) -> pd.DataFrame:
     return pd.DataFrame(rows).groupby(["label", "method", "rate"], as_index=False).mean()
 
 
-def pictures(cells: Sequence[Cell], x: str, y: str, made: int) -> Iterator[Picture]:
+def pictures(cells: Sequence[ResultFolder], x: str, y: str, made: int) -> Iterator[Picture]:
     """The plot, for cells of one model, data set, protocol and number of edits; errors as those of :func:`points`."""
     model, dataset, protocol, n_edits = cells[0].group
     frame = points(cells, x, y, made)

@@ -8,7 +8,7 @@ from statistics import harmonic_mean
 
 import pandas as pd
 
-from .cells import Cell
+from .result_folder import ResultFolder
 
 GROUP = ["model", "dataset", "protocol", "n_edits", "T"]
 UNEDITED = "unedited"
@@ -85,7 +85,7 @@ def _score(at: tuple[int, str], successes: pd.DataFrame) -> dict[str, float | st
     return {"T": at[0], "when": at[1], "metric": SCORE, "mean": score, "edits": successes["edits"].max()}
 
 
-def tidy(cells: Iterable[Cell]) -> pd.DataFrame:
+def tidy(cells: Iterable[ResultFolder]) -> pd.DataFrame:
     """One row per group, method, metric and ``when``: mean and std (sample, NaN for one seed) over seeds.
 
     Columns: ``GROUP``, method, label, when, metric, mean, std, seeds, edits (summed over seeds). The unedited model

@@ -11,10 +11,10 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup, escape
 
-from .cells import Cell
 from .figures import Picture
 from .means import UNEDITED
 from .reading import read_texts
+from .result_folder import ResultFolder
 from .tables import LEGEND, Table
 
 SAMPLED_EDITS = 3
@@ -23,7 +23,7 @@ LONGEST_TEXT = 200
 
 def page(
     title: str,
-    cells: Sequence[Cell],
+    cells: Sequence[ResultFolder],
     left_out: Sequence[tuple[str, str]],
     tables: Sequence[Table],
     pictures: Sequence[Picture],
@@ -85,7 +85,7 @@ def _numbers(table: Table) -> dict[str, Any]:
     }
 
 
-def _versions(cells: Sequence[Cell]) -> list[tuple[str, str]]:
+def _versions(cells: Sequence[ResultFolder]) -> list[tuple[str, str]]:
     """Each program or library with its version, or its versions where cells differ."""
     found: dict[str, dict[str, None]] = {}
     for cell in cells:
@@ -94,12 +94,12 @@ def _versions(cells: Sequence[Cell]) -> list[tuple[str, str]]:
     return [(name, ", ".join(versions)) for name, versions in sorted(found.items())]
 
 
-def _samples(cells: Sequence[Cell]) -> list[dict[str, Any]]:
+def _samples(cells: Sequence[ResultFolder]) -> list[dict[str, Any]]:
     """What the methods wrote for the same prompts: of the first, a middle and the last edit after the last checkpoint.
 
     Each method is represented by the cell of its lowest seed. Texts are cut after ``LONGEST_TEXT`` characters.
     """
-    chosen: dict[str, Cell] = {}
+    chosen: dict[str, ResultFolder] = {}
     for cell in sorted(cells, key=lambda c: (c.manifest["method"] != UNEDITED, c.label.casefold(), c.manifest["seed"])):
         chosen.setdefault(cell.label, cell)
     prompts: dict[tuple[int, str, str], dict[str, Any]] = {}
@@ -122,7 +122,7 @@ def _samples(cells: Sequence[Cell]) -> list[dict[str, Any]]:
     return [prompts[key] for key in sorted(prompts, key=lambda key: key[0])]
 
 
-def _texts(cell: Cell) -> list[dict[str, Any]]:
+def _texts(cell: ResultFolder) -> list[dict[str, Any]]:
     """The cell's raw generations about its edits at its last shown checkpoint."""
     last = int(cell.means["T"].max())
     return [text for text in read_texts(cell) if (text["when"], text["checkpoint"]) == ("checkpoint", last)]

@@ -13,9 +13,9 @@ from ...errors import DataError, RequestError, ResultsError
 from .report import exit_status, say, slug, write
 
 if TYPE_CHECKING:
-    from .cells import Cell
     from .edit_figures import Question
     from .figures import Picture
+    from .result_folder import ResultFolder
 
 EPILOG = """\
 examples:
@@ -104,7 +104,7 @@ def make_parser() -> argparse.ArgumentParser:
 # Of results -----------------------------------------------------------------------------------------------------
 
 
-def _chosen(args: argparse.Namespace) -> list[Cell]:
+def _chosen(args: argparse.Namespace) -> list[ResultFolder]:
     """The cells that the options leave, of one model, data set, protocol and number of edits.
 
     Raises ResultsError naming the option that leaves none, or that is to choose.
@@ -163,7 +163,7 @@ def _example(args: argparse.Namespace) -> Iterator[Picture]:
         yield from picture(name, title, None, edit_figures.example(title, questions))
 
 
-def _questions(cells: Sequence[Cell], edit: int, when: str, made: int) -> list[Question]:
+def _questions(cells: Sequence[ResultFolder], edit: int, when: str, made: int) -> list[Question]:
     """What was asked about ``edit``, with the answer of the unedited model and of each method."""
     from ..run.evaluate import Generation
     from .edit_figures import Answer, Question

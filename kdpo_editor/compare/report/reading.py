@@ -16,8 +16,8 @@ import pyarrow.parquet as pq
 import yaml
 
 from ...errors import ResultsError
-from .cells import Cell
 from .means import cell_means, complete_checkpoints
+from .result_folder import ResultFolder
 
 SCHEMA = 1
 TEXTS = ("hash", "status", "method", "label", "model", "dataset", "protocol")
@@ -33,7 +33,7 @@ NOT_A_SETTING = (
 )  # fmt: skip
 
 
-def read_cells(folder: Path, partial: bool = False) -> tuple[list[Cell], list[tuple[str, str]]]:
+def read_cells(folder: Path, partial: bool = False) -> tuple[list[ResultFolder], list[tuple[str, str]]]:
     """Every cell below ``folder`` (itself included), and those left out as (name, why), both sorted by name.
 
     ``partial`` takes the complete checkpoints of unfinished cells too. Raises :class:`~kdpo_editor.errors.ResultsError`
@@ -56,7 +56,7 @@ def read_cells(folder: Path, partial: bool = False) -> tuple[list[Cell], list[tu
     return cells, left_out
 
 
-def read_texts(cell: Cell) -> list[dict[str, Any]]:
+def read_texts(cell: ResultFolder) -> list[dict[str, Any]]:
     """The cell's raw generations about its edits: ``edit``, ``checkpoint``, ``when``, ``kind``, ``prompt``, ``wanted``
     (accepted answers), ``text`` and ``stopped``. Unreadable lines are passed over."""
     texts = []
@@ -88,7 +88,7 @@ def _rows_file(folder: Path) -> Path:
     return kept[max(kept)] / "rows.parquet" if kept and not final.exists() else final
 
 
-def _read_cell(folder: Path, name: str, partial: bool) -> Cell:
+def _read_cell(folder: Path, name: str, partial: bool) -> ResultFolder:
     manifest = _read_manifest(folder)
     finished = manifest["status"] == "complete"
     file = _rows_file(folder)
@@ -115,7 +115,7 @@ def _read_cell(folder: Path, name: str, partial: bool) -> Cell:
     settings = {"method": manifest["method"], **_flat(resolved)}
     settings |= {key: str(manifest[key])[:12] for key in ("form", "model_fingerprint") if manifest.get(key)}
     label = manifest["label"] + ("" if finished else " (partial)")
-    return Cell(folder, name, label, manifest, config, settings, means, partial=not finished)
+    return ResultFolder(folder, name, label, manifest, config, settings, means, partial=not finished)
 
 
 def _read_text(path: Path) -> str:
@@ -193,7 +193,7 @@ def _flat(config: dict[Any, Any], above: str = "") -> dict[str, str]:
     return flat
 
 
-def _named_apart(cells: Iterable[Cell]) -> list[Cell]:
+def _named_apart(cells: Iterable[ResultFolder]) -> list[ResultFolder]:
     """Cells of one group and label whose settings differ (a sweep) get those settings into their labels."""
     alike = defaultdict(list)
     for cell in cells:
@@ -212,9 +212,9 @@ def _named_apart(cells: Iterable[Cell]) -> list[Cell]:
     return sorted(named, key=lambda cell: cell.name)
 
 
-def _without_repeats(cells: list[Cell]) -> tuple[list[Cell], list[tuple[str, str]]]:
+def _without_repeats(cells: list[ResultFolder]) -> tuple[list[ResultFolder], list[tuple[str, str]]]:
     """Of cells alike in everything, seed included, the one finished last; the others as left out."""
-    kept: dict[Any, Cell] = {}
+    kept: dict[Any, ResultFolder] = {}
     left_out = []
     for cell in sorted(cells, key=lambda cell: str(cell.manifest.get("finished")), reverse=True):
         first = kept.setdefault((cell.group, cell.label, cell.manifest["seed"]), cell)

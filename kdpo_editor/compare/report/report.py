@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, TextIO
 from ...errors import KDPOError
 
 if TYPE_CHECKING:
-    from .cells import Cell
+    from .result_folder import ResultFolder
 
 FORMATS = ("terminal", "csv", "markdown", "latex", "figures", "html")
 EPILOG = """\
@@ -118,7 +118,7 @@ def slug(name: str) -> str:
     return safe if safe == name else f"{safe}-{hashlib.sha256(name.encode()).hexdigest()[:6]}".lstrip("-")
 
 
-def _notes(cells: Sequence[Cell]) -> list[str]:
+def _notes(cells: Sequence[ResultFolder]) -> list[str]:
     """What the runs noted, and which runs are shown in part, each once per label."""
     notes = [f"{cell.label}: {note}" for cell in cells for note in cell.manifest["notes"]]
     notes += [f"{cell.label}: not finished, {cell.name}" for cell in cells if cell.partial]

@@ -32,7 +32,7 @@ from .editing import Editing, available
 from .evaluate import fingerprint
 from .memory import high_water
 from .outside import editor
-from .results import Cell, Log, slug, versions
+from .results import Cell, Log, folder_name, versions
 from .scorer import Scorer
 
 LOG = logging.getLogger(__name__)
@@ -265,7 +265,9 @@ def _cell(config: Compare, edited: Sequence[Record], settings: dict[str, Any] | 
         "seed": config.seed,
         "n_edits": config.n_edits,
     }
-    name = slug([*(identity[k] for k in ("method", "model", "dataset", "protocol", "n_edits")), f"s{config.seed}"])
+    name = folder_name(
+        [*(identity[k] for k in ("method", "model", "dataset", "protocol", "n_edits")), f"s{config.seed}"]
+    )
     return Cell(Path(config.out) / f"{name}-{code}", code, identity)
 
 

@@ -15,7 +15,6 @@ Around the function, which is never changed, stands what a fair comparison needs
 from __future__ import annotations
 
 import contextlib
-import random
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -23,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import set_seed
 
 from ... import easyedit
 from ...editing import prepare
@@ -81,7 +81,7 @@ class Editing:
             self.apply, self.hparams = outside
             self.hparams.device = next(model.parameters()).device
             tok.padding_side = "right" if self.config.get("alg_name") in easyedit.RIGHT_PADDED else "left"
-            seed_everything(seed)
+            set_seed(seed)
             easyedit.forget()
             return
         known = easyedit.methods()
@@ -106,7 +106,7 @@ class Editing:
                 )
             self.hparams.sequential_edit = sequence
         tok.padding_side = "right" if self.algorithm in easyedit.RIGHT_PADDED else "left"
-        seed_everything(seed)
+        set_seed(seed)
         easyedit.forget(_contexts(model, tok) if self.algorithm in DRAW_CONTEXTS else None)
         if self.algorithm == "AlphaEdit" and not Path(self.hparams.P_loc).exists():
             with easyedit.on_device(self.hparams), easyedit.quietly():
@@ -134,7 +134,7 @@ class Editing:
         self.count += 1
         if not self.config:
             return
-        seed_everything(self.seed * 1_000_003 + self.count)
+        set_seed((self.seed * 1_000_003 + self.count) % 2**32)
         easyedit.prepare(self.algorithm, self.base, self.hparams)
         with self._surroundings(), easyedit.on_device(self.hparams), easyedit.quietly():
             edited, copies = self.apply(
@@ -270,15 +270,6 @@ def available(config: dict[str, Any]) -> bool:
 def _checkpointed(model: nn.Module) -> bool:
     """Whether any block recomputes its activations; transformers renames its own answer to this."""
     return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
-
-
-def seed_everything(seed: int) -> None:
-    """Python's, NumPy's and torch's generators."""
-    import numpy as np
-
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
 
 
 def _contexts(model: Any, tok: Any) -> dict[str, list[str]]:

@@ -168,6 +168,6 @@ def versions() -> dict[str, str]:
     return found
 
 
-def slug(parts: Sequence[Any]) -> str:
+def folder_name(parts: Sequence[Any]) -> str:
     """A folder's name of parts that may hold anything."""
     return "-".join(re.sub(r"[^A-Za-z0-9._]+", "_", str(part)).strip("._") or "_" for part in parts)[:120]

@@ -10,7 +10,7 @@ import pandas as pd
 
 
 @dataclasses.dataclass(frozen=True)
-class Cell:
+class ResultFolder:
     """One result folder. ``name`` is its path below the folder searched, ``label`` its row's name in every table."""
 
     folder: Path
