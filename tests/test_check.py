@@ -41,7 +41,7 @@ def edits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(capsys: Any, source: Path, **options: Any) -> tuple[int, dict[str, Any], str]:
     """Exit code, JSON record and messages."""
-    code = check(str(source), **{**LOOSE, "known": 0, "as_json": True, **options})
+    code = check(str(source), **{**LOOSE, "known": 0, "json": True, **options})
     out, err = capsys.readouterr()
     return code, json.loads(out) if out else {}, err
 
@@ -108,7 +108,7 @@ def test_an_edit_that_is_lost_exits_with_1_and_is_named(edits: Path, tmp_path: P
 def test_the_table_has_a_line_for_each_measure(edits: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "160")
     assert check(str(edits), **LOOSE, known=10) == 0
-    lines = [line.split("  ")[0] for line in capsys.readouterr().out.splitlines()[2:]]
+    lines = [line.strip().split("  ")[0] for line in capsys.readouterr().out.splitlines() if ("at " in line)]
     assert lines == ["edits answered (3)", "known facts kept (10)", "perplexity", lines[3]]
     assert lines[3].startswith("next tokens alike (")
 

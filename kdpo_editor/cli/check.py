@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from ..errors import HyperParamsError, KDPOError, RequestError
+from .options import After, Device, Json, LedgersModel, SkipDamaged, Source, Trust
 from .sources import read_edits, unedited_model
-from .terminal import columns, complain, put, say
+from .terminal import complain, put, say, table
 
 if TYPE_CHECKING:
     from .checking import Answer, Bounds, Measure
@@ -25,49 +28,30 @@ VERDICTS = {True: "holds", False: "DOES NOT HOLD", None: "not measured"}
 
 
 def check(
-    source: str,
+    source: Source,
     *,
-    edit: int | None = None,
-    model: str | None = None,
-    chat: bool = False,
-    known: int = 50,
-    known_from: str | None = None,
-    text: str | None = None,
-    min_prompt: float = 1.0,
-    min_rephrase: float = 1.0,
-    min_chat: float = 1.0,
-    min_known: float = 0.9,
-    max_perplexity: float = 1.05,
-    min_agreement: float = 0.9,
-    as_json: bool = False,
-    device: str | int | None = None,
-    trust_remote_code: bool = False,
-    skip_damaged: bool = False,
+    edit: After = None,
+    model: LedgersModel = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Ask every edit in the model's chat template too.")] = False,
+    known: Annotated[int, typer.Option(metavar="N", help="Known facts that are asked.")] = 50,
+    known_from: Annotated[
+        str | None, typer.Option(metavar="DATA", help="The data set that they are from (default: CounterFact).")
+    ] = None,
+    text: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Text for perplexity and agreement (default: the package's).")
+    ] = None,
+    min_prompt: Annotated[float, typer.Option(help="Least share of edits that are answered.")] = 1.0,
+    min_rephrase: Annotated[float, typer.Option(help="Likewise of their rephrasings.")] = 1.0,
+    min_chat: Annotated[float, typer.Option(help="Likewise in a chat.")] = 1.0,
+    min_known: Annotated[float, typer.Option(help="Least share of known facts kept.")] = 0.9,
+    max_perplexity: Annotated[float, typer.Option(help="Most of the unedited model's perplexity.")] = 1.05,
+    min_agreement: Annotated[float, typer.Option(help="Least share of next tokens as the unedited model's.")] = 0.9,
+    json: Json = False,
+    device: Device = None,
+    trust_remote_code: Trust = False,
+    skip_damaged: SkipDamaged = False,
 ) -> int:
-    """Check that edits still hold and left the rest alone, for a person or for someone's CI.
-
-    Args:
-        source: a ledger's folder or a saved delta's.
-        edit: up to which edit of the ledger; by default its head.
-        model: the unedited model, where the edits do not name it or it lies elsewhere.
-        chat: ask every edit in the model's chat template too.
-        known: how many facts that the unedited model knows are asked, 0 for none.
-        known_from: the data set that they are from; by default CounterFact.
-        text: a text file that perplexity and agreement are measured on; by default the package's held-out paragraphs.
-        min_prompt: the least share of edits whose answer begins with the target.
-        min_rephrase: likewise of their rephrasings, where they have some.
-        min_chat: likewise in a chat.
-        min_known: the least share of known facts kept.
-        max_perplexity: the most that the perplexity may be, as a multiple of the unedited model's.
-        min_agreement: the least share of next tokens that the unedited model chooses too.
-        as_json: write one JSON record rather than a table.
-        device: CUDA index, "cpu" or "cuda:1"; by default the GPU where there is one.
-        trust_remote_code: run code that comes with the model.
-        skip_damaged: leave out damaged lines of the ledger.
-
-    Returns:
-        0: everything that was measured keeps to its bound. 1: something does not. 2: it could not be checked.
-    """
+    """Check that edits still hold and left the rest alone: exit code 1 where they do not, 2 where none can tell."""
     shares = {"min_prompt": min_prompt, "min_rephrase": min_rephrase, "min_chat": min_chat, "min_known": min_known,
               "min_agreement": min_agreement}  # fmt: skip
     try:
@@ -87,7 +71,7 @@ def check(
         if measure.holds is None:
             complain(f"{LABELS[measure.name]}: not measured; the model knows too little of it, or there is no text")
     holds = all(measure.holds is not False for measure in measures)
-    if as_json:
+    if json:
         put(_record(source, edits, model, measures, answers, holds))
     else:
         _say_table(measures, answers)
@@ -154,14 +138,12 @@ def _say_table(measures: list[Measure], answers: list[Answer]) -> None:
         )
         for m in measures
     ]
-    for line in columns(["", "before", "after", "allowed", ""], rows):
-        say(line)
+    table(["", "before", "after", "allowed", ""], rows)
     missed = [a for a in answers if not a.reached]
     if missed:
         say("")
         say(f"{len(missed)} of {len(answers)} answers do not begin with their target:")
-        for line in columns(["prompt", "target", "answer"], [(a.prompt, a.target_new, a.after) for a in missed]):
-            say(line)
+        table(["prompt", "target", "answer"], [(a.prompt, a.target_new, a.after) for a in missed])
 
 
 def _figure(measure: Measure, value: float | None) -> str:

@@ -11,10 +11,12 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import DamagedFileError, KDPOError, StorageError
+from .check import check
 from .edit import apply, edit
 from .history import checkout, compact, log, redo, undo
 from .locate import locate
 from .options import MODEL
+from .push import push
 from .settings import settings
 from .show import export, show
 from .terminal import complain
@@ -25,8 +27,8 @@ exactly: they can be listed, undone, shown, and exported. The model's own files 
 EXIT_CODES = """\
 exit codes:
   0    done
-  1    an error, or an edit that did not reach its target or was skipped
-  2    wrong usage
+  1    an error; an edit that did not reach its target or was skipped; a check that failed
+  2    wrong usage; what cannot be checked
   130  interrupted; the ledger holds every edit that was reported"""
 EXAMPLES = {
     "": """\
@@ -58,6 +60,8 @@ each line of facts.jsonl:
   kdpo export edits --as lora  --to adapter         # PeftModel.from_pretrained loads it
   kdpo export edits --as delta --to saved-delta     # for kdpo apply, EditDelta.load
   kdpo export edits --as delta --to one-edit --edit 3 --since 2""",
+    "check": "  kdpo check edits\n  kdpo check edits --json --min-rephrase 0.5 > checked.json",
+    "push": "  kdpo push edits me/my-edits\n  kdpo push edits me/my-edits --checked checked.json --no-adapter",
     "compact": "  kdpo compact edits\n  kdpo compact edits --keep 10",
 }
 
@@ -75,7 +79,7 @@ def demo(
     return 0
 
 
-COMMANDS = (demo, edit, settings, locate, apply, undo, redo, checkout, log, show, export, compact)
+COMMANDS = (demo, edit, settings, locate, apply, undo, redo, checkout, log, show, check, export, push, compact)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -15,7 +15,7 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    shown = Table(*heads, box=box.SIMPLE_HEAD, pad_edge=False)
+    shown = Table(*heads, box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
     for row in rows:
         shown.add_row(*(Text(plain(cell)) for cell in row))
     Console(file=sys.stdout, width=None if sys.stdout.isatty() else 120).print(shown)
