@@ -8,8 +8,6 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import torch
-
 
 class Retrieval:
     """A model beside a list of facts (``prompt``, ``target_new``, ``subject``). It answers as the model does.
@@ -27,9 +25,9 @@ class Retrieval:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.model(*args, **kwargs)
 
-    def generate(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        """As the model does."""
-        return self.model.generate(*args, **kwargs)  # type: ignore[no-any-return]
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Generate as the model does."""
+        return self.model.generate(*args, **kwargs)
 
     def context(self, prompt: str) -> str:
         """What is put before ``prompt``, the most similar fact last; ``""`` where no fact is found."""
@@ -62,7 +60,7 @@ class Retrieval:
 
 def apply_retrieval_to_model(
     model: Any, tok: Any, requests: Sequence[Mapping[str, Any]], hparams: Any, **kwargs: Any
-) -> tuple[Retrieval, dict[str, torch.Tensor]]:
+) -> tuple[Retrieval, dict[str, Any]]:
     """Add ``requests`` to the facts beside ``model``; one with a prompt that is there already takes its place."""
     base, facts = (model.model, model.facts) if isinstance(model, Retrieval) else (model, [])
     by_prompt = {fact["prompt"]: fact for fact in [*facts, *requests]}
