@@ -1,4 +1,4 @@
-"""A call of many requests stays within ``memory_budget``: captured inputs, keys and values, graphs and logits together."""
+"""A call of many requests stays within ``memory_budget``: inputs, keys and values, graphs and logits together."""
 
 from __future__ import annotations
 
