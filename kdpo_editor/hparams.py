@@ -89,14 +89,15 @@ class KDPOHyperParams:
     schedule: str = "depth_first"
     """"depth_first" edits several requests of one call one after the other, "breadth_first" all at once."""
     memory_budget: float = 2e9
-    """Bytes of captured inputs and logits in one mini-batch of "breadth_first"."""
+    """Bytes of captured inputs, keys and values, graphs and logits of a mini-batch of "breadth_first"."""
     cuda_graphs: bool = False
     """Record a cycle's step as a CUDA graph and replay it. On a CPU it does nothing."""
     replay: bool = False
     """Remember the edits of a model, also from earlier calls, and train those again that a new edit pushes below half
     of ``margin``. They are forgotten once the edited matrices are restored or changed by anything else."""
     replay_checks: int = 32
-    """Earlier edits that are looked at for each new one: half those that led by least, half a random sample."""
+    """Earlier edits that are looked at for each new one, by their prompts: half those that led by least, half a random
+    sample. Other phrasings are looked at where the prompt is weak."""
     replay_budget: float = 1e9
     """Bytes of captured inputs that "replay" may hold; beyond it the edits that lead by most are dropped."""
 

@@ -220,15 +220,15 @@ def make_batches(forward: CachedForward, edits: Sequence[EditTokens], hparams: K
     With a single mini-batch, of which the graphs may be held, the hidden states carry that of the first step, unless
     what is before each row's first trained token is frozen.
     """
-    size = None if len(edits) == 1 else footprint(forward, edits[0])
+    size = None if len(edits) == 1 else footprint(forward, edits[0]).within(hparams.memory_budget, edits)
     groups, light = group(forward, edits, hparams.memory_budget, size)
 
     def capture(members: list[int]) -> Batch:
         chosen = [edits[i] for i in members]
         ids, answers, mask, positions = padded(chosen)
         trained = trained_tokens(chosen, forward)
-        if trained is None:
-            (cache, hidden), frozen = forward.capture(ids, positions), None
+        if trained is None or (size is not None and not size.frozen):
+            (cache, hidden), frozen = forward.capture(ids, positions, trained), None
         else:
             cache, frozen, hidden = forward.capture_frozen(ids, positions, trained)
         batch = make_batch(forward, members, frozen or cache, hidden, answers, mask, hparams.margin)
@@ -385,6 +385,11 @@ class Footprint:
     graph: float = 0.0
     prefix: float = 0.0
     frozen: bool = False
+
+    def within(self, budget: float, edits: Sequence[EditTokens]) -> Footprint:
+        """This, or without keys and values where those of ``edits``, twice, take more than half of ``budget`` bytes."""
+        fits = 2 * self.prefix * sum(edit.length for edit in edits) <= budget / 2
+        return self if fits else Footprint(self.graph)
 
 
 def footprint(forward: CachedForward, edit: EditTokens) -> Footprint:

@@ -58,6 +58,13 @@ class CachedForward(UpperPart):
         Raises:
             ModelError: the forward from the cache does not give what the full forward gives.
         """
+        cache, hidden = self._capture(ids, positions, trained)
+        recorder = recorder_of(cache)
+        if recorder is not None:
+            recorder.take()  # nobody asked for it
+        return cache, hidden
+
+    def _capture(self, ids: Tensor, positions: Tensor, trained: Tensor | None) -> tuple[ActivationCache, Tensor]:
         ids, positions = ids.to(self.device), positions.to(self.device)
         found = examined(self, ids)
         if found is None:
@@ -79,7 +86,7 @@ class CachedForward(UpperPart):
         is not, the hidden states have no graph.
         """
         with torch.no_grad():
-            cache, hidden = self.capture(ids, positions, trained)
+            cache, hidden = self._capture(ids, positions, trained)
             recorder = recorder_of(cache)
             if recorder is not None and cache.trained is not None:
                 return cache, self.frozen(cache, recorder), hidden

@@ -180,13 +180,13 @@ class ReplayBuffer:
             chosen = [entries[member] for member in members]
             _, answers, mask, positions = padded([entry.tokens for entry in chosen])
             cache = self._stack(forward, chosen, positions.to(forward.device))
-            frozen = forward.freeze(cache) if trained else None
+            frozen = forward.freeze(cache) if size is not None and size.frozen else None
             begun, hidden = frozen or (cache, forward.from_cache(cache))
             made = make_batch(forward, members, begun, hidden, answers, mask, hparams.margin)
             return replace(made, whole=cache if frozen else None, light=light)
 
         some = [entries[number].tokens for number in numbers]
-        size = footprint(forward, some[0]) if trained and some else None
+        size = footprint(forward, some[0]).within(hparams.memory_budget, some) if trained and some else None
         groups, light = group(forward, some, hparams.memory_budget, size)
         return [[batch(part) for part in parts] for parts in groups]
 

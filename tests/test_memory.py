@@ -1,0 +1,42 @@
+"""A call of many requests stays within ``memory_budget``: inputs, keys and values, graphs and logits together."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from live_bytes import peak_bytes
+
+from kdpo_editor import edit
+from kdpo_editor.engine.cached_forward import CachedForward
+from kdpo_editor.testbed import load_model, load_records
+
+LIFELONG = {"objective": "hinge", "margin": 2.0, "optimizer": "polyak", "lr": 1.2, "layers": [0, 1]}
+MANY = {"context_templates": 3, "schedule": "breadth_first", "cycles": 1, "num_steps": 2}
+
+
+@pytest.mark.parametrize(
+    ("budget", "fact_token", "frozen"),
+    [(7e7, "subject_last", True), (3e7, "subject_last", False), (3e7, "all", False)],
+    ids=["keys-and-values", "whole-rows", "all-tokens"],
+)
+def test_a_call_of_many_stays_within_its_budget(
+    settings: Any, monkeypatch: pytest.MonkeyPatch, budget: float, fact_token: str, frozen: bool
+) -> None:
+    """Ninety-six rows, whose graphs alone would take 150 MB. Where keys and values would take too much of the budget,
+    whole rows are run."""
+    model, tok = load_model()
+    records = [{key: r[key] for key in ("prompt", "target_new", "subject")} for r in load_records()[:25]]
+    hparams = settings(**LIFELONG, **MANY, fact_token=fact_token, memory_budget=budget)
+    edit(model, tok, records[:1], hparams)  # the first edit of a model examines it
+    captured: list[bool] = []
+    capture = CachedForward.capture_frozen
+
+    def noted(self: CachedForward, *args: Any) -> Any:
+        found = capture(self, *args)
+        captured.append(found[1] is not None)
+        return found
+
+    monkeypatch.setattr(CachedForward, "capture_frozen", noted)
+    assert peak_bytes(lambda: edit(model, tok, records[1:], hparams)) <= budget
+    assert any(captured) is frozen
