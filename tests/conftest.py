@@ -12,7 +12,7 @@ from kdpo_editor import KDPOHyperParams
 
 GOLDEN = Path(__file__).parent / "golden"
 # Fixtures of a module that take long to make: with several processes (-n), each is made in one of them alone.
-COSTLY = ("scenarios", "results", "finished")
+COSTLY = ("scenarios", "results", "finished", "found")
 REQUEST = {"prompt": "What species is ZIC3 specific to?", "target_new": "male"}
 PARAMETER = "model.layers.4.mlp.down_proj.weight"
 

@@ -236,9 +236,9 @@ def change(weight: torch.Tensor) -> None:
 
 
 @pytest.fixture(params=[0, 10**9], ids=["narrow", "whole"])
-def worth(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def worth(request: pytest.FixtureRequest) -> int:
     """The last block computed where logits are read only, and everywhere."""
-    monkeypatch.setattr("kdpo_editor.engine.upper_part.WORTH", request.param)
+    return int(request.param)
 
 
 @pytest.mark.parametrize(
@@ -255,13 +255,13 @@ def test_all_but_keys_and_values_is_needed_at_answers_only(name: str, expected: 
     assert sorted(find_narrow(forward, padded()[0][:1], True)) == sorted(expected)
 
 
-@pytest.mark.usefixtures("worth")
 @pytest.mark.parametrize("layer", range(4))
 @pytest.mark.parametrize("name", ARCHITECTURES)
 @torch.no_grad()
-def test_replay_equals_full_forward(name: str, layer: int) -> None:
+def test_replay_equals_full_forward(name: str, layer: int, worth: int) -> None:
     """With padding in the batch, after the edited matrix changed; all logits and two of each position."""
     model, forward, weight = forward_of(name, layer)
+    forward.worth = worth
     ids, mask = padded()
     cache, first = forward.capture(ids, POSITIONS)
     assert (cache.inner is not None) is ARCHITECTURES[name][4]
@@ -294,9 +294,8 @@ def test_padding_on_the_right_changes_nothing(name: str) -> None:
         torch.testing.assert_close(forward.logits(hidden), torch.stack(alone), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.usefixtures("worth")
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_gradient_from_some_tokens_only(name: str) -> None:
+def test_gradient_from_some_tokens_only(name: str, worth: int) -> None:
     """Two matrices are trained at a few tokens: against the full model, their outputs cut off elsewhere."""
     model, blocks, matrix = tiny(name)
     found = [parameter_at(model, f"{blocks}.{layer}.{matrix}") for layer in (1, 2)]
@@ -307,6 +306,7 @@ def test_gradient_from_some_tokens_only(name: str) -> None:
     where = torch.zeros(ids.shape, dtype=torch.bool)
     where[0, 1:3], where[1, 2:4], where[2, :2] = True, True, True
     forward = CachedForward(model, blocks, 1, modules[0], modules, "subject")
+    forward.worth = worth
     handles = [
         model.get_submodule(module).register_forward_hook(
             lambda module, args, output: torch.where(where.view(*output.shape[:-1], 1), output, output.detach())
@@ -326,14 +326,10 @@ def test_gradient_from_some_tokens_only(name: str) -> None:
             torch.testing.assert_close(gradient, exact, rtol=1e-3, atol=1e-4 * exact.abs().max().item())
 
 
-@pytest.mark.parametrize(
-    ("parts", "groups"), [(1, [[1, 2, 0]]), (2, [[1, 2], [0]]), (3, [[1], [2], [0]])], ids=["all", "two", "three"]
-)
+@pytest.mark.parametrize("groups", [[[1, 2, 0]], [[1, 2], [0]], [[1], [2], [0]]], ids=["all", "two", "three"])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 @torch.no_grad()
-def test_edits_captured_one_by_one_are_replayed_together(
-    name: str, parts: int, groups: list[list[int]], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_edits_captured_one_by_one_are_replayed_together(name: str, groups: list[list[int]]) -> None:
     """Of different lengths, after the edited matrix changed, with what the blocks are told made from other tokens."""
     model, forward, weight = forward_of(name, 2)
     hparams = KDPOHyperParams(model_name=name, layers=[2], rewrite_module_tmp="{}", replay=True)
@@ -341,21 +337,23 @@ def test_edits_captured_one_by_one_are_replayed_together(
     earlier = ReplayBuffer()
     kept = [one for tokens in edits for one in entries_of([tokens], make_batches(forward, [tokens], hparams))]
     change(weight)
-    monkeypatch.setattr("kdpo_editor.engine.batches.MOST_PARTS", parts)
-    monkeypatch.setattr("kdpo_editor.engine.batches.SMALLEST_PART", 1)
-    (batches,) = earlier.batches(forward, dict(enumerate(kept)), hparams)
+    batches = [
+        batch
+        for members in groups
+        for (batch,) in earlier.batches(forward, {member: kept[member] for member in members}, hparams)
+    ]
     assert [batch.members for batch in batches] == groups
     for member, hidden in ((m, row) for b in batches for m, row in zip(b.members, b.hidden, strict=True)):
         expected = model(input_ids=edits[member].sequence.unsqueeze(0)).logits[0, -2:].float()
         torch.testing.assert_close(forward.logits(hidden.unsqueeze(0))[0], expected, atol=1e-5, rtol=0)
 
 
-@pytest.mark.usefixtures("worth")
 @pytest.mark.parametrize("name", ARCHITECTURES)
 @torch.no_grad()
-def test_replay_in_bfloat16(name: str) -> None:
+def test_replay_in_bfloat16(name: str, worth: int) -> None:
     """Off by no more than a few times what bfloat16 itself is off from fp32."""
     model, forward, weight = forward_of(name, 2, torch.bfloat16)
+    forward.worth = worth
     exact, _, exact_weight = forward_of(name, 2)
     exact.load_state_dict(model.state_dict())
     ids, mask = padded()
@@ -367,10 +365,10 @@ def test_replay_in_bfloat16(name: str) -> None:
     assert (forward.logits(forward.from_cache(cache)) - wanted).norm() <= 2 * unavoidable + 1e-3 * wanted.norm()
 
 
-@pytest.mark.usefixtures("worth")
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_gradient_equals_full_backward(name: str) -> None:
+def test_gradient_equals_full_backward(name: str, worth: int) -> None:
     model, forward, weight = forward_of(name, 1)
+    forward.worth = worth
     ids, mask = padded()
     for p in model.parameters():
         p.requires_grad_(p is weight)
@@ -381,11 +379,11 @@ def test_gradient_equals_full_backward(name: str) -> None:
         torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item())
 
 
-@pytest.mark.usefixtures("worth")
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_a_position_that_padding_names_again_counts_once(name: str) -> None:
+def test_a_position_that_padding_names_again_counts_once(name: str, worth: int) -> None:
     """A short answer is padded with position 0, which is its own where its prompt is one token."""
     model, forward, weight = forward_of(name, 1)
+    forward.worth = worth
     for p in model.parameters():
         p.requires_grad_(p is weight)
     ids, positions = IDS[:2, :6], torch.tensor([[3, 4, 5], [0, 0, 0]])

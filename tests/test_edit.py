@@ -15,13 +15,14 @@ from tokenizers import processors
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from kdpo_editor import EditDiverged, apply_kdpo_to_model, edit
-from kdpo_editor.engine.activation_cache import ActivationCache
-from kdpo_editor.engine.batches import Batch, group
+from kdpo_editor.engine.batches import Batch, EditTrace, group, make_batches, refresh, unfinished
 from kdpo_editor.engine.cached_forward import CachedForward
 from kdpo_editor.engine.optimizers import Stepper
-from kdpo_editor.lifelong import loop
+from kdpo_editor.engine.steps import run_cycle
+from kdpo_editor.engine.weights import find_matrices, only_training
+from kdpo_editor.lifelong.loop import kdpo_l
 from kdpo_editor.objectives import dpo_loss, hardest_rejected, kdpo_loss
-from kdpo_editor.requests import EditTokens
+from kdpo_editor.requests import EditTokens, tokenize
 
 SECOND = {"prompt": "Which family does Epaspidoceras belong to?", "target_new": "Noctuidae"}
 
@@ -404,46 +405,32 @@ def test_first_losses_of_a_batch_equal_those_of_single_edits(llama: Any, setting
             assert [t.cycles[0].losses[0] for t in traces] == pytest.approx([np.log(2)] * 3)
 
 
-@pytest.mark.parametrize("replay", [False, True], ids=["alone", "replay"])
-def test_a_mini_batch_divided_by_length_takes_the_same_steps(
-    llama: Any, settings: Any, replay: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model, tok = llama
-    requests = [SECOND, REQUEST, THIRD]
-    hparams = settings(schedule="breadth_first", cycles=2, replay=replay)
-    steps: list[int] = []
-    rows: list[int] = []
-    step, replayed = Stepper.step, CachedForward.from_cache
-
-    def counted(self: Any, *args: Any) -> None:
-        steps.append(1)
-        step(self, *args)
-
-    def measured(self: CachedForward, cache: ActivationCache) -> torch.Tensor:
-        rows.append(len(cache.hidden))
-        return replayed(self, cache)
-
-    monkeypatch.setattr(Stepper, "step", counted)
-    monkeypatch.setattr(CachedForward, "from_cache", measured)
-    before = state(model)
-    edit(model, tok, requests, hparams)  # the first edit of a model examines it
-    model.load_state_dict(before)
-    steps.clear()
-    _, _, first = edit(model, tok, requests, hparams)
-    whole = model.get_parameter(PARAMETER).detach().clone()
-    taken = len(steps)
-    assert max(rows) == 3
-    rows.clear()
-    model.load_state_dict(before)
-    monkeypatch.setattr("kdpo_editor.engine.batches.SMALLEST_PART", 1)
-    _, _, second = edit(model, tok, requests, hparams)
-    assert max(rows) == 1
-    assert len(steps) == 2 * taken > 0, "a step for each part"
-    for one, other in zip(first, second, strict=True):
-        assert [cycle.rejected for cycle in one.cycles] == [cycle.rejected for cycle in other.cycles]
-        for cycle, again in zip(one.cycles, other.cycles, strict=True):
-            assert again.losses == pytest.approx(cycle.losses, abs=1e-4)
-    torch.testing.assert_close(model.get_parameter(PARAMETER), whole, atol=1e-4, rtol=0)
+def test_a_mini_batch_divided_by_length_takes_the_same_steps(settings: Any) -> None:
+    found = []
+    for smallest, sizes in ((16, [3]), (1, [1, 1, 1])):
+        model, tok = load("llama")
+        hparams = settings(schedule="breadth_first")
+        weights = find_matrices(model, hparams)
+        edits = [one for (one,) in tokenize(tok, [SECOND, REQUEST, THIRD])]
+        losses: dict[int, list[float]] = {member: [] for member in range(3)}
+        with only_training(model, weights, {}):
+            forward = CachedForward.above(model, weights, hparams)
+            batches = make_batches(forward, edits, hparams, smallest)
+            assert [len(batch.members) for batch in batches[0]] == sizes
+            stepper = Stepper(weights.values(), hparams)
+            for _ in range(2):
+                work = unfinished(batches)
+                run_cycle(work, stepper, hparams)
+                for pairs in work[0]:
+                    for member, cycle in zip(pairs.members, pairs.finished(hparams.stop_loss), strict=True):
+                        losses[member] += cycle.losses
+                refresh(batches)
+        found.append((losses, weights[PARAMETER].detach()))
+    (whole, expected), (divided, weight) = found
+    assert all(len(of_one) > 1 for of_one in whole.values())
+    for member, of_one in whole.items():
+        assert divided[member] == pytest.approx(of_one, abs=1e-4)
+    torch.testing.assert_close(weight, expected, atol=1e-4, rtol=0)
 
 
 class Counted(EditTokens):
@@ -485,6 +472,15 @@ def test_a_won_edit_is_left_out_and_looked_at_again(llama: Any, settings: Any) -
     assert len(traces[1].cycles) >= 1
 
 
+def together(model: Any, tok: Any, requests: list[dict[str, str]], hparams: Any, lazy_from: int) -> list[EditTrace]:
+    """What :func:`edit` does with a call's requests, with another number from which on those that are won wait."""
+    weights = find_matrices(model, hparams)
+    edits = [one for (one,) in tokenize(tok, requests)]
+    with only_training(model, weights, {name: w.detach().clone() for name, w in weights.items()}):
+        forward = CachedForward.above(model, weights, hparams)
+        return kdpo_l(forward, weights, edits, hparams, lazy_from=lazy_from)
+
+
 def looks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """To how many edits each look goes, from now on."""
     seen: list[int] = []
@@ -504,10 +500,9 @@ def test_of_many_those_that_are_won_wait_for_the_others(
 ) -> None:
     model, tok = llama
     known = {**REQUEST, "target_new": answer(model, tok, {**REQUEST, "target_new": "human"})}
-    monkeypatch.setattr(loop, "LAZY_FROM", many)
     seen = looks(monkeypatch)
     hparams = settings(schedule="breadth_first", num_steps=1, stop_loss=0.0, cycles=80)
-    _, _, traces = edit(model, tok, [known, SECOND], hparams)
+    traces = together(model, tok, [known, SECOND], hparams, lazy_from=many)
     assert all(trace.converged for trace in traces)
     cycles = len(traces[1].cycles)
     assert cycles > 3
@@ -519,25 +514,22 @@ def test_the_won_ones_do_not_wait_for_ever(llama: Any, settings: Any, monkeypatc
     model, tok = llama
     known = {**REQUEST, "target_new": answer(model, tok, {**REQUEST, "target_new": "human"})}
     against = [{**SECOND, "target_new": target} for target in ("Noctuidae", "Hydrangea")]
-    monkeypatch.setattr(loop, "LAZY_FROM", 1)
     seen = looks(monkeypatch)
-    _, _, traces = edit(model, tok, [known, *against], settings(schedule="breadth_first", cycles=20))
+    hparams = settings(schedule="breadth_first", cycles=20)
+    traces = together(model, tok, [known, *against], hparams, lazy_from=1)
     assert not all(trace.converged for trace in traces)
     assert seen[0] < 3
     assert [seen[number - 1] for number in (5, 10, 15)] == [3, 3, 3]
 
 
 @pytest.mark.parametrize("many", [1, 16])
-def test_an_edit_that_held_at_first_is_trained_once_another_breaks_it(
-    llama: Any, settings: Any, monkeypatch: pytest.MonkeyPatch, many: int
-) -> None:
+def test_an_edit_that_held_at_first_is_trained_once_another_breaks_it(llama: Any, settings: Any, many: int) -> None:
     model, tok = llama
-    monkeypatch.setattr(loop, "LAZY_FROM", many)
     near = {"prompt": "Which family does it belong to?", "target_new": "Aspidoceratidae"}
     hparams = settings(schedule="breadth_first", lr=3e-3)
-    _, _, (known,) = edit(model, tok, [near], hparams)
+    (known,) = together(model, tok, [near], hparams, many)
     assert known.steps == 0
-    _, _, traces = edit(model, tok, [near, SECOND], hparams)
+    traces = together(model, tok, [near, SECOND], hparams, many)
     assert all(t.converged and t.steps > 0 for t in traces)
     assert [answer(model, tok, r) for r in (near, SECOND)] == [near["target_new"], SECOND["target_new"]]
 

@@ -332,10 +332,10 @@ def test_missing_packages_are_named(file: Path, monkeypatch: pytest.MonkeyPatch,
 
 
 def test_an_interrupted_conversion_leaves_nothing(file: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(folder: Path) -> None:
+    def interrupted(descriptor: int) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(gguf_files, "_sync", interrupted)
+    monkeypatch.setattr(os, "fsync", interrupted)
     with pytest.raises(KeyboardInterrupt):
         models.load(str(file), device="cpu")
     assert folders(cache) == []

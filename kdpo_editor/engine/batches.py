@@ -214,14 +214,16 @@ def cycles_of(rejected: Sequence[list[int]], history: Sequence[Tensor], stop_los
     return cycles
 
 
-def make_batches(forward: CachedForward, edits: Sequence[EditTokens], hparams: KDPOHyperParams) -> list[list[Batch]]:
+def make_batches(
+    forward: CachedForward, edits: Sequence[EditTokens], hparams: KDPOHyperParams, smallest: int = SMALLEST_PART
+) -> list[list[Batch]]:
     """Capture ``edits`` in the mini-batches of :func:`group`, each a list of batches that share their steps.
 
     With a single mini-batch, of which the graphs may be held, the hidden states carry that of the first step, unless
     what is before each row's first trained token is frozen.
     """
     size = None if len(edits) == 1 else footprint(forward, edits[0]).within(hparams.memory_budget, edits)
-    groups, light = group(forward, edits, hparams.memory_budget, size)
+    groups, light = group(forward, edits, hparams.memory_budget, size, smallest)
 
     def capture(members: list[int]) -> Batch:
         chosen = [edits[i] for i in members]
@@ -290,7 +292,11 @@ def _standing(
 
 
 def group(
-    forward: CachedForward, edits: Sequence[EditTokens], budget: float, size: Footprint | None = None
+    forward: CachedForward,
+    edits: Sequence[EditTokens],
+    budget: float,
+    size: Footprint | None = None,
+    smallest: int = SMALLEST_PART,
 ) -> tuple[list[list[list[int]]], bool]:
     """The positions of ``edits`` in mini-batches that fit into ``budget`` bytes, alike in length; each in its batches.
 
@@ -305,6 +311,7 @@ def group(
         edits: token ids.
         budget: bytes.
         size: what a token takes; ``None`` where no steps are taken.
+        smallest: edits that a batch of a divided mini-batch has at least, unless it needs more room than there is.
 
     Returns:
         The mini-batches, and whether the graphs of all batches together have no more than their share.
@@ -332,12 +339,14 @@ def group(
         return len(members) * max(*map(steps, members), logits) if members else 0.0
 
     whole = sum(steps(i) for i in range(len(edits)))
-    return [_divided(members, lambda part: most(part) <= budget / 4) for members in groups], whole <= budget / 4
+    return [
+        _divided(members, lambda part: most(part) <= budget / 4, smallest) for members in groups
+    ], whole <= budget / 4
 
 
-def _divided(members: list[int], fits: Callable[[list[int]], bool]) -> list[list[int]]:
+def _divided(members: list[int], fits: Callable[[list[int]], bool], smallest: int) -> list[list[int]]:
     """``members`` in at most ``MOST_PARTS`` parts alike in size, none of them small, or in as many as must be."""
-    parts = max(1, min(MOST_PARTS, len(members) // SMALLEST_PART))
+    parts = max(1, min(MOST_PARTS, len(members) // smallest))
     while True:
         size = -(-len(members) // parts)
         found = [members[start : start + size] for start in range(0, len(members), size)]

@@ -88,6 +88,7 @@ class UpperPart:
         self.edited = [model.get_submodule(name) for name in edited]
         self.after: list[nn.Module] = []
         self.narrow: list[tuple[nn.Module, int]] = []  # with their number of parameters
+        self.worth = WORTH  # multiplications
         self.head_alone = False
         self.result: type[ModelOutput] = BaseModelOutputWithPastAndCrossAttentions
         if module_name in EXAMINED.get(model, {}):
@@ -178,7 +179,7 @@ class UpperPart:
                     if block is self.blocks[-1]:
                         spared = len(hidden) * (hidden.shape[1] - cache.positions.shape[1])
                         for module, parameters in self.narrow:
-                            if spared * parameters >= WORTH:
+                            if spared * parameters >= self.worth:
                                 patches.enter_context(narrowed(module, cache.places))
                     hidden = _hidden(block(hidden, *args, **kwargs))
         hidden = cache.places.read(hidden)

@@ -44,6 +44,7 @@ def kdpo_l(
     hparams: KDPOHyperParams,
     buffer: ReplayBuffer | None = None,
     preconditioners: Sequence[Preconditioner] = (),
+    lazy_from: int = LAZY_FROM,
 ) -> list[EditTrace]:
     """Optimise ``weights`` in place until the model answers each prompt of ``edits`` with its chosen answer.
 
@@ -55,6 +56,7 @@ def kdpo_l(
         buffer: earlier edits of the model. Some are looked at; those that a new one pushed below half of ``margin``
             are trained along. The new edits that are won are added.
         preconditioners: one for each of ``weights``, or none at all.
+        lazy_from: of so many edits those that are won wait for the others before they are looked at again.
 
     Returns:
         A trace of each of ``edits``.
@@ -65,7 +67,7 @@ def kdpo_l(
     traces: defaultdict[int, EditTrace] = defaultdict(EditTrace)  # earlier edits' are not asked for
     with preconditioned(forward.model, weights, preconditioners):
         own = make_batches(forward, edits, hparams)
-        work = Work(own, hparams)
+        work = Work(own, hparams, lazy_from)
         earlier = None if buffer is None else EarlierEdits(buffer, forward, edits, hparams)
         others: list[ConstraintSet] = [] if earlier is None else [earlier]
         stepper = Stepper(weights.values(), hparams)
@@ -96,9 +98,9 @@ class Work:
     counts as won only if it still is.
     """
 
-    def __init__(self, batches: Sequence[list[Batch]], hparams: KDPOHyperParams) -> None:
+    def __init__(self, batches: Sequence[list[Batch]], hparams: KDPOHyperParams, lazy_from: int = LAZY_FROM) -> None:
         self.batches = list(batches)
-        self.lazy = sum(len(batch.members) for batch in chain(*batches)) >= LAZY_FROM
+        self.lazy = sum(len(batch.members) for batch in chain(*batches)) >= lazy_from
         self.patience = PATIENCE * hparams.cycles
         self._looked_at = self.batches  # what the next cycle looks at
         self._current = True  # it is up to date with the weights

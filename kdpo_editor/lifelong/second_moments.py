@@ -56,10 +56,10 @@ class Spectrum:
     made: dict[Any, Any] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, moments: Tensor) -> Spectrum:
-        """That of sums or means ``[F, F]``, fp32."""
+    def of(cls, moments: Tensor, rank: int = RANK) -> Spectrum:
+        """That of sums or means ``[F, F]``, fp32, with at most ``rank`` directions."""
         values, directions = torch.linalg.eigh(moments)
-        top = min(RANK, len(values) - 1)
+        top = min(rank, len(values) - 1)
         values = values.clamp_min(0).flip(0)[: top + 1]
         return cls(moments.trace() / len(moments), values, directions.flip(1)[:, :top].contiguous())
 
