@@ -17,7 +17,7 @@ from .derived import complete
 from .engine.batches import EditTrace, lost, make_batches
 from .engine.cached_forward import CachedForward
 from .engine.steps import recording
-from .engine.weights import find_blocks, find_matrices, only_training
+from .engine.weights import find_blocks, find_matrices, only_training, uncompiled
 from .errors import EditDiverged, ModelError, RequestError
 from .hparams import KDPOHyperParams
 from .kdpo import kdpo
@@ -42,7 +42,8 @@ def edit(
     """Edit ``model`` so that it answers each request's prompt with its target.
 
     Args:
-        model: a decoder-only ``transformers`` model, edited in place unless ``copy``.
+        model: a decoder-only ``transformers`` model, edited in place unless ``copy``. What ``torch.compile`` made of
+            one will do; the edit itself is not compiled.
         tok: its tokenizer. Neither its padding side nor anything else of it is changed.
         requests: ``[{"prompt": str, "target_new": str}, ...]``, edited in this order. ``"rephrases"``, a list of other
             prompts for the same target, is trained too. ``"subject"``, a part of the prompt, is looked for in it where
@@ -60,6 +61,7 @@ def edit(
         EditDiverged: a loss or weight became NaN or infinite, or a matrix changed by more than ten times its norm.
             Whatever is raised during an edit, the model is left as it was before the call.
     """
+    given, model = model, uncompiled(model)
     hparams = complete(hparams, model)
     requests = plain_requests(requests)
     edits, weights = check(model, tok, requests, hparams)
@@ -70,6 +72,7 @@ def edit(
     buffer = ReplayBuffer.of(model, weights) if hparams.replay else None
     if copy:
         unedited, model = model, copying.deepcopy(model)
+        given = model
         remember_copy(model, unedited)
         weights = find_matrices(model, hparams)
     originals = {name: w.detach().clone() for name, w in weights.items()}
@@ -94,7 +97,7 @@ def edit(
     of_first = dict(zip(sorted(set(firsts)), map(_of_request, _split(found, edits)), strict=True))
     traces = [of_first[first] for first in firsts]
     _say_missed(requests, traces, hparams.cycles)
-    return model, originals, traces
+    return given, originals, traces
 
 
 def prepare(model: nn.Module, tok: Any, hparams: KDPOHyperParams) -> None:
@@ -102,6 +105,7 @@ def prepare(model: nn.Module, tok: Any, hparams: KDPOHyperParams) -> None:
 
     Raises :class:`~kdpo_editor.ModelError` where the model cannot be edited with these settings.
     """
+    model = uncompiled(model)
     hparams = complete(hparams, model)
     preconditioners(model, tok, find_matrices(model, hparams), hparams)
 
@@ -115,8 +119,8 @@ def check(
 
     Raises also :class:`~kdpo_editor.RequestError` where two requests give one prompt different targets.
     """
-    requests = plain_requests(requests)
-    asked = requests
+    model = uncompiled(model)
+    asked = requests = plain_requests(requests)
     requests = in_contexts(tok, requests, hparams.context_templates)
     edits = tokenize(tok, requests, append_eos=hparams.append_eos, with_subject=hparams.needs_subject)
     if hparams.objective == "dpo" and any(len(phrasings) > 1 for phrasings in edits):

@@ -17,7 +17,7 @@ from ..derived import complete
 from ..editing import edit
 from ..engine.batches import EditTrace
 from ..engine.generation import answers, generate, says_target
-from ..engine.weights import restore
+from ..engine.weights import restore, uncompiled
 from ..errors import CompressionError, DamagedFileError, EditDiverged, FingerprintError
 from ..hparams import KDPOHyperParams
 from ..lifelong.second_moments import remember
@@ -65,6 +65,7 @@ class EditDelta:
         cls, model: nn.Module, tok: Any, requests: Sequence[Mapping[str, Any]], hparams: KDPOHyperParams
     ) -> EditDelta:
         """Edit ``model`` in place, as :func:`kdpo_editor.edit` does, and return the change."""
+        model = uncompiled(model)
         hparams = complete(hparams, model)
         _, originals, traces = edit(model, tok, requests, hparams)
         return cls.of(model, originals, requests, hparams, traces)
@@ -84,6 +85,7 @@ class EditDelta:
             FingerprintError: a name or shape of ``originals`` is not the model's.
             EditDiverged: the model's matrices hold NaN or infinite numbers.
         """
+        model = uncompiled(model)
         before = {name: w.detach().cpu().clone() for name, w in originals.items()}
         specs = {name: value_of(w).spec for name, w in before.items()}
         after = {n: w.detach().cpu().clone() for n, w in matrices_of(model, specs, "originals").items()}
@@ -227,6 +229,7 @@ class EditDelta:
             DamagedFileError: the tensors in the file are damaged. Nothing was changed.
             EditDiverged: the change would put NaN or infinite numbers into the model. Nothing was changed.
         """
+        model = uncompiled(model)
         weights = self._matrices(model, force)
         now = {name: value_of(w) for name, w in weights.items()}
         if not force:
@@ -246,6 +249,7 @@ class EditDelta:
         The full form is always exact. The low-rank form is where this object was applied to this model; elsewhere the
         difference is subtracted, and that is refused, unless forced, if rounding does not give the matrix before.
         """
+        model = uncompiled(model)
         weights = self._matrices(model, force)
         now = {name: value_of(w) for name, w in weights.items()}
         kept, made = self._replaced.get(model, ({}, {}))

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from ..derived import complete
 from ..editing import edit
 from ..engine.batches import EditTrace
-from ..engine.weights import find_matrices, restore
+from ..engine.weights import find_matrices, restore, uncompiled
 from ..errors import DamagedFileError, EditDiverged, FingerprintError, LedgerError, StorageError
 from ..hparams import KDPOHyperParams
 from ..lifelong.replay import ReplayBuffer
@@ -170,6 +170,7 @@ class EditLedger(History):
             StorageError: the edit could not be written down. The model is as before the call.
         """
         self._check_writable()
+        given, model = model, uncompiled(model)
         hparams = complete(hparams, model)  # what is written down is what the edit is made with
         matrices = find_matrices(model, hparams)
         self.follow(model)
@@ -183,7 +184,7 @@ class EditLedger(History):
             if not copy:
                 restore(matrices, originals)
             raise
-        return edited, originals, traces
+        return edited if copy else given, originals, traces
 
     def apply(self, model: nn.Module, delta: EditDelta, *, force: bool = False) -> None:
         """Apply a delta to ``model``, which must be at the head, and journal it as one edit.
@@ -191,6 +192,7 @@ class EditLedger(History):
         Errors as those of :meth:`EditDelta.apply`; the model is as before the call then.
         """
         self._check_writable()
+        model = uncompiled(model)
         self.follow(model)
         originals = delta.apply(model, force=force)
         try:
@@ -211,6 +213,7 @@ class EditLedger(History):
             model_name: of the model, where the ledger is new.
         """
         self._check_writable()
+        model = uncompiled(model)
         weights = dict(model.named_parameters())
         for name in originals:
             if not torch.isfinite(weights[name]).all():
@@ -362,6 +365,7 @@ class EditLedger(History):
 
     def _write(self, model: nn.Module, number: int, why: str | None = None) -> None:
         """Put the values after edit ``number`` on ``model``; journal a move there in between if there is a reason."""
+        model = uncompiled(model)
         wanted, now = self.state(number), self.state(self.place(model))
         weights = self._matrices(model)
         new = {name: self._load(value) for name, value in wanted.items() if value != now[name]}

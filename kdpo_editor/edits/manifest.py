@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..engine.batches import EditTrace
+from ..engine.weights import uncompiled
 from ..errors import DamagedFileError, FingerprintError
 from ..hparams import KDPOHyperParams
 from ..request_forms import plain_request
@@ -197,7 +198,7 @@ def matrices_of(
     Raises :class:`~kdpo_editor.FingerprintError`, beginning with ``what``, if one is missing or of another shape or
     (unless ``any_dtype``) dtype.
     """
-    parameters = dict(model.named_parameters())
+    parameters = dict(uncompiled(model).named_parameters())
     found = {}
     for name, spec in specs.items():
         parameter = parameters.get(name)

@@ -10,7 +10,7 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
-from ..engine.weights import restore
+from ..engine.weights import restore, uncompiled
 from ..errors import FingerprintError
 from .manifest import Value, matrices_of, value_of
 from .storage import spec_of
@@ -58,13 +58,14 @@ def edited(model: nn.Module, delta: _Delta, *, force: bool = False) -> Iterator[
 
     Errors as those of :meth:`EditDelta.apply`, before anything is changed.
     """
-    known = {name: _Applied(a.before, a.after, a.read) for name, a in _APPLIED.get(model, {}).items()}
+    inner = uncompiled(model)
+    known = {name: _Applied(a.before, a.after, a.read) for name, a in _APPLIED.get(inner, {}).items()}
     originals = delta.apply(model, force=force)
     try:
         yield model
     finally:
-        restore(dict(model.named_parameters()), originals)
-        _APPLIED[model] = known
+        restore(dict(inner.named_parameters()), originals)
+        _APPLIED[inner] = known
 
 
 @contextmanager
@@ -80,13 +81,13 @@ def original(model: nn.Module, weights: Mapping[str, Tensor] | None = None) -> I
         FingerprintError: the original weights are not known, or something else changed them since.
     """
     if weights is None:
-        known = _APPLIED.get(model)
+        known = _APPLIED.get(uncompiled(model))
         if known is None:
             raise FingerprintError(
                 "nothing is known of this model before it was edited: no EditDelta or EditLedger of this process "
                 "changed it; give the original weights as the second argument"
             )
-        parameters = dict(model.named_parameters())
+        parameters = dict(uncompiled(model).named_parameters())
         for name, applied in known.items():
             if value_of(parameters[name]) not in (applied.after, applied.before):
                 raise FingerprintError(f"{name} was changed by something else since it was edited")
@@ -102,4 +103,4 @@ def original(model: nn.Module, weights: Mapping[str, Tensor] | None = None) -> I
 
 def unedited(model: nn.Module) -> AbstractContextManager[Any]:
     """As :func:`original`, and without effect on a model that nothing of this process changed."""
-    return original(model) if model in _APPLIED else nullcontext()
+    return original(model) if uncompiled(model) in _APPLIED else nullcontext()

@@ -21,7 +21,7 @@ from transformers import GenerationConfig
 from ..errors import RequestError
 from ..request_forms import plain_requests, right_answers
 from ..requests import EditTokens, token_ids, tokenize
-from .weights import as_found
+from .weights import as_found, uncompiled
 
 # Rows and tokens, padding and answers included, that are generated together: they bound the keys and values held.
 ROWS = 64
@@ -180,7 +180,8 @@ def says_target(
 
 def inner(model: Any) -> nn.Module:
     """The model itself, also where ``model`` is one of EasyEdit's wrappers around it."""
-    return model if hasattr(model, "get_output_embeddings") else model.model  # type: ignore[no-any-return]
+    model = uncompiled(model)
+    return model if hasattr(model, "get_output_embeddings") else uncompiled(model.model)
 
 
 def batches(

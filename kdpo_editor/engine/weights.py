@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +36,9 @@ def find_matrices(model: nn.Module, hparams: KDPOHyperParams) -> dict[str, nn.Pa
             )
         wanted = name.format(layer).removesuffix(".weight")
         matches = {
-            n: p for n, p in model.named_parameters() if p.ndim >= 2 and (n == wanted or n.startswith(wanted + "."))
+            n: p
+            for n, p in uncompiled(model).named_parameters()
+            if p.ndim >= 2 and (n == wanted or n.startswith(wanted + "."))
         }
         if len(matches) != 1:
             inside = [n for n, p in blocks[layer].named_parameters() if p.ndim >= 2]
@@ -109,12 +111,15 @@ def find_blocks(model: nn.Module, hparams: KDPOHyperParams) -> nn.ModuleList:
 
 @contextmanager
 def as_found(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; every module's own mode afterwards."""
+    """Evaluation mode inside, and nothing compiled is used; every module's own mode afterwards."""
     training = [module for module in model.modules() if module.training]
     if training:
         model.eval()
+    # Modules that were compiled in place would be compiled anew for each length, and for the hooks set on them.
+    compiled = any(getattr(module, "_compiled_call_impl", None) is not None for module in model.modules())
     try:
-        yield
+        with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
+            yield
     finally:
         for module in training:
             module.training = True
