@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ def measure(record: dict[str, Any], name: str) -> dict[str, Any]:
     return next(m for m in record["measures"] if m["name"] == name)
 
 
-def ledger_with(folder: Path, edits: list[tuple[list[dict[str, str]], float]]) -> Path:
+def ledger_with(folder: Path, edits: list[tuple[list[dict[str, Any]], float]]) -> Path:
     """A ledger of changes that are noise of some strength, and say of themselves what they were asked."""
     model, _ = load_model()
     name = "model.layers.4.mlp.down_proj.weight"
@@ -147,6 +148,33 @@ def test_rephrasings_are_asked_and_counted_apart(tmp_path: Path, capsys: Any) ->
     assert (found["prompt"], found["rephrase"]) == ((1.0, 1), (0.5, 2))
 
 
+def test_another_accepted_answer_counts_as_right(tmp_path: Path, capsys: Any) -> None:
+    prompt = REQUESTS[0]["prompt"]
+    request = {"prompt": prompt, "target_new": "something else", "accepted": [own_answer(prompt)]}
+    code, record, _ = run(capsys, ledger_with(tmp_path / "e", [([request], 1e-6)]))
+    assert code == 0
+    assert record["answers"][0]["right"] == ["something else", own_answer(prompt)]
+
+
+def test_tasks_of_the_harness_are_run_before_and_after(tmp_path: Path, capsys: Any) -> None:
+    pytest.importorskip("lm_eval")
+    ledger = ledger_with(tmp_path / "e", [([{"prompt": "Who?", "target_new": "x"}], 3.0)])
+    loose = {"min_prompt": 0.0, "max_perplexity": 1e9, "min_agreement": 0.0, "tasks": ["kdpo_facts"], "task_limit": 30}
+    code, record, _ = run(capsys, ledger, **loose)
+    (task,) = [m for m in record["measures"] if m["name"].startswith("tasks.")]
+    assert (code, task["holds"]) == (1, False)
+    assert task["bound"] == pytest.approx(task["before"] - 0.02)
+    assert task["after"] < task["bound"]
+    assert run(capsys, ledger, **loose, max_task_loss=1.0)[0] == 0
+
+
+def test_tasks_without_the_harness_exit_with_2(edits: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    code, _, err = run(capsys, edits, tasks=["kdpo_facts"])
+    assert code == 2
+    assert "pip install 'kdpo-editor[harness]'" in err
+
+
 def test_a_target_of_several_lines_is_answered(tmp_path: Path, capsys: Any) -> None:
     prompt = REQUESTS[0]["prompt"]
     target = own_answer(prompt).replace(" ", "\n") + "\n"
@@ -203,6 +231,7 @@ def test_what_cannot_be_measured_is_said_and_is_no_failure(edits: Path, tmp_path
         ({"min_known": 1.1}, "--min-known 1.1: it must be a share, from 0 to 1"),
         ({"max_perplexity": 0.0}, "--max-perplexity 0.0: it must be a multiple, above 0"),
         ({"known": -1}, "--known -1: it must be a number from 0"),
+        ({"task_limit": 0}, "--task-limit 0: it must be a number from 1"),
         ({"edit": 9}, "there is no edit 9"),
         ({"edit": 0}, "no edit stands"),
         ({"model": "/no/such/model"}, "cannot load the model /no/such/model"),
