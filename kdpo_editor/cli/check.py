@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from ..errors import HyperParamsError, KDPOError, RequestError
-from .sources import read_edits, unedited_model
-from .terminal import columns, complain, put, say
+from .options import After, Device, Json, LedgersModel, SkipDamaged, Trust
+from .sources import Edits, read_edits, unedited_model
+from .terminal import complain, put, say, table
 
 if TYPE_CHECKING:
     from .checking import Answer, Measure, Probes
@@ -25,55 +28,42 @@ LABELS = {
 VERDICTS = {True: "holds", False: "DOES NOT HOLD", None: "not measured"}
 
 
+def _share(text: str) -> Any:
+    return typer.Option(metavar="SHARE", help=text)
+
+
 def check(
-    source: str,
-    *,
-    edit: int | None = None,
-    model: str | None = None,
-    chat: bool = False,
-    known: int = 50,
-    known_from: str | None = None,
-    text: str | None = None,
-    tasks: Sequence[str] = (),
-    task_limit: int | None = None,
-    min_prompt: float = 1.0,
-    min_rephrase: float = 1.0,
-    min_chat: float = 1.0,
-    min_known: float = 0.9,
-    max_perplexity: float = 1.05,
-    min_agreement: float = 0.9,
-    max_task_loss: float = 0.02,
-    as_json: bool = False,
-    device: str | int | None = None,
-    trust_remote_code: bool = False,
-    skip_damaged: bool = False,
+    source: Annotated[Path, typer.Argument(metavar="DIR", help="A ledger or a saved delta.")],
+    edit: After = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Ask each edit in the model's chat template too.")] = False,
+    known: Annotated[int, typer.Option(metavar="N", help="Facts that the model knows to ask, 0 for none.")] = 50,
+    known_from: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The data set that they are from (default: CounterFact).")
+    ] = None,
+    text: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Text to read (default: the package's held-out paragraphs).")
+    ] = None,
+    task: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="A task of lm-evaluation-harness; can be repeated.")
+    ] = None,
+    task_limit: Annotated[int | None, typer.Option(metavar="N", help="Examples of each task at most.")] = None,
+    min_prompt: Annotated[float, _share("The least share of edits answered.")] = 1.0,
+    min_rephrase: Annotated[float, _share("The least share of their rephrasings answered.")] = 1.0,
+    min_chat: Annotated[float, _share("The least share of edits answered in a chat.")] = 1.0,
+    min_known: Annotated[float, _share("The least share of known facts kept.")] = 0.9,
+    max_perplexity: Annotated[float, typer.Option(metavar="X", help="Times the unedited model's, at most.")] = 1.05,
+    min_agreement: Annotated[float, _share("The least share of next tokens that both models choose.")] = 0.9,
+    max_task_loss: Annotated[float, _share("The most that a task's figure may go down.")] = 0.02,
+    json: Json = False,
+    model: LedgersModel = None,
+    device: Device = None,
+    trust_remote_code: Trust = False,
+    skip_damaged: SkipDamaged = False,
 ) -> int:
-    """Check that edits still hold and left the rest alone, for a person or for someone's CI.
+    """Check that edits still hold and left the rest alone; exits with 1 where they do not, with 2 where it cannot.
 
-    Args:
-        source: a ledger's folder or a saved delta's.
-        edit: up to which edit of the ledger; by default its head.
-        model: the unedited model, where the edits do not name it or it lies elsewhere.
-        chat: ask every edit in the model's chat template too.
-        known: how many facts that the unedited model knows are asked, 0 for none.
-        known_from: the data set that they are from; by default CounterFact.
-        text: a text file that perplexity and agreement are measured on; by default the package's held-out paragraphs.
-        tasks: of the evaluation harness, by name or as task files; none are run by default.
-        task_limit: examples of each task at most.
-        min_prompt: the least share of edits whose answer begins with the target.
-        min_rephrase: likewise of their rephrasings, where they have some.
-        min_chat: likewise in a chat.
-        min_known: the least share of known facts kept.
-        max_perplexity: the most that the perplexity may be, as a multiple of the unedited model's.
-        min_agreement: the least share of next tokens that the unedited model chooses too.
-        max_task_loss: the most that a task's figure may be below the unedited model's.
-        as_json: write one JSON record rather than a table.
-        device: CUDA index, "cpu" or "cuda:1"; by default the GPU where there is one.
-        trust_remote_code: run code that comes with the model.
-        skip_damaged: leave out damaged lines of the ledger.
-
-    Returns:
-        0: everything that was measured keeps to its bound. 1: something does not. 2: it could not be checked.
+    Everything is asked of the unedited model and of the edited one. An edit is answered where the answer begins with
+    its target.
     """
     shares = {"min_prompt": min_prompt, "min_rephrase": min_rephrase, "min_chat": min_chat, "min_known": min_known,
               "min_agreement": min_agreement, "max_task_loss": max_task_loss}  # fmt: skip
@@ -85,8 +75,8 @@ def check(
         edits = read_edits(source, edit=edit, skip_damaged=skip_damaged)
         if not edits.delta.info.requests:
             raise RequestError(f"{source} does not say what was asked of its edits; there is nothing to check")
-        loaded = unedited_model(edits, model, device=device, trust_remote_code=trust_remote_code)
-        probes = _probes(loaded[0], chat, known, known_from, text, tasks, task_limit)
+        loaded = unedited_model(edits, model, device, trust_remote_code)
+        probes = _probes(loaded[0], chat, known, known_from, text, task or (), task_limit)
         measures, answers = examine(*loaded, edits.delta, probes, bounds)
     except (KDPOError, OSError, ModuleNotFoundError) as error:
         complain(str(error))
@@ -95,7 +85,7 @@ def check(
         if measure.holds is None:
             complain(f"{_label(measure)}: not measured; the model knows too little of it, or there is no text")
     holds = all(measure.holds is not False for measure in measures)
-    if as_json:
+    if json:
         put(_record(source, edits, model, measures, answers, holds))
     else:
         _say_table(measures, answers)
@@ -119,7 +109,7 @@ def _probes(
     chat: bool,
     known: int,
     known_from: str | None,
-    text: str | None,
+    text: Path | None,
     tasks: Sequence[str],
     task_limit: int | None,
 ) -> Probes:
@@ -136,12 +126,12 @@ def _probes(
 
 
 def _record(
-    source: str, edits: Any, model: str | None, measures: list[Measure], answers: list[Answer], holds: bool
+    source: Path, edits: Edits, model: str | None, measures: list[Measure], answers: list[Answer], holds: bool
 ) -> dict[str, Any]:
     from ..edits.manifest import state_hash
 
     return {
-        "source": source,
+        "source": str(source),
         "edit": edits.number,
         "model": model or edits.model_name,
         "edits": len(edits.delta.info.requests),
@@ -163,14 +153,11 @@ def _say_table(measures: list[Measure], answers: list[Answer]) -> None:
         )
         for m in measures
     ]
-    for line in columns(["", "before", "after", "allowed", ""], rows):
-        say(line)
+    table(["", "before", "after", "allowed", ""], rows)
     missed = [a for a in answers if not a.reached]
     if missed:
-        say("")
         say(f"{len(missed)} of {len(answers)} answers do not begin with their target:")
-        for line in columns(["prompt", "target", "answer"], [(a.prompt, a.right[0], a.after) for a in missed]):
-            say(line)
+        table(["prompt", "target", "answer"], [(a.prompt, a.right[0], a.after) for a in missed])
 
 
 def _label(measure: Measure) -> str:

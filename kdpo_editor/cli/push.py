@@ -6,8 +6,11 @@ import sys
 from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+import typer
+
+from .options import After, Device, LedgersModel, SkipDamaged, Trust
 from .sources import Edits, read_edits, unedited_model
 from .terminal import complain, put
 
@@ -16,60 +19,36 @@ if TYPE_CHECKING:
 
 
 def push(
-    source: str,
-    repo_id: str,
-    *,
-    edit: int | None = None,
-    public: bool = False,
-    adapter: bool = True,
-    checked: str | None = None,
-    model: str | None = None,
-    base: str | None = None,
-    base_revision: str | None = None,
-    licence: str | None = None,
-    revision: str | None = None,
-    message: str | None = None,
-    yes: bool = False,
-    device: str | int | None = None,
-    trust_remote_code: bool = False,
-    skip_damaged: bool = False,
+    source: Annotated[Path, typer.Argument(metavar="DIR", help="A ledger or a saved delta.")],
+    repo_id: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="The repository, made if it is not there.")],
+    edit: After = None,
+    public: Annotated[bool, typer.Option("--public", help="Make a public repository, or push to one.")] = False,
+    adapter: Annotated[bool, typer.Option(help="A LoRA adapter beside the delta; loads the model.")] = True,
+    checked: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="What kdpo check --json said of these edits, for the card.")
+    ] = None,
+    base: Annotated[str | None, typer.Option(metavar="ID", help="The name by which others find the model.")] = None,
+    base_revision: Annotated[str | None, typer.Option(metavar="REV", help="Its revision (default: as loaded).")] = None,
+    licence: Annotated[str | None, typer.Option(help="Its licence (default: what its own card says).")] = None,
+    revision: Annotated[str | None, typer.Option(metavar="BRANCH", help="Of the repository.")] = None,
+    message: Annotated[str | None, typer.Option(metavar="TEXT", help="Of the commit.")] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Push without asking.")] = False,
+    model: LedgersModel = None,
+    device: Device = None,
+    trust_remote_code: Trust = False,
+    skip_damaged: SkipDamaged = False,
 ) -> int:
-    """Push edits to the hub, after what leaves this machine was shown and confirmed.
-
-    Args:
-        source: a ledger's folder or a saved delta's.
-        repo_id: ``OWNER/NAME``; made where it is not there.
-        edit: up to which edit of the ledger; by default its head.
-        public: make a new repository public, and push to one that is.
-        adapter: put a LoRA adapter beside the delta, for PEFT and transformers; the model is loaded for that.
-        checked: a file with what ``kdpo check --json`` said of these edits, for the card.
-        model: the unedited model, where the edits do not name it or it lies elsewhere.
-        base: the name by which others find that model; by default the one that it was edited by.
-        base_revision: its revision; by default that of the model loaded for the adapter.
-        licence: its licence; by default what the hub, or the model's own card, says.
-        revision: the branch of the repository.
-        message: of the commit.
-        yes: ask nobody.
-        device: of the model; by default the GPU where there is one.
-        trust_remote_code: run code that comes with the model.
-        skip_damaged: leave out damaged lines of the ledger.
-
-    Returns:
-        0: pushed. 1: it was not confirmed. 2: there is nobody to confirm it.
-
-    Raises:
-        KDPOError: as :func:`~.sources.read_edits`, :meth:`EditDelta.save_lora` and :meth:`EditDelta.push_to_hub` do.
-    """
+    """Push edits to the Hugging Face hub, privately, once what leaves this machine was shown and confirmed."""
     from ..edits.hub import base_of, check_push, revision_in_cache
     from ..edits.storage import read_json
 
     edits = read_edits(source, edit=edit, skip_damaged=skip_damaged)
-    measured = None if checked is None else read_json(Path(checked))
+    measured = None if checked is None else read_json(checked)
     check_push(repo_id, edits.delta.changes, measured)
     with ExitStack() as stack:
         folder = None
         if adapter:
-            loaded, tok = unedited_model(edits, model, device=device, trust_remote_code=trust_remote_code)
+            loaded, tok = unedited_model(edits, model, device, trust_remote_code)
             folder = Path(stack.enter_context(TemporaryDirectory(prefix="kdpo-"))) / "adapter"
             edits.delta.save_lora(folder, loaded, tok)
             # The model that is loaded was found to have the matrices that the edits began from.
