@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +43,7 @@ def edits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(capsys: Any, source: Path, **options: Any) -> tuple[int, dict[str, Any], str]:
     """Exit code, JSON record and messages."""
-    code = check(str(source), **{**LOOSE, "known": 0, "json": True, **options})
+    code = check(source, **{**LOOSE, "known": 0, "json": True, **options})
     out, err = capsys.readouterr()
     return code, json.loads(out) if out else {}, err
 
@@ -50,7 +52,7 @@ def measure(record: dict[str, Any], name: str) -> dict[str, Any]:
     return next(m for m in record["measures"] if m["name"] == name)
 
 
-def ledger_with(folder: Path, edits: list[tuple[list[dict[str, str]], float]]) -> Path:
+def ledger_with(folder: Path, edits: list[tuple[list[dict[str, Any]], float]]) -> Path:
     """A ledger of changes that are noise of some strength, and say of themselves what they were asked."""
     model, _ = load_model()
     name = "model.layers.4.mlp.down_proj.weight"
@@ -98,19 +100,20 @@ def test_an_edit_that_is_lost_exits_with_1_and_is_named(edits: Path, tmp_path: P
     assert (code, record["holds"]) == (1, False)
     assert measure(record, "prompt")["after"] == pytest.approx(2 / 3)
     assert [a["prompt"] for a in record["answers"] if not a["reached"]] == [REQUESTS[2]["prompt"]]
-    assert check(str(tmp_path / "delta"), **LOOSE, known=0) == 1
+    assert check(tmp_path / "delta", **LOOSE, known=0) == 1
     out = capsys.readouterr().out
     assert "DOES NOT HOLD" in out
     assert "1 of 3 answers do not begin with their target" in out
     assert run(capsys, tmp_path / "delta", min_prompt=0.6)[0] == 0
 
 
-def test_the_table_has_a_line_for_each_measure(edits: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "160")
-    assert check(str(edits), **LOOSE, known=10) == 0
-    lines = [line.strip().split("  ")[0] for line in capsys.readouterr().out.splitlines() if ("at " in line)]
-    assert lines == ["edits answered (3)", "known facts kept (10)", "perplexity", lines[3]]
-    assert lines[3].startswith("next tokens alike (")
+def test_the_table_has_a_line_for_each_measure(edits: Path, capsys: Any) -> None:
+    assert check(edits, **LOOSE, known=10) == 0
+    lines = [re.split("  +", line.strip()) for line in capsys.readouterr().out.splitlines() if "holds" in line]
+    assert [line[0] for line in lines[:3]] == ["edits answered (3)", "known facts kept (10)", "perplexity"]
+    assert lines[0][1:] == ["0.0%", "100.0%", "at least 100.0%", "holds"]
+    assert lines[2][3].startswith("at most ")
+    assert lines[3][0].startswith("next tokens alike (")
 
 
 @pytest.mark.parametrize("bound", ["min_known", "max_perplexity", "min_agreement"])
@@ -145,6 +148,33 @@ def test_rephrasings_are_asked_and_counted_apart(tmp_path: Path, capsys: Any) ->
     assert code == 1
     found = {m["name"]: (m["after"], m["count"]) for m in record["measures"]}
     assert (found["prompt"], found["rephrase"]) == ((1.0, 1), (0.5, 2))
+
+
+def test_another_accepted_answer_counts_as_right(tmp_path: Path, capsys: Any) -> None:
+    prompt = REQUESTS[0]["prompt"]
+    request = {"prompt": prompt, "target_new": "something else", "accepted": [own_answer(prompt)]}
+    code, record, _ = run(capsys, ledger_with(tmp_path / "e", [([request], 1e-6)]))
+    assert code == 0
+    assert record["answers"][0]["right"] == ["something else", own_answer(prompt)]
+
+
+def test_tasks_of_the_harness_are_run_before_and_after(tmp_path: Path, capsys: Any) -> None:
+    pytest.importorskip("lm_eval")
+    ledger = ledger_with(tmp_path / "e", [([{"prompt": "Who?", "target_new": "x"}], 3.0)])
+    loose = {"min_prompt": 0.0, "max_perplexity": 1e9, "min_agreement": 0.0, "task": ["kdpo_facts"], "task_limit": 30}
+    code, record, _ = run(capsys, ledger, **loose)
+    task = measure(record, "tasks.kdpo_facts.acc")
+    assert (code, task["holds"]) == (1, False)
+    assert task["bound"] == pytest.approx(task["before"] - 0.02)
+    assert task["after"] < task["bound"]
+    assert run(capsys, ledger, **loose, max_task_loss=1.0)[0] == 0
+
+
+def test_tasks_without_the_harness_exit_with_2(edits: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    code, _, err = run(capsys, edits, task=["kdpo_facts"])
+    assert code == 2
+    assert "pip install 'kdpo-editor[harness]'" in err
 
 
 def test_a_target_of_several_lines_is_answered(tmp_path: Path, capsys: Any) -> None:
@@ -203,10 +233,11 @@ def test_what_cannot_be_measured_is_said_and_is_no_failure(edits: Path, tmp_path
         ({"min_known": 1.1}, "--min-known 1.1: it must be a share, from 0 to 1"),
         ({"max_perplexity": 0.0}, "--max-perplexity 0.0: it must be a multiple, above 0"),
         ({"known": -1}, "--known -1: it must be a number from 0"),
+        ({"task_limit": 0}, "--task-limit 0: it must be a number from 1"),
         ({"edit": 9}, "there is no edit 9"),
         ({"edit": 0}, "no edit stands"),
         ({"model": "/no/such/model"}, "cannot load the model /no/such/model"),
-        ({"text": "/no/such/text"}, "/no/such/text"),
+        ({"text": Path("/no/such/text")}, "/no/such/text"),
         ({"trust_remote_code": True}, "name the model yourself"),
     ],
 )

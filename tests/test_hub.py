@@ -266,18 +266,18 @@ class Terminal(io.StringIO):
 
 
 @pytest.fixture
-def saved(tmp_path: Path) -> str:
+def saved(tmp_path: Path) -> Path:
     small_delta().save(tmp_path / "delta")
-    return str(tmp_path / "delta")
+    return tmp_path / "delta"
 
 
-def command(source: str, **options: Any) -> int:
+def command(source: Path, **options: Any) -> int:
     return push(source, "me/edits", **{"adapter": False, "base": "them/base", "licence": "mit", **options})
 
 
 @pytest.mark.parametrize(("answer", "code"), [("y\n", 0), ("n\n", 1), ("\n", 1), ("", 1)])
 def test_nothing_leaves_before_it_was_shown_and_confirmed(
-    hub: StandIn, saved: str, capsys: Any, monkeypatch: pytest.MonkeyPatch, answer: str, code: int
+    hub: StandIn, saved: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch, answer: str, code: int
 ) -> None:
     monkeypatch.setattr(sys, "stdin", Terminal(answer))
     assert command(saved) == code
@@ -291,7 +291,7 @@ def test_nothing_leaves_before_it_was_shown_and_confirmed(
 
 
 def test_where_nobody_can_confirm_it_nothing_leaves(
-    hub: StandIn, saved: str, capsys: Any, monkeypatch: pytest.MonkeyPatch
+    hub: StandIn, saved: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO("y\n"))
     assert command(saved) == 2
@@ -307,7 +307,7 @@ def test_undone_edits_do_not_leave(hub: StandIn, tmp_path: Path, capsys: Any) ->
             originals = change(model, number)
             ledger.record(model, originals, replace(small_delta().info, requests=[{**REQUEST, "prompt": text}]))
         ledger.undo(1, model)
-    assert command(str(tmp_path / "edits"), yes=True) == 0
+    assert command(tmp_path / "edits", yes=True) == 0
     assert "undone" not in capsys.readouterr().err
     assert not [name for name, data in hub.repositories["me/edits"].files.items() if b"undone" in data]
 
@@ -335,6 +335,7 @@ print(json.dumps([said, [revision_in_cache(name) for name in (base, "them/none",
 """
 
 
+@pytest.mark.slow
 def test_each_way_of_loading_on_the_card_gives_the_edited_answer_elsewhere(
     hub: StandIn, tmp_path: Path, capsys: Any
 ) -> None:
@@ -350,7 +351,7 @@ def test_each_way_of_loading_on_the_card_gives_the_edited_answer_elsewhere(
     weights = {f.name: f.read_bytes() for f in FOLDERS[SHIPPED_MODEL].iterdir()}
     base = hub.put("them/base", {**weights, "README.md": b"---\nlicense: mit\n---\n"})
     options: dict[str, Any] = {"adapter": True, "licence": None, "base_revision": base.head}
-    assert command(str(tmp_path / "delta"), yes=True, device="cpu", **options) == 0
+    assert command(tmp_path / "delta", yes=True, device="cpu", **options) == 0
     blocks = re.findall(r"```python\n(.*?)```", card_of(hub), re.DOTALL)
     package, peft, transformers = blocks
     named = {"peft": peft, "transformers": transformers, "package": package}

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..errors import HyperParamsError, KDPOError, RequestError
-from .options import After, Device, Json, LedgersModel, SkipDamaged, Source, Trust
-from .sources import read_edits, unedited_model
+from .options import After, Device, Json, LedgersModel, SkipDamaged, Trust
+from .sources import Edits, read_edits, unedited_model
 from .terminal import complain, put, say, table
 
 if TYPE_CHECKING:
-    from .checking import Answer, Bounds, Measure
+    from .checking import Answer, Measure, Probes
 
 LABELS = {
     "prompt": "edits answered",
@@ -27,49 +28,62 @@ LABELS = {
 VERDICTS = {True: "holds", False: "DOES NOT HOLD", None: "not measured"}
 
 
+def _share(text: str) -> Any:
+    return typer.Option(metavar="SHARE", help=text)
+
+
 def check(
-    source: Source,
-    *,
+    source: Annotated[Path, typer.Argument(metavar="DIR", help="A ledger or a saved delta.")],
     edit: After = None,
-    model: LedgersModel = None,
-    chat: Annotated[bool, typer.Option("--chat", help="Ask every edit in the model's chat template too.")] = False,
-    known: Annotated[int, typer.Option(metavar="N", help="Known facts that are asked.")] = 50,
+    chat: Annotated[bool, typer.Option("--chat", help="Ask each edit in the model's chat template too.")] = False,
+    known: Annotated[int, typer.Option(metavar="N", help="Facts that the model knows to ask, 0 for none.")] = 50,
     known_from: Annotated[
-        str | None, typer.Option(metavar="DATA", help="The data set that they are from (default: CounterFact).")
+        str | None, typer.Option(metavar="NAME", help="The data set that they are from (default: CounterFact).")
     ] = None,
     text: Annotated[
-        str | None, typer.Option(metavar="FILE", help="Text for perplexity and agreement (default: the package's).")
+        Path | None, typer.Option(metavar="FILE", help="Text to read (default: the package's held-out paragraphs).")
     ] = None,
-    min_prompt: Annotated[float, typer.Option(help="Least share of edits that are answered.")] = 1.0,
-    min_rephrase: Annotated[float, typer.Option(help="Likewise of their rephrasings.")] = 1.0,
-    min_chat: Annotated[float, typer.Option(help="Likewise in a chat.")] = 1.0,
-    min_known: Annotated[float, typer.Option(help="Least share of known facts kept.")] = 0.9,
-    max_perplexity: Annotated[float, typer.Option(help="Most of the unedited model's perplexity.")] = 1.05,
-    min_agreement: Annotated[float, typer.Option(help="Least share of next tokens as the unedited model's.")] = 0.9,
+    task: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="A task of lm-evaluation-harness; can be repeated.")
+    ] = None,
+    task_limit: Annotated[int | None, typer.Option(metavar="N", help="Examples of each task at most.")] = None,
+    min_prompt: Annotated[float, _share("The least share of edits answered.")] = 1.0,
+    min_rephrase: Annotated[float, _share("The least share of their rephrasings answered.")] = 1.0,
+    min_chat: Annotated[float, _share("The least share of edits answered in a chat.")] = 1.0,
+    min_known: Annotated[float, _share("The least share of known facts kept.")] = 0.9,
+    max_perplexity: Annotated[float, typer.Option(metavar="X", help="Times the unedited model's, at most.")] = 1.05,
+    min_agreement: Annotated[float, _share("The least share of next tokens that both models choose.")] = 0.9,
+    max_task_loss: Annotated[float, _share("The most that a task's figure may go down.")] = 0.02,
     json: Json = False,
+    model: LedgersModel = None,
     device: Device = None,
     trust_remote_code: Trust = False,
     skip_damaged: SkipDamaged = False,
 ) -> int:
-    """Check that edits still hold and left the rest alone: exit code 1 where they do not, 2 where none can tell."""
-    shares = {"min_prompt": min_prompt, "min_rephrase": min_rephrase, "min_chat": min_chat, "min_known": min_known,
-              "min_agreement": min_agreement}  # fmt: skip
-    try:
-        _check_usage(shares, max_perplexity, known)
-        from .checking import Bounds
+    """Check that edits still hold and left the rest alone; exits with 1 where they do not, with 2 where it cannot.
 
-        bounds = Bounds(min_prompt, min_rephrase, min_chat, min_known, max_perplexity, min_agreement)
+    Everything is asked of the unedited model and of the edited one. An edit is answered where the answer begins with
+    its target.
+    """
+    shares = {"min_prompt": min_prompt, "min_rephrase": min_rephrase, "min_chat": min_chat, "min_known": min_known,
+              "min_agreement": min_agreement, "max_task_loss": max_task_loss}  # fmt: skip
+    try:
+        _check_usage(shares, max_perplexity, known, task_limit)
+        from .checking import Bounds, examine
+
+        bounds = Bounds(min_prompt, min_rephrase, min_chat, min_known, max_perplexity, min_agreement, max_task_loss)
         edits = read_edits(source, edit=edit, skip_damaged=skip_damaged)
         if not edits.delta.info.requests:
             raise RequestError(f"{source} does not say what was asked of its edits; there is nothing to check")
-        loaded = unedited_model(edits, model, device=device, trust_remote_code=trust_remote_code)
-        measures, answers = _examine(loaded, edits.delta, bounds, chat, known, known_from, text)
+        loaded = unedited_model(edits, model, device, trust_remote_code)
+        probes = _probes(loaded[0], chat, known, known_from, text, task or (), task_limit)
+        measures, answers = examine(*loaded, edits.delta, probes, bounds)
     except (KDPOError, OSError, ModuleNotFoundError) as error:
         complain(str(error))
         return 2
     for measure in measures:
         if measure.holds is None:
-            complain(f"{LABELS[measure.name]}: not measured; the model knows too little of it, or there is no text")
+            complain(f"{_label(measure)}: not measured; the model knows too little of it, or there is no text")
     holds = all(measure.holds is not False for measure in measures)
     if json:
         put(_record(source, edits, model, measures, answers, holds))
@@ -78,7 +92,7 @@ def check(
     return 0 if holds else 1
 
 
-def _check_usage(shares: dict[str, float], max_perplexity: float, known: int) -> None:
+def _check_usage(shares: dict[str, float], max_perplexity: float, known: int, task_limit: int | None) -> None:
     for name, value in shares.items():
         if not 0 <= value <= 1:
             raise HyperParamsError(f"--{name.replace('_', '-')} {value}: it must be a share, from 0 to 1")
@@ -86,37 +100,38 @@ def _check_usage(shares: dict[str, float], max_perplexity: float, known: int) ->
         raise HyperParamsError(f"--max-perplexity {max_perplexity}: it must be a multiple, above 0")
     if known < 0:
         raise HyperParamsError(f"--known {known}: it must be a number from 0")
+    if task_limit is not None and task_limit < 1:
+        raise HyperParamsError(f"--task-limit {task_limit}: it must be a number from 1")
 
 
-def _examine(
-    loaded: tuple[Any, Any],
-    delta: Any,
-    bounds: Bounds,
+def _probes(
+    model: Any,
     chat: bool,
     known: int,
     known_from: str | None,
-    text: str | None,
-) -> tuple[list[Measure], list[Answer]]:
+    text: Path | None,
+    tasks: Sequence[str],
+    task_limit: int | None,
+) -> Probes:
     from ..compare.run.scorer import HELD_OUT
     from ..compare.run.statistics import read_text
     from ..testbed import SHIPPED_MODEL, taught_texts
-    from .checking import Probes, examine
+    from .checking import Probes
 
-    model, tok = loaded
     # The shipped model knows what it was taught and no other facts or texts.
     shipped = Path(str(model.config._name_or_path)).name == SHIPPED_MODEL
     documents = taught_texts("recent")[::9] if shipped and text is None else read_text(text or HELD_OUT)
     source = known_from or ("shipped" if shipped else "counterfact")
-    return examine(model, tok, delta, Probes(chat, known, source, documents), bounds)
+    return Probes(chat, known, source, documents, tasks, task_limit)
 
 
 def _record(
-    source: str, edits: Any, model: str | None, measures: list[Measure], answers: list[Answer], holds: bool
+    source: Path, edits: Edits, model: str | None, measures: list[Measure], answers: list[Answer], holds: bool
 ) -> dict[str, Any]:
     from ..edits.manifest import state_hash
 
     return {
-        "source": source,
+        "source": str(source),
         "edit": edits.number,
         "model": model or edits.model_name,
         "edits": len(edits.delta.info.requests),
@@ -130,7 +145,7 @@ def _record(
 def _say_table(measures: list[Measure], answers: list[Answer]) -> None:
     rows = [
         (
-            f"{LABELS[m.name]} ({m.count})" if not m.at_most else LABELS[m.name],
+            f"{_label(m)} ({m.count})" if m.count and not m.at_most else _label(m),
             _figure(m, m.before),
             _figure(m, m.after),
             f"at {'most' if m.at_most else 'least'} {_figure(m, m.bound)}",
@@ -141,9 +156,12 @@ def _say_table(measures: list[Measure], answers: list[Answer]) -> None:
     table(["", "before", "after", "allowed", ""], rows)
     missed = [a for a in answers if not a.reached]
     if missed:
-        say("")
         say(f"{len(missed)} of {len(answers)} answers do not begin with their target:")
-        table(["prompt", "target", "answer"], [(a.prompt, a.target_new, a.after) for a in missed])
+        table(["prompt", "target", "answer"], [(a.prompt, a.right[0], a.after) for a in missed])
+
+
+def _label(measure: Measure) -> str:
+    return LABELS.get(measure.name, measure.name.removeprefix("tasks."))
 
 
 def _figure(measure: Measure, value: float | None) -> str:

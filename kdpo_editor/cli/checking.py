@@ -11,11 +11,13 @@ from torch import nn
 
 from ..compare.run.datasets import Record
 from ..compare.run.evaluate import Evaluator, accuracy
+from ..compare.run.harness import measure as run_tasks
 from ..compare.run.known import MARGIN, known_facts, right
 from ..edits.delta import EditDelta
 from ..edits.switching import edited
 from ..engine.answers import begins_with
-from ..requests import as_chat, token_ids, tokenize
+from ..request_forms import right_answers
+from ..requests import as_chat, token_ids
 
 KINDS = ("prompt", "rephrase", "chat")
 """What is asked of the edits themselves."""
@@ -50,22 +52,32 @@ class Measure:
 
 @dataclass(frozen=True)
 class Answer:
-    """What was answered to one prompt of an edit; ``kind`` is one of :data:`KINDS`."""
+    """What was answered to one prompt of an edit.
+
+    ``kind``: one of :data:`KINDS`. ``right``: the target, and what else counts as right.
+    """
 
     kind: str
     prompt: str
-    target_new: str
+    right: tuple[str, ...]
     before: str
     after: str
 
     @property
+    def reached_before(self) -> bool:
+        """Whether the unedited model's answer begins with a right one."""
+        return any(begins_with(self.before, answer) for answer in self.right)
+
+    @property
     def reached(self) -> bool:
-        """Whether the edited model's answer begins with the target."""
-        return begins_with(self.after, self.target_new)
+        """Whether the edited model's answer begins with a right one."""
+        return any(begins_with(self.after, answer) for answer in self.right)
 
     def to_json(self) -> dict[str, Any]:
         """As plain values."""
-        return {**vars(self), "reached": self.reached}
+        texts = {"kind": self.kind, "prompt": self.prompt, "target_new": self.right[0], "right": list(self.right)}
+        said = {"before": self.before, "after": self.after}
+        return {**texts, **said, "reached_before": self.reached_before, "reached": self.reached}
 
 
 @dataclass(frozen=True)
@@ -75,7 +87,8 @@ class Bounds:
     ``prompt``, ``rephrase``, ``chat``: the least share of answers that begin with the target. ``known``: the least
     share of facts still answered right, of those that the unedited model answers right. ``perplexity``: the most that
     it may be, as a multiple of the unedited model's. ``agreement``: the least share of a text's next tokens that both
-    models choose alike.
+    models choose alike. ``tasks``: the most that a figure of a task may be below the unedited model's; a perplexity
+    among them is held to ``perplexity``.
     """
 
     prompt: float = 1.0
@@ -84,6 +97,7 @@ class Bounds:
     known: float = 0.9
     perplexity: float = 1.05
     agreement: float = 0.9
+    tasks: float = 0.02
 
 
 @dataclass(frozen=True)
@@ -91,13 +105,16 @@ class Probes:
     """What is asked beside the edits.
 
     ``chat``: also every prompt in the model's chat template. ``known``: how many known facts at most, of the data set
-    ``source``; 0 for none. ``documents``: texts to read; none leaves perplexity and agreement out.
+    ``source``; 0 for none. ``documents``: texts to read; none leaves perplexity and agreement out. ``tasks``: of the
+    evaluation harness, ``limit`` examples of each at most.
     """
 
     chat: bool
     known: int
     source: str
     documents: Sequence[str]
+    tasks: Sequence[str] = ()
+    limit: int | None = None
 
 
 def examine(
@@ -109,19 +126,22 @@ def examine(
         RequestError: the prompts are to be asked in a chat and the tokenizer has no template for one.
         FingerprintError: the model is not as before the edits.
         DataError: the known facts cannot be read.
+        HyperParamsError: a task is not known. ``ModuleNotFoundError``: tasks are asked for without the harness.
     """
     requests = _standing(delta.info.requests)
     asked = _asked(tok, requests, probes.chat)
     evaluator = Evaluator(model, tok, progress="before the edits")
-    longest = _longest(tok, requests)
+    longest = _longest(tok, asked)
     said = _say(evaluator, asked, longest)
     facts = _known(evaluator, requests, probes)
     read = evaluator.read(probes.documents)
+    figures = _tasks(evaluator, probes)
     evaluator.progress = "after the edits"
     with edited(model, delta):
         now = _say(evaluator, asked, longest)
         still = right(evaluator, facts)
         reread = evaluator.read(probes.documents)
+        refigures = _tasks(evaluator, probes)
     answers = [Answer(*of, *pair) for of, *pair in zip(asked, said, now, strict=True)]
     measures = [_share(kind, [a for a in answers if a.kind == kind], getattr(bounds, kind)) for kind in KINDS]
     found = [m for m in measures if m.count]
@@ -136,6 +156,7 @@ def examine(
             Measure("perplexity", _number(read.perplexity), _number(reread.perplexity), most, tokens, at_most=True),
             Measure("agreement", 1.0, _number(accuracy(reread.choices, read.choices)), bounds.agreement, tokens),
         ]
+    found += [_task(name, figures[name], refigures[name], bounds) for name in figures]
     return found, answers
 
 
@@ -144,15 +165,18 @@ def _standing(requests: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return list({request["prompt"]: request for request in requests}.values())
 
 
-def _asked(tok: Any, requests: Sequence[dict[str, Any]], chat: bool) -> list[tuple[str, str, str]]:
-    """Kind, prompt and target of everything that the edits are asked by."""
-    found = []
+_Asked = tuple[str, str, tuple[str, ...]]
+
+
+def _asked(tok: Any, requests: Sequence[dict[str, Any]], chat: bool) -> list[_Asked]:
+    """Kind, prompt and right answers of everything that the edits are asked by."""
+    found: list[_Asked] = []
     for request in requests:
-        prompt, target = request["prompt"], request["target_new"]
-        found.append(("prompt", prompt, target))
-        found += [("rephrase", rephrase, target) for rephrase in _rephrasings(request)]
+        prompt, right = request["prompt"], right_answers(request)
+        found.append(("prompt", prompt, right))
+        found += [("rephrase", rephrase, right) for rephrase in _rephrasings(request)]
         if chat:
-            found.append(("chat", prompt if _is_chat(tok, prompt) else as_chat(tok, prompt), target))
+            found.append(("chat", prompt if _is_chat(tok, prompt) else as_chat(tok, prompt), right))
     return found
 
 
@@ -170,12 +194,12 @@ def _is_chat(tok: Any, prompt: str) -> bool:
     return bool(end.strip()) and prompt.endswith(end)
 
 
-def _longest(tok: Any, requests: Sequence[dict[str, Any]]) -> int:
-    pairs = [{"prompt": r["prompt"], "target_new": r["target_new"]} for r in requests]
-    return MARGIN + max((len(edit.chosen) for edit, *_ in tokenize(tok, pairs)), default=0) if pairs else MARGIN
+def _longest(tok: Any, asked: Sequence[_Asked]) -> int:
+    """Tokens that the longest right answer may take."""
+    return MARGIN + max(len(token_ids(tok, f" {answer}")) for *_, right in asked for answer in right)
 
 
-def _say(evaluator: Evaluator, asked: Sequence[tuple[str, str, str]], longest: int) -> list[str]:
+def _say(evaluator: Evaluator, asked: Sequence[_Asked], longest: int) -> list[str]:
     prompts = [token_ids(evaluator.tok, prompt) for _, prompt, _ in asked]
     return [text.strip() for text, _ in evaluator.go_on(prompts, longest)]
 
@@ -185,7 +209,7 @@ def _known(evaluator: Evaluator, requests: Sequence[dict[str, Any]], probes: Pro
     if not probes.known:
         return []
     records = [
-        Record(r.get("subject", ""), r["prompt"], r["target_new"], "", (), {}, {}, i) for i, r in enumerate(requests)
+        Record(r.get("subject") or "", r["prompt"], r["target_new"], "", (), {}, {}, i) for i, r in enumerate(requests)
     ]
     facts = known_facts(evaluator, probes.source, probes.known, records, lambda _, compute: compute())
     prompts = [request["prompt"].casefold() for request in requests]
@@ -194,8 +218,19 @@ def _known(evaluator: Evaluator, requests: Sequence[dict[str, Any]], probes: Pro
 
 def _share(kind: str, answers: Sequence[Answer], bound: float) -> Measure:
     n = len(answers)
-    before = sum(begins_with(a.before, a.target_new) for a in answers) / n if n else None
+    before = sum(a.reached_before for a in answers) / n if n else None
     return Measure(kind, before, sum(a.reached for a in answers) / n if n else None, bound, n)
+
+
+def _tasks(evaluator: Evaluator, probes: Probes) -> dict[str, float]:
+    return run_tasks(evaluator, probes.tasks, probes.limit, seed=0) if probes.tasks else {}
+
+
+def _task(name: str, before: float, after: float, bounds: Bounds) -> Measure:
+    """One figure of a task: a share, of which more is better, or what is better the less it is."""
+    less = "perplexity" in name or "bits_per_byte" in name
+    bound = before * bounds.perplexity if less else before - bounds.tasks
+    return Measure(name, _number(before), _number(after), bound, 0, at_most=less)
 
 
 def _number(value: float) -> float | None:

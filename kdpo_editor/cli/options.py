@@ -27,7 +27,6 @@ class Dtype(str, Enum):
 
 MODEL = "Hugging Face id, folder, .gguf file, or a name like smollm2-135m"
 Ledger = Annotated[Path, typer.Argument(metavar="DIR", help="The ledger.")]
-Source = Annotated[str, typer.Argument(metavar="DIR", help="A ledger or a saved delta.")]
 Out = Annotated[Path, typer.Option(metavar="DIR", help="The ledger, made if it is not there.")]
 Model = Annotated[str, typer.Option(metavar="ID", help=f"{MODEL}.")]
 LedgersModel = Annotated[str | None, typer.Option(metavar="ID", help=f"{MODEL} (default: the ledger's).")]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .options import After, Device, LedgersModel, SkipDamaged, Source, Trust
+from .options import After, Device, LedgersModel, SkipDamaged, Trust
 from .sources import Edits, read_edits, unedited_model
 from .terminal import complain, put
 
@@ -19,37 +19,36 @@ if TYPE_CHECKING:
 
 
 def push(
-    source: Source,
+    source: Annotated[Path, typer.Argument(metavar="DIR", help="A ledger or a saved delta.")],
     repo_id: Annotated[str, typer.Argument(metavar="OWNER/NAME", help="The repository, made if it is not there.")],
-    *,
     edit: After = None,
-    public: Annotated[bool, typer.Option("--public", help="Let anybody read a new repository.")] = False,
-    adapter: Annotated[bool, typer.Option(help="Put a LoRA adapter beside it, which loads the model.")] = True,
+    public: Annotated[bool, typer.Option("--public", help="Make a public repository, or push to one.")] = False,
+    adapter: Annotated[bool, typer.Option(help="A LoRA adapter beside the delta; loads the model.")] = True,
     checked: Annotated[
-        str | None, typer.Option(metavar="FILE", help="What kdpo check --json said of these edits, for the card.")
+        Path | None, typer.Option(metavar="FILE", help="What kdpo check --json said of these edits, for the card.")
     ] = None,
+    base: Annotated[str | None, typer.Option(metavar="ID", help="The name by which others find the model.")] = None,
+    base_revision: Annotated[str | None, typer.Option(metavar="REV", help="Its revision (default: as loaded).")] = None,
+    licence: Annotated[str | None, typer.Option(help="Its licence (default: what its own card says).")] = None,
+    revision: Annotated[str | None, typer.Option(metavar="BRANCH", help="Of the repository.")] = None,
+    message: Annotated[str | None, typer.Option(metavar="TEXT", help="Of the commit.")] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Push without asking.")] = False,
     model: LedgersModel = None,
-    base: Annotated[str | None, typer.Option(metavar="ID", help="The name by which others find that model.")] = None,
-    base_revision: Annotated[str | None, typer.Option(help="Its revision.")] = None,
-    licence: Annotated[str | None, typer.Option(help="Its licence (default: what the hub or its card says).")] = None,
-    revision: Annotated[str | None, typer.Option(help="The branch of the repository.")] = None,
-    message: Annotated[str | None, typer.Option(help="Of the commit.")] = None,
-    yes: Annotated[bool, typer.Option("--yes", help="Ask nobody.")] = False,
     device: Device = None,
     trust_remote_code: Trust = False,
     skip_damaged: SkipDamaged = False,
 ) -> int:
-    """Push edits to the hub, after what leaves this machine was shown and confirmed; private unless told otherwise."""
+    """Push edits to the Hugging Face hub, privately, once what leaves this machine was shown and confirmed."""
     from ..edits.hub import base_of, check_push, revision_in_cache
     from ..edits.storage import read_json
 
     edits = read_edits(source, edit=edit, skip_damaged=skip_damaged)
-    measured = None if checked is None else read_json(Path(checked))
+    measured = None if checked is None else read_json(checked)
     check_push(repo_id, edits.delta.changes, measured)
     with ExitStack() as stack:
         folder = None
         if adapter:
-            loaded, tok = unedited_model(edits, model, device=device, trust_remote_code=trust_remote_code)
+            loaded, tok = unedited_model(edits, model, device, trust_remote_code)
             folder = Path(stack.enter_context(TemporaryDirectory(prefix="kdpo-"))) / "adapter"
             edits.delta.save_lora(folder, loaded, tok)
             # The model that is loaded was found to have the matrices that the edits began from.

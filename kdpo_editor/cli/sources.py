@@ -21,7 +21,7 @@ class Edits:
     made on, ``None`` where it is not known.
     """
 
-    source: str
+    source: Path
     delta: EditDelta
     number: int | None
     model_name: str | None
@@ -33,7 +33,7 @@ class Edits:
         return STORED[specs[0].dtype] if specs else "float32"
 
 
-def read_edits(source: str, *, edit: int | None = None, skip_damaged: bool = False) -> Edits:
+def read_edits(source: Path, *, edit: int | None = None, skip_damaged: bool = False) -> Edits:
     """Read the edits of a ledger, up to number ``edit`` (its head, if that is ``None``), or of a saved delta.
 
     Raises:
@@ -45,25 +45,22 @@ def read_edits(source: str, *, edit: int | None = None, skip_damaged: bool = Fal
     from ..edits.delta_file import MANIFEST
     from ..edits.ledger import JOURNAL
 
-    folder = Path(source)
-    if (folder / MANIFEST).exists() and not (folder / JOURNAL).exists():
+    if (source / MANIFEST).exists() and not (source / JOURNAL).exists():
         if edit is not None:
             raise LedgerError(f"{source} is a saved delta, which has no numbered edits; a ledger has")
-        delta = EditDelta.load(folder)
+        delta = EditDelta.load(source)
         return Edits(source, delta, None, (delta.info.hparams or {}).get("model_name"))
-    ledger = open_ledger(folder, skip_damaged)
+    ledger = open_ledger(source, skip_damaged)
     number = ledger.head if edit is None else edit
     if number == 0:
         raise LedgerError(f"no edit stands in {source}")
     return Edits(source, ledger.delta(number, since=0), number, ledger.model_name)
 
 
-def unedited_model(
-    edits: Edits, name: str | None, *, device: str | int | None = None, trust_remote_code: bool = False
-) -> tuple[Any, Any]:
-    """Load the model that ``edits`` are edits of, as it was before them, and its tokenizer; only safetensors are read.
+def unedited_model(edits: Edits, name: str | None, device: str | int | None, trust: bool) -> tuple[Any, Any]:
+    """Load the model that ``edits`` are edits of, as it was before them, and its tokenizer.
 
-    ``name``: of the model, where it is another than the edits say.
+    ``name``: of the model, where it is another than the edits say. ``trust``: run code that comes with it.
 
     Raises:
         LedgerError: no model is named, or its own code is to be run and it is not named by the caller.
@@ -72,6 +69,6 @@ def unedited_model(
     found = name or edits.model_name
     if found is None:
         raise LedgerError(f"{edits.source} does not name its model; give --model")
-    if trust_remote_code and not name:
+    if trust and not name:
         raise LedgerError("with --trust-remote-code name the model yourself, with --model")
-    return load_model(found, edits.dtype, device, trust_remote_code)
+    return load_model(found, edits.dtype, device, trust)

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from ..packaged_models import PACKAGED
+from ..request_forms import right_answers
 from .manifest import Change, EditInfo
 
 ROWS = 1000
@@ -94,7 +95,8 @@ def _edits(info: EditInfo) -> str:
     lines = ["## Edits", "", "| Prompt | Answer | Reached when it was made |", "|---|---|---|"]
     for i, request in enumerate(info.requests[:ROWS]):
         won = ("yes" if info.outcomes[i]["converged"] else "no") if known else "not recorded"
-        lines.append(f"| {_plain(request['prompt'])} | {_plain(request['target_new'])} | {won} |")
+        right = " or ".join(_plain(answer) for answer in right_answers(request))
+        lines.append(f"| {_plain(request['prompt'])} | {right} | {won} |")
     if len(info.requests) > ROWS:
         lines += ["", f"The other {len(info.requests) - ROWS} are in `manifest.json`."]
     return "\n".join(lines)
@@ -120,7 +122,7 @@ def _measured(info: EditInfo, measured: Sequence[Mapping[str, Any]]) -> str:
 def _figure(name: str, value: float | None) -> str:
     if value is None:
         return "not measured"
-    return f"{value:.2f}" if name == "perplexity" else f"{value:.1%}"
+    return f"{value:.2f}" if "perplexity" in name or "bits_per_byte" in name else f"{value:.1%}"
 
 
 def _loading(repo_id: str, base: Base, changes: Mapping[str, Change], adapter: bool) -> str:
