@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,12 +13,14 @@ from tqdm import tqdm
 
 from ..errors import EditDiverged, KDPOError, RequestError
 from ..hparams import KDPOHyperParams
+from ..tracking import Track, tracking
 from .loading import STORED, load_model, stored_dtype, writable_ledger
 from .options import (
     Changes,
     Device,
     DtypeOption,
     HParams,
+    LogTo,
     Model,
     Out,
     Recipe,
@@ -54,6 +57,7 @@ def edit(
     dtype: DtypeOption = None,
     keep_going: Annotated[bool, typer.Option("--keep-going", help="Skip bad lines and edits that diverge.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Leave out edits that are in the ledger already.")] = False,
+    log_to: LogTo = None,
     device: Device = None,
     trust_remote_code: Trust = False,
     wait: Wait = 0.0,
@@ -100,7 +104,8 @@ def edit(
         if len(todo) < len(good):
             complain(f"{len(good) - len(todo)} of {len(good)} edits are in the ledger already")
         try:
-            missed = _edit_all(ledger, loaded, tok, todo, found, keep_going)
+            with tracking(log_to.value if log_to else None, out.name, found.to_dict()) as track:
+                missed = _edit_all(ledger, loaded, tok, todo, found, keep_going, track)
         except KeyboardInterrupt:
             complain(f"the edits reported are in {out}, and the same command with --resume goes on from there")
             raise
@@ -161,7 +166,13 @@ def _read(file: str) -> tuple[Requests, list[str]]:
 
 
 def _edit_all(
-    ledger: EditLedger, model: Any, tok: Any, todo: Requests, hparams: KDPOHyperParams, keep_going: bool
+    ledger: EditLedger,
+    model: Any,
+    tok: Any,
+    todo: Requests,
+    hparams: KDPOHyperParams,
+    keep_going: bool,
+    track: Track,
 ) -> int:
     """Edit one by one, or all at once if the schedule says so; the number that failed or missed their target."""
     together = hparams.schedule == "breadth_first"
@@ -170,6 +181,7 @@ def _edit_all(
     with tqdm(total=len(todo), unit="edit", disable=None) as bar:
         for group in groups:
             requests = [request for _, request in group]
+            start = time.perf_counter()
             try:
                 _, _, traces = ledger.edit(model, tok, requests, hparams)
             except EditDiverged as error:
@@ -183,6 +195,9 @@ def _edit_all(
             for request, trace in zip(requests, traces, strict=True):
                 put({"edit": ledger.head, **_named(request), "converged": trace.converged, "steps": trace.steps})
                 missed += not trace.converged
+            won = sum(trace.converged for trace in traces) / len(traces)
+            steps = sum(trace.steps for trace in traces) / len(traces)
+            track({"converged": won, "steps": steps, "seconds": time.perf_counter() - start}, ledger.head)
             bar.update(len(group))
     return missed
 

@@ -16,6 +16,14 @@ class Recipe(str, Enum):
     KDPO_L = "KDPO-L"
 
 
+class Tracker(str, Enum):
+    """Where figures are sent, as :data:`kdpo_editor.tracking.TRACKERS`."""
+
+    trackio = "trackio"
+    wandb = "wandb"
+    tensorboard = "tensorboard"
+
+
 class Dtype(str, Enum):
     """What a model is loaded in."""
 
@@ -35,6 +43,7 @@ Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that 
 DtypeOption = Annotated[Dtype | None, typer.Option(help="Of the model (default: the ledger's, else the settings').")]
 SkipDamaged = Annotated[bool, typer.Option("--skip-damaged", help="Leave out damaged lines of the ledger.")]
 Wait = Annotated[float, typer.Option(metavar="S", min=0.0, help="Seconds to wait for another writer.")]
+LogTo = Annotated[Tracker | None, typer.Option(help="Send the figures of each edit there, too.")]
 Json = Annotated[bool, typer.Option("--json", help="JSON lines, with everything known.")]
 After = Annotated[int | None, typer.Option("--edit", metavar="K", min=0, help="After edit K (default: the head).")]
 HParams = Annotated[

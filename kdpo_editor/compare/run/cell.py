@@ -24,6 +24,7 @@ from ...derived import complete
 from ...edits.storage import write_file
 from ...errors import DataError, HyperParamsError, KDPOError
 from ...hparams import KDPOHyperParams, settings_folder
+from ...tracking import tracking
 from . import statistics
 from .config import PROTOCOLS, SPLITS, Compare
 from .datasets import Record, content_hash, in_validation, load, whole_cases
@@ -42,7 +43,7 @@ PLACE = ("layers", "rewrite_module_tmp")
 SAVE_EVERY = 60.0  # seconds between checkpoints, beside those at `eval_at`
 SPARE = 50  # records that are never edited, for methods that train on some (WISE)
 # What a cell's figures do not depend on.
-ELSEWHERE = ("out", "cache", "overwrite", "threads", "report", "stats_dir")
+ELSEWHERE = ("out", "cache", "overwrite", "threads", "logging", "report", "stats_dir")
 
 
 def run(config: Compare) -> Cell:
@@ -133,7 +134,10 @@ def _compute(
             log.rows.append((-1, 0, "right_after", "setup_seconds", setup))
     else:
         LOG.info("going on after %d of %d edits", count, len(edited))
-    (_alone if single else _in_sequence)(config, cell, editing, scorer, list(edited), count, log, state)
+    with tracking(config.logging, cell.folder.name, cell.identity) as scorer.track:
+        (_alone if single else _in_sequence)(config, cell, editing, scorer, list(edited), count, log, state)
+        if single:
+            scorer.track_means(log, 1)
     if single and fingerprint(model) != before:
         raise KDPOError(f"{config.method.label} left the model changed after its edits were undone")
     cell.save(log)
@@ -176,6 +180,7 @@ def _in_sequence(
         if last in scored_at:
             scorer.score(log, range(last), "checkpoint", last)
             scorer.score_rest(log, last)
+            scorer.track_means(log, last)
         if last in scored_at or time.monotonic() - saved > SAVE_EVERY:
             cell.save_checkpoint(number + 1, log, editing.state())
             saved = time.monotonic()

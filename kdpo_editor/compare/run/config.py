@@ -152,5 +152,7 @@ class Compare:
     """Compute again what is complete, failed or damaged."""
     threads: int | None = None
     """CPU threads of torch; null leaves its own choice."""
+    logging: str | None = None
+    """Send the means of each checkpoint to trackio, wandb or tensorboard, too; null sends them nowhere."""
     report: bool = True
     """Print the table of ``out`` at the end and draw its figures."""

@@ -7,11 +7,13 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from ...edits.storage import write_file
 from ...requests import tokenize
 from ...testbed import taught_texts
+from ...tracking import Track, untracked
 from . import harness, statistics
 from .config import Compare
 from .datasets import Record, content_hash
@@ -43,6 +45,7 @@ class Scorer:
     known: list[Record] = field(init=False)
     reading: Reading | None = field(init=False, default=None)
     judge: Judge | None = field(init=False, default=None)
+    track: Track = field(init=False, default=untracked)
 
     def __post_init__(self) -> None:
         """Ask the unedited model, or find in the cache what it said."""
@@ -108,6 +111,14 @@ class Scorer:
         if self.config.protocol.tasks:
             figures = self._measure(self._evaluator("tasks"))
             log.rows += [(-1, checkpoint, "checkpoint", name, value) for name, value in figures.items()]
+
+    def track_means(self, log: Log, checkpoint: int) -> None:
+        """Send the mean of each metric at a checkpoint to where figures are tracked."""
+        values: dict[str, list[float]] = {}
+        for _, when, kind, metric, value in log.rows:
+            if (when, kind) == (checkpoint, "checkpoint"):
+                values.setdefault(metric, []).append(value)
+        self.track({metric: fmean(of) for metric, of in values.items()}, checkpoint)
 
     def _add(self, log: Log, which: Sequence[int], said: Sequence[Outputs], when: str, checkpoint: int) -> None:
         stops = self.config.protocol.stops
