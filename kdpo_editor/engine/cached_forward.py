@@ -82,8 +82,9 @@ class CachedForward(UpperPart):
     ) -> tuple[ActivationCache, ActivationCache | None, Tensor]:
         """As :meth:`capture`, with a cache of the tokens from each row's first trained one on in between.
 
-        It is ``None`` where all tokens are trained, or where keys and values cannot stand in for those before. Where it
-        is not, the hidden states have no graph.
+        Arguments are as there: ``[B, L]``, ``[B, T]`` and ``[B, L]``. The cache in between is ``None`` where all tokens
+        are trained, or where keys and values cannot stand in for those before. Where it is not, the hidden states have
+        no graph.
         """
         with torch.no_grad():
             cache, hidden = self._capture(ids, positions, trained)

@@ -115,7 +115,8 @@ def _begin(part: UpperPart, ids: Tensor) -> Examined | None:
 def find_narrow(part: UpperPart, ids: Tensor, inside: bool) -> list[str]:
     """Modules of the last block, the largest first, that may be run at the answer positions only.
 
-    Each is tried: with NaN for whatever it gives elsewhere the final hidden state of the last position must stay.
+    ``ids``: ``[1, L]`` int64. Each module is tried: with NaN for whatever it gives elsewhere the final hidden state of
+    the last position must stay.
     """
     ids = ids.repeat(1, -(-16 // ids.shape[1]))[:, :16]  # a few tokens tell more than one or two
     cache, _ = part.run(ids, torch.tensor([[ids.shape[1] - 1]], device=ids.device), inside)
@@ -147,8 +148,8 @@ def find_narrow(part: UpperPart, ids: Tensor, inside: bool) -> list[str]:
 def per_row(part: UpperPart, cache: ActivationCache, ids: Tensor, inside: bool) -> tuple[int, ...]:
     """See :class:`ActivationCache`: what of the blocks' arguments grows with the number of rows, and how.
 
-    It is found by running the same row two and three times. That is done once for each kind of arguments: a mask,
-    for example, may be there for some lengths alone.
+    ``ids``: ``[B, L]`` int64. It is found by running the same row two and three times. That is done once for each kind
+    of arguments: a mask, for example, may be there for some lengths alone.
     """
     leaves, tree = tree_flatten(cache.arguments)
     kind = (part.module_name, str(tree), tuple(leaf.ndim if isinstance(leaf, Tensor) else -1 for leaf in leaves))

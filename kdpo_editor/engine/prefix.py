@@ -32,7 +32,7 @@ class Recorder(DynamicCache):  # type: ignore[misc]
         self.kept: Kept | None = None
 
     def update(self, keys: Tensor, values: Tensor, layer: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Give back ``keys`` and ``values``, which there is nothing before."""
+        """Give back ``keys`` and ``values``, ``[B, H, L, D]``, which there is nothing before."""
         if self.kept is not None:
             self.kept[layer] = keys.detach(), values.detach()
         return keys, values
@@ -64,7 +64,7 @@ class Prefix:
         return nn.functional.pad(whole.to(new.device), (0, 0, 0, 1)).scatter(2, at, new)[:, :, :length]
 
     def rows(self, chosen: Tensor) -> Prefix:
-        """Those rows of the batch whose indices, int64, are in ``chosen``."""
+        """Those rows of the batch whose indices are in ``chosen``, ``[N]`` int64."""
         kept = {
             layer: (keys[chosen.to(keys.device)], values[chosen.to(values.device)])
             for layer, (keys, values) in self.kept.items()

@@ -241,7 +241,10 @@ class UpperPart:
 
     @contextmanager
     def trained_at(self, trained: Tensor | None) -> Iterator[None]:
-        """Inside, the edited weights get gradients from the tokens in ``trained`` only; ``None`` is all."""
+        """Inside, the edited weights get gradients from the tokens in ``trained`` only.
+
+        ``trained``: ``[B, L]`` bool; ``None`` is all.
+        """
         with ExitStack() as patches:
             if trained is not None:
                 for module in self.edited:
