@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,12 @@ def test_its_name_is_unknown_without_its_module_and_the_error_says_which(monkeyp
     for read in (models.load, models.outline):
         with pytest.raises(ModelError, match=rf"{SHIPPED_MODEL}, a name that `import kdpo_editor.testbed` may make"):
             read(SHIPPED_MODEL)
+
+
+@pytest.mark.parametrize("module", ["cli", "compare", "easyedit.loading"])
+def test_its_name_is_known_to_whoever_may_be_given_it(module: str) -> None:
+    code = f"import kdpo_editor.{module}, kdpo_editor.models as m; assert m.is_known_here({SHIPPED_MODEL!r})"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_it_knows_its_records(shipped: tuple[Any, Any]) -> None:
