@@ -23,6 +23,7 @@ import pandas as pd
 import yaml
 from IPython.display import display
 
+import kdpo_editor.testbed  # noqa: F401  (makes the shipped model known by its name)
 from kdpo_editor import KDPOHyperParams, edit
 from kdpo_editor.compare.run.datasets import load as load_facts
 from kdpo_editor.compare.run.evaluate import Evaluator, accuracy

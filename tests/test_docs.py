@@ -414,12 +414,22 @@ def test_rows_of_measured_tables_are_rows_of_the_results(page: str, names: str, 
             assert cell == measured or float(cell) == float(measured), f"{page}: {name}, {heading}"
 
 
+@pytest.mark.parametrize(("page", "file", "cells"), tables("file:"), ids=lambda value: str(value)[:40])
+def test_tables_of_whole_files_are_those_files(page: str, file: str, cells: list[list[str]]) -> None:
+    assert list(csv.reader((RESULTS / file).open(encoding="utf-8"))) == cells, page
+
+
+def test_every_table_of_results_is_shown_or_used() -> None:
+    shown = {file for _, file, _ in tables("file:")} | {"levers-smollm2.csv"}
+    assert {file.name for file in RESULTS.glob("*.csv")} <= shown
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_tables_of_measured_figures_name_their_rows(page: Path) -> None:
     text = FENCE.sub("", page.read_text("utf-8"))
     for before, heading in re.findall(r"(.*)\n\n(\|.+\|)\n\|[-|]+\|\n", text):
         if re.search(r"\| (?:rewrite|rephrase|neighbours|s/edit) \|", heading):
-            assert before.startswith(("<!-- rows: ", "<!-- demo -->")), f"{page.name}: {heading}"
+            assert before.startswith(("<!-- rows: ", "<!-- file: ", "<!-- demo -->")), f"{page.name}: {heading}"
 
 
 @pytest.mark.parametrize("row", MEASURED.values(), ids=MEASURED.keys())
@@ -512,6 +522,17 @@ def test_issue_templates_have_what_github_needs(file: Path) -> None:
     asked = [part for part in template["body"] if part["type"] != "markdown"]
     assert len({part["id"] for part in asked}) == len(asked)
     assert all("label" in part["attributes"] for part in asked)
+
+
+def test_continuous_integration_runs_the_oldest_python_that_is_supported_and_a_new_one() -> None:
+    workflow = yaml.safe_load((ROOT / ".github/workflows/ci.yml").read_text("utf-8"))
+    (job,) = workflow["jobs"].values()
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    oldest = config["options"]["python_requires"].removeprefix(">=")
+    assert [oldest, "3.13"] == job["strategy"]["matrix"]["python"]
+    (command,) = (step["run"] for step in job["steps"] if "run" in step)
+    assert os.access(ROOT / command, os.X_OK)
 
 
 # Docstrings -------------------------------------------------------------------------------------------------------
