@@ -83,7 +83,7 @@ class KDPOHyperParams:
     edit is finished only when every token wins by this much."""
     fact_token: str = "all"
     """Through which of the prompt's tokens matrices are trained: "all", those of the request's "subject", or
-    "subject_last", its last one alone. But for "all", every request needs a ``subject`` that stands in its prompt."""
+    "subject_last", its last one alone. But for "all", a request should name its ``subject``; else one is guessed."""
     context_templates: int = 0
     """Each request is also trained behind so many short texts (:mod:`kdpo_editor.lifelong.contexts`)."""
     schedule: str = "depth_first"
@@ -168,7 +168,7 @@ class KDPOHyperParams:
 
     @property
     def needs_subject(self) -> bool:
-        """Whether requests must name their ``subject``."""
+        """Whether a request's ``subject`` matters."""
         return self.fact_token != "all"
 
     @property

@@ -218,16 +218,21 @@ def _write(folder: Path, model: nn.Module, parts: dict[str, tuple[Tensor, Tensor
 
 def _base_of(model: nn.Module) -> str | None:
     """The name by which PEFT loads the unedited model, without this package."""
-    name = getattr(model, "name_or_path", None)
+    name, path = _name_of(model), getattr(model, "name_or_path", None)
     try:
-        return folder_of(name) if name and is_known_here(name) else name
+        return folder_of(name) if name and is_known_here(name) else path or name
     except (ModelError, StorageError):  # the file that it was read from is gone
-        return str(name)
+        return str(path or name)
+
+
+def _name_of(model: nn.Module) -> str | None:
+    """The name that the user has for the model; this package notes it in the configuration."""
+    return getattr(getattr(model, "config", None), "_name_or_path", None) or getattr(model, "name_or_path", None)
 
 
 def _card(model: nn.Module, rank: int, of_experts: bool) -> str:
     """The README beside an adapter. No server was seen to load one of routed experts."""
-    name, base, kind = getattr(model, "name_or_path", None) or "", _base_of(model) or "BASE", type(model).__name__
+    name, base, kind = _name_of(model) or "", _base_of(model) or "BASE", type(model).__name__
     source, served = dequantised_from(model), f"--enable-lora --max-lora-rank {served_rank(rank)}"
     lines = ["---", "library_name: peft", *([f"base_model: {name}"] if _is_hub_id(name) else []), "---", ""]
     lines += [f"# An edit of {name or 'a model'}, as a LoRA adapter", "", f"Rank {rank}, of a `{kind}`.", ""]
