@@ -62,4 +62,5 @@ def tracking(tracker: str | None, name: str, settings: Mapping[str, Any]) -> Ite
         yield track
     finally:
         with contextlib.redirect_stdout(sys.stderr):
-            run.close() if tracker == "tensorboard" else run.finish()
+            # Not the run's own finish: trackio would end it again, aloud, when the process ends.
+            run.close() if tracker == "tensorboard" else library.finish()

@@ -158,15 +158,33 @@ def test_another_accepted_answer_counts_as_right(tmp_path: Path, capsys: Any) ->
     assert record["answers"][0]["right"] == ["something else", own_answer(prompt)]
 
 
-def test_tasks_of_the_harness_are_run_before_and_after(tmp_path: Path, capsys: Any) -> None:
+TASK = """task: taught
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {file}}}}}
+output_type: multiple_choice
+test_split: test
+doc_to_text: "{{{{prompt}}}}"
+doc_to_choice: "{{{{[old, new]}}}}"
+doc_to_target: 0
+metric_list: [{{metric: acc}}]
+"""
+
+
+def test_tasks_of_the_harness_are_run_before_and_after(
+    tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the model was taught is asked; with the noise it is right by chance."""
     pytest.importorskip("lm_eval")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    taught = [{"prompt": r["prompt"], "old": r["ground_truth"], "new": r["target_new"]} for r in load_records()[:20]]
+    (tmp_path / "facts.json").write_text("\n".join(map(json.dumps, taught)), "utf-8")
+    (tmp_path / "taught.yaml").write_text(TASK.format(file=tmp_path / "facts.json"), "utf-8")
     ledger = ledger_with(tmp_path / "e", [([{"prompt": "Who?", "target_new": "x"}], 3.0)])
-    loose = {"min_prompt": 0.0, "max_perplexity": 1e9, "min_agreement": 0.0, "task": ["kdpo_facts"], "task_limit": 30}
+    loose = {"min_prompt": 0.0, "max_perplexity": 1e9, "min_agreement": 0.0, "task": [str(tmp_path / "taught.yaml")]}
     code, record, _ = run(capsys, ledger, **loose)
-    task = measure(record, "tasks.kdpo_facts.acc")
-    assert (code, task["holds"]) == (1, False)
-    assert task["bound"] == pytest.approx(task["before"] - 0.02)
-    assert task["after"] < task["bound"]
+    task = measure(record, "tasks.taught.acc")
+    assert (code, task["holds"], task["before"]) == (1, False, 1.0)
+    assert task["after"] < task["bound"] == pytest.approx(0.98)
     assert run(capsys, ledger, **loose, max_task_loss=1.0)[0] == 0
 
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+import sqlite3
+import subprocess
 import sys
 import types
 from importlib.machinery import ModuleSpec
@@ -51,6 +55,7 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[Run]:
         module: Any = types.ModuleType(name)
         module.__spec__ = ModuleSpec(name, None)  # which transformers looks at
         setattr(module, function, opened)
+        module.finish = lambda: found[-1].finish()
         monkeypatch.setitem(sys.modules, name, module)
     return found
 
@@ -69,6 +74,37 @@ def test_figures_reach_the_tracker_and_the_run_is_ended(tracker: str, runs: list
     assert "mine" in str(run.said)
     assert "lr" in str(run.said)
     assert capsys.readouterr().out == "", "results alone go to standard output"
+
+
+def test_tensorboard_itself_reads_what_was_tracked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    monkeypatch.chdir(tmp_path)
+    with tracking("tensorboard", "mine", {"lr": 0.1}) as track:
+        track({"steps": 8.0}, 1)
+        track({"steps": 5.0, "known": 0.5}, 3)
+    found = events.EventAccumulator(str(tmp_path / "runs" / "mine"))
+    found.Reload()
+    said = {tag: [(event.step, event.value) for event in found.Scalars(tag)] for tag in found.Tags()["scalars"]}
+    assert said == {"steps": [(1, 8.0), (3, 5.0)], "known": [(3, 0.5)]}
+
+
+TRACKED = """
+from kdpo_editor.tracking import tracking
+with tracking("trackio", "mine", {"lr": 0.1}) as track:
+    track({"steps": 8.0}, 1)
+    track({"steps": 5.0}, 3)
+"""
+
+
+@pytest.mark.slow
+def test_trackio_itself_keeps_what_was_tracked_and_leaves_standard_output_alone(tmp_path: Path) -> None:
+    pytest.importorskip("trackio")
+    environment = {**os.environ, "TRACKIO_DIR": str(tmp_path)}
+    ran = subprocess.run([sys.executable, "-c", TRACKED], env=environment, capture_output=True, text=True, check=False)
+    assert (ran.returncode, ran.stdout) == (0, ""), ran.stderr
+    with sqlite3.connect(tmp_path / "kdpo-editor.db") as kept:
+        rows = kept.execute("SELECT step, metrics FROM metrics WHERE run_name = 'mine' ORDER BY step").fetchall()
+    assert [(step, json.loads(metrics)["steps"]) for step, metrics in rows] == [(1, 8.0), (3, 5.0)]
 
 
 def test_nothing_is_tracked_unless_asked_for(runs: list[Run]) -> None:
