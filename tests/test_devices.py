@@ -15,7 +15,6 @@ from torch.utils import backend_registration
 LACKING = ["gpt_neo", "falcon"]
 # And products of stacked matrices in fp32, which mixtures of experts compute.
 LACKING += [name for name, values in ARCHITECTURES.items() if "moe" in name or "experts" in values[2]]
-LACKING += ["deepseek_v2"]
 
 
 @pytest.fixture(scope="module")
