@@ -15,13 +15,16 @@ from typing import Any
 
 import pytest
 import torch
+from benchmark_records import BENCHMARKS
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from small import Small, add, change, make
 
 from kdpo_editor import EditDelta, EditLedger, KDPOError
 from kdpo_editor.cli.request_file import read_lines
+from kdpo_editor.compare.run.datasets import load
 from kdpo_editor.edits.journal import line_of
+from kdpo_editor.request_forms import plain_request
 
 TARGETS = 6
 fuzz = settings(
@@ -255,5 +258,39 @@ def test_damaged_bytes_of_requests() -> None:
                 json.dumps(line.request, ensure_ascii=False).encode("utf-8")
             else:
                 assert f"f.jsonl, line {line.number}" in str(line.error)
+
+    check()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_exchanged_values_of_a_benchmarks_records(name: str, tmp_path: Path) -> None:
+    file = tmp_path / "data.json"
+
+    @fuzz
+    @given(broken_json(BENCHMARKS[name]()[:3]))
+    def check(value: Any) -> None:
+        file.write_text(json.dumps(value), "utf-8")
+        try:
+            records = load(str(file))
+        except KDPOError:
+            return
+        assert all(record.prompt and record.target_new for record in records)
+
+    check()
+
+
+@pytest.mark.slow
+def test_exchanged_values_of_a_request() -> None:
+    request = {"prompt": "Who?", "target_new": ["a", 16.0], "subject": None, "rephrases": ["Whom?"], "accepted": "c"}
+
+    @fuzz
+    @given(broken_json(request))
+    def check(value: Any) -> None:
+        try:
+            plain = plain_request(value, "request 0")
+        except KDPOError:
+            return
+        assert all(isinstance(answer, str) for answer in plain.get("accepted", ()))
 
     check()

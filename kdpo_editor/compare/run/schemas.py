@@ -152,7 +152,7 @@ def _record(
 
 def _rewrites(record: dict[str, Any], index: int) -> list[Record]:
     """CounterFact as published; MQuAKE, where one case has several edits; AKEW, of both with texts as answers."""
-    rewrites = record["requested_rewrite"]
+    rewrites = record.get("requested_rewrite")
     rewrites = rewrites if isinstance(rewrites, list) and rewrites else [rewrites]
     found = []
     for number, rewrite in enumerate(rewrites, 1):
