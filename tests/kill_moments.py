@@ -40,8 +40,9 @@ def run(folder: Path, model: Any) -> None:
             ledger.edit(model, TOK, [request], HPARAMS)
 
 
-def killed(folder: Path, delay: float) -> bool:
-    """Start a run and kill it after ``delay`` seconds; whether it was still going on."""
+def killed(folder: Path, edits: int, delay: float) -> bool:
+    """Start a run and kill it ``delay`` seconds after ``edits`` more are journaled; whether it was still going on."""
+    wanted = lines(folder) + edits
     child = os.fork()
     if child == 0:
         try:
@@ -50,12 +51,20 @@ def killed(folder: Path, delay: float) -> bool:
             sys.stderr.write(f"{type(error).__name__}: {error}\n")
             os._exit(1)
         os._exit(0)
+    while lines(folder) < wanted and os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+        time.sleep(0.001)
     time.sleep(delay)
     os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
     if not os.WIFSIGNALED(status) and os.WEXITSTATUS(status):
         raise RuntimeError("the run failed")
     return os.WIFSIGNALED(status)
+
+
+def lines(folder: Path) -> int:
+    """Lines of the journal that end."""
+    journal = folder / "journal.jsonl"
+    return journal.read_bytes().count(b"\n") if journal.exists() else 0
 
 
 def main() -> None:
@@ -77,7 +86,7 @@ def main() -> None:
     folder, before = root / "0", 0
     EditLedger(folder, write=True).close()
     while found["kills"] < kills:
-        was_killed = killed(folder, rng.uniform(0, 0.6 * whole))
+        was_killed = killed(folder, rng.randrange(3), rng.uniform(0, whole / EDITS))
         found["kills"] += was_killed
         reader = EditLedger(folder)
         fresh = copy.deepcopy(MODEL)
