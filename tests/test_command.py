@@ -334,6 +334,19 @@ def test_show_puts_before_and_after_side_by_side(edits: Path, capsys: Any) -> No
     assert capsys.readouterr().out.count("(reached)") == len(lines)
 
 
+def test_show_counts_every_accepted_answer(tmp_path: Path, capsys: Any) -> None:
+    """The second edit changes next to nothing, so the model says the first one's target, which the second accepts."""
+    prompt, right = FACTS[0]["prompt"], FACTS[0]["target_new"]
+    first = write(tmp_path / "1.jsonl", FACTS[:1])
+    second = write(tmp_path / "2.jsonl", [{"prompt": prompt, "target_new": ["Atlantis", right]}])
+    assert main(["edit", *MODEL, "--file", first, "--out", str(tmp_path / "e")]) == 0
+    small = ["--set", "cycles=1", "--set", "num_steps=1", "--set", "lr=1e-9"]
+    assert main(["edit", *MODEL, "--file", second, "--out", str(tmp_path / "e"), *small]) == 1
+    capsys.readouterr()
+    code, lines, _ = kdpo(capsys, "show", tmp_path / "e", "--json")
+    assert (code, lines[0]["target_new"], lines[0]["reached_after"]) == (0, "Atlantis", True)
+
+
 def test_export_of_the_model(edits: Path, tmp_path: Path, capsys: Any) -> None:
     from transformers import AutoModelForCausalLM
 

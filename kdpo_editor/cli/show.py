@@ -49,6 +49,7 @@ def show(
     from ..edits.switching import edited
     from ..engine.answers import begins_with
     from ..engine.generation import answers
+    from ..request_forms import right_answers
     from ..requests import as_chat
 
     opened = open_ledger(ledger, skip_damaged)
@@ -58,15 +59,17 @@ def show(
         return 0
     delta = opened.delta(number, since=0) if number else None
     loaded, tok = model_of(opened, model, device, trust_remote_code)
-    targets = {r["prompt"]: r.get("target_new", "") for r in (delta.info.requests if delta else [])}
-    prompts = [as_chat(tok, text) if chat else text for text in prompt or []] or list(targets)
+    targets = {r["prompt"]: right_answers(r) for r in (delta.info.requests if delta else []) if "target_new" in r}
+    own = [r["prompt"] for r in (delta.info.requests if delta else [])]
+    prompts = [as_chat(tok, text) if chat else text for text in prompt or []] or list(dict.fromkeys(own))
     before = answers(loaded, tok, prompts, longest, progress="before")
     with edited(loaded, delta) if delta else nullcontext():
         after = answers(loaded, tok, prompts, longest, progress="after")
     rows = []
     for text, old, new in zip(prompts, before, after, strict=True):
-        target = targets.get(text)
-        was, now = (None if target is None else begins_with(answer, target) for answer in (old, new))
+        right = targets.get(text)
+        target = None if right is None else right[0]
+        was, now = (None if right is None else any(begins_with(answer, r) for r in right) for answer in (old, new))
         if json:
             put({"prompt": text, "target_new": target, "before": old, "after": new,
                  "reached_before": was, "reached_after": now})  # fmt: skip
