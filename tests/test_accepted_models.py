@@ -10,6 +10,7 @@ import torch
 import transformers
 from conftest import REQUEST, assert_same, load, state
 from test_cached_forward import LLAMA_LIKE, STATES, tiny
+from test_structure import VISION
 from torch import nn
 
 from kdpo_editor import EditDelta, EditLedger, FingerprintError, KDPOHyperParams, ModelError, edit
@@ -18,14 +19,6 @@ from kdpo_editor.engine.generation import generate, greedy, says_target
 from kdpo_editor.models import room
 
 TEXT = {**LLAMA_LIKE, "vocab_size": 1024, "head_dim": 8, "hidden_size": 64, "intermediate_size": 128}
-VISION = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 6,  # more than the language model has
-    "num_attention_heads": 4,
-    "image_size": 28,
-    "patch_size": 14,
-}
 ROPE = {"type": "mrope", "mrope_section": [2, 2, 4], "rope_type": "default"}
 QWEN_VISION = {"depth": 6, "hidden_size": 32, "intermediate_size": 64, "num_heads": 4, "out_hidden_size": 64}
 WRAPPERS: dict[str, dict[str, Any]] = {

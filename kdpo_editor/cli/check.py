@@ -11,7 +11,7 @@ import typer
 
 from ..errors import HyperParamsError, KDPOError, RequestError
 from .options import After, Device, Json, LedgersModel, SkipDamaged, Trust
-from .sources import Edits, read_edits, unedited_model
+from .sources import Edits, read_edits
 from .terminal import complain, put, say, table
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ def check(
         edits = read_edits(source, edit=edit, skip_damaged=skip_damaged)
         if not edits.delta.info.requests:
             raise RequestError(f"{source} does not say what was asked of its edits; there is nothing to check")
-        loaded = unedited_model(edits, model, device, trust_remote_code)
+        loaded = edits.load(model, device, trust_remote_code)
         probes = _probes(loaded[0], chat, known, known_from, text, task or (), task_limit)
         measures, answers = examine(*loaded, edits.delta, probes, bounds)
     except (KDPOError, OSError, ModuleNotFoundError) as error:

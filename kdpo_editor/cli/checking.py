@@ -15,7 +15,7 @@ from ..compare.run.harness import measure as run_tasks
 from ..compare.run.known import MARGIN, known_facts, right
 from ..edits.delta import EditDelta
 from ..edits.switching import edited
-from ..engine.answers import begins_with
+from ..engine.answers import begins_with_one
 from ..request_forms import right_answers
 from ..requests import as_chat, token_ids
 
@@ -66,12 +66,12 @@ class Answer:
     @property
     def reached_before(self) -> bool:
         """Whether the unedited model's answer begins with a right one."""
-        return any(begins_with(self.before, answer) for answer in self.right)
+        return begins_with_one(self.before, self.right)
 
     @property
     def reached(self) -> bool:
         """Whether the edited model's answer begins with a right one."""
-        return any(begins_with(self.after, answer) for answer in self.right)
+        return begins_with_one(self.after, self.right)
 
     def to_json(self) -> dict[str, Any]:
         """As plain values."""
@@ -211,7 +211,7 @@ def _known(evaluator: Evaluator, requests: Sequence[dict[str, Any]], probes: Pro
     records = [
         Record(r.get("subject") or "", r["prompt"], r["target_new"], "", (), {}, {}, i) for i, r in enumerate(requests)
     ]
-    facts = known_facts(evaluator, probes.source, probes.known, records, lambda _, compute: compute())
+    facts = known_facts(evaluator, probes.source, probes.known, records)
     prompts = [request["prompt"].casefold() for request in requests]
     return [f for f in facts if not (f.subject and any(f.subject.casefold() in prompt for prompt in prompts))]
 

@@ -122,7 +122,7 @@ def edit(editor: Any, record: Record) -> float:
 
 def ask_before(evaluator: Evaluator, records: Sequence[Record], show: int) -> Before:
     """Ask the unedited model everything that an edited one is asked."""
-    known = known_facts(evaluator, "counterfact", KNOWN, records, lambda key, compute: compute())
+    known = known_facts(evaluator, "counterfact", KNOWN, records)
     return Before(
         observe(evaluator, records, LONGEST, fluency=0),
         known,

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from ..errors import EditDiverged, KDPOError, RequestError
 from ..hparams import KDPOHyperParams
 from ..tracking import Track, tracking
-from .loading import STORED, load_model, stored_dtype, writable_ledger
+from .loading import load_model, stored_dtype, writable_ledger
 from .options import (
     Changes,
     Device,
@@ -130,8 +130,7 @@ def apply(
 
     deltas = [EditDelta.load(path) for path in delta]
     with writable_ledger(out, wait, skip_damaged, made=True) as ledger:
-        specs = [change.before.spec for one in deltas for change in one.changes.values()]
-        stored = STORED[specs[0].dtype] if specs else "float32"
+        stored = next((c.before.spec.torch_name for one in deltas for c in one.changes.values()), "float32")
         wanted = dtype.value if dtype else stored_dtype(ledger) or stored
         loaded, _ = load_model(model, wanted, device, trust_remote_code)
         ledger.restore(loaded)

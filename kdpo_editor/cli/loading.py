@@ -11,8 +11,6 @@ from .terminal import complain
 if TYPE_CHECKING:
     from ..edits.ledger import EditLedger
 
-STORED = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
-
 
 def load_model(name: str, dtype: str, device: str | int | None, trust: bool) -> tuple[Any, Any]:
     """Model and tokenizer; only safetensors are read."""
@@ -25,19 +23,39 @@ def load_model(name: str, dtype: str, device: str | int | None, trust: bool) -> 
     return load(name, dtype=dtype, device=device, trust_remote_code=trust, safetensors_only=True)
 
 
-def model_of(ledger: EditLedger, name: str | None, device: str | None, trust: bool) -> tuple[Any, Any]:
-    """The unedited model of a ledger, and its tokenizer."""
+def unedited_model(
+    source: Path, known: str | None, dtype: str | None, name: str | None, device: str | int | None, trust: bool
+) -> tuple[Any, Any]:
+    """Load the model that the edits of ``source`` are edits of, as it was before them, and its tokenizer.
+
+    Args:
+        source: a ledger or saved delta, for messages.
+        known: the name of the model that it was made on; ``None`` where it is not known.
+        dtype: of its matrices; ``None`` is fp32.
+        name: of the model, where it is another.
+        device: where it goes.
+        trust: run code that comes with it.
+
+    Raises:
+        LedgerError: no model is named, or its own code is to be run and it is not named by the caller.
+        ModelError: it cannot be loaded.
+    """
     if trust and not name:
         raise LedgerError("with --trust-remote-code name the model yourself, with --model")
-    name = name or ledger.model_name
+    name = name or known
     if name is None:
-        raise LedgerError(f"{ledger.folder} does not name its model; give --model")
-    return load_model(name, stored_dtype(ledger) or "float32", device, trust)
+        raise LedgerError(f"{source} does not name its model; give --model")
+    return load_model(name, dtype or "float32", device, trust)
+
+
+def model_of(ledger: EditLedger, name: str | None, device: str | None, trust: bool) -> tuple[Any, Any]:
+    """The unedited model of a ledger, and its tokenizer; see :func:`unedited_model`."""
+    return unedited_model(ledger.folder, ledger.model_name, stored_dtype(ledger), name, device, trust)
 
 
 def stored_dtype(ledger: EditLedger) -> str | None:
     """The dtype of the matrices that a ledger changes."""
-    return next((STORED[value.spec.dtype] for value in ledger.state(0).values()), None)
+    return next((value.spec.torch_name for value in ledger.state(0).values()), None)
 
 
 def open_ledger(path: Path, skip_damaged: bool) -> EditLedger:

@@ -54,7 +54,7 @@ def _known(model: Any, tok: Any, count: int) -> list[dict[str, str]]:
     from ..compare.run.known import known_facts
 
     evaluator = Evaluator(model, tok, progress="known facts")
-    found = known_facts(evaluator, "counterfact", count, [], lambda _, compute: compute())
+    found = known_facts(evaluator, "counterfact", count, [])
     if not found:
         raise RequestError("the model knows too few of CounterFact's facts to trace any")
     return [

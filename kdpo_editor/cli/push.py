@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .options import After, Device, LedgersModel, SkipDamaged, Trust
-from .sources import Edits, read_edits, unedited_model
+from .sources import Edits, read_edits
 from .terminal import complain, put
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def push(
     with ExitStack() as stack:
         folder = None
         if adapter:
-            loaded, tok = unedited_model(edits, model, device, trust_remote_code)
+            loaded, tok = edits.load(model, device, trust_remote_code)
             folder = Path(stack.enter_context(TemporaryDirectory(prefix="kdpo-"))) / "adapter"
             edits.delta.save_lora(folder, loaded, tok)
             # The model that is loaded was found to have the matrices that the edits began from.

@@ -47,7 +47,7 @@ def show(
 ) -> int:
     """Generate before and after the edits, side by side, and tell whether each answer begins with the target."""
     from ..edits.switching import edited
-    from ..engine.answers import begins_with
+    from ..engine.answers import begins_with_one
     from ..engine.generation import answers
     from ..request_forms import right_answers
     from ..requests import as_chat
@@ -59,17 +59,16 @@ def show(
         return 0
     delta = opened.delta(number, since=0) if number else None
     loaded, tok = model_of(opened, model, device, trust_remote_code)
-    targets = {r["prompt"]: right_answers(r) for r in (delta.info.requests if delta else []) if "target_new" in r}
-    own = [r["prompt"] for r in (delta.info.requests if delta else [])]
-    prompts = [as_chat(tok, text) if chat else text for text in prompt or []] or list(dict.fromkeys(own))
+    accepted = {r["prompt"]: right_answers(r) for r in (delta.info.requests if delta else [])}
+    prompts = [as_chat(tok, text) if chat else text for text in prompt or []] or list(accepted)
     before = answers(loaded, tok, prompts, longest, progress="before")
     with edited(loaded, delta) if delta else nullcontext():
         after = answers(loaded, tok, prompts, longest, progress="after")
     rows = []
     for text, old, new in zip(prompts, before, after, strict=True):
-        right = targets.get(text)
-        target = None if right is None else right[0]
-        was, now = (None if right is None else any(begins_with(answer, r) for r in right) for answer in (old, new))
+        right = accepted.get(text) or ()
+        target = right[0] if right else None
+        was, now = (begins_with_one(answer, right) if right else None for answer in (old, new))
         if json:
             put({"prompt": text, "target_new": target, "before": old, "after": new,
                  "reached_before": was, "reached_after": now})  # fmt: skip
@@ -94,14 +93,13 @@ def export(
     skip_damaged: SkipDamaged = False,
 ) -> int:
     """Write the edited model, a LoRA adapter, or the change alone."""
-    from ..edits.lora import served_rank
+    from ..edits.lora import check_place, served_rank
 
     opened = open_ledger(ledger, skip_damaged)
     number = opened.head if edit is None else edit
     if number == 0:
         raise LedgerError(f"no edit stands in {ledger}; there is nothing to export")
-    if to.exists() and (not to.is_dir() or any(to.iterdir())):
-        raise LedgerError(f"{to} exists and is not an empty folder")
+    check_place(to)
     delta = opened.delta(number, since=since)
     said: dict[str, Any] = {"as": form.value, "to": str(to), "edit": number}
     if form is Form.delta:

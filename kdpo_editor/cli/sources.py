@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import LedgerError
-from .loading import STORED, load_model, open_ledger
+from .loading import open_ledger, unedited_model
 
 if TYPE_CHECKING:
     from ..edits.delta import EditDelta
@@ -26,11 +26,10 @@ class Edits:
     number: int | None
     model_name: str | None
 
-    @property
-    def dtype(self) -> str:
-        """The type of the edited matrices, as :func:`kdpo_editor.models.load` takes it."""
-        specs = [change.before.spec for change in self.delta.changes.values()]
-        return STORED[specs[0].dtype] if specs else "float32"
+    def load(self, name: str | None, device: str | int | None, trust: bool) -> tuple[Any, Any]:
+        """The model as it was before the edits, and its tokenizer; see :func:`~.loading.unedited_model`."""
+        dtype = next((change.before.spec.torch_name for change in self.delta.changes.values()), None)
+        return unedited_model(self.source, self.model_name, dtype, name, device, trust)
 
 
 def read_edits(source: Path, *, edit: int | None = None, skip_damaged: bool = False) -> Edits:
@@ -55,20 +54,3 @@ def read_edits(source: Path, *, edit: int | None = None, skip_damaged: bool = Fa
     if number == 0:
         raise LedgerError(f"no edit stands in {source}")
     return Edits(source, ledger.delta(number, since=0), number, ledger.model_name)
-
-
-def unedited_model(edits: Edits, name: str | None, device: str | int | None, trust: bool) -> tuple[Any, Any]:
-    """Load the model that ``edits`` are edits of, as it was before them, and its tokenizer.
-
-    ``name``: of the model, where it is another than the edits say. ``trust``: run code that comes with it.
-
-    Raises:
-        LedgerError: no model is named, or its own code is to be run and it is not named by the caller.
-        ModelError: it cannot be loaded.
-    """
-    found = name or edits.model_name
-    if found is None:
-        raise LedgerError(f"{edits.source} does not name its model; give --model")
-    if trust and not name:
-        raise LedgerError("with --trust-remote-code name the model yourself, with --model")
-    return load_model(found, edits.dtype, device, trust)

@@ -17,7 +17,6 @@ from .manifest import Change, EditInfo
 
 ROWS = 1000
 """Edits that a card lists; the manifest has them all."""
-DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}
 NAMES = {
     "prompt": "edits answered",
     "rephrase": "rephrasings answered",
@@ -126,7 +125,7 @@ def _figure(name: str, value: float | None) -> str:
 
 
 def _loading(repo_id: str, base: Base, changes: Mapping[str, Change], adapter: bool) -> str:
-    dtype = DTYPES[next((change.before.spec.dtype for change in changes.values()), "F32")]
+    dtype = next((change.before.spec.torch_name for change in changes.values()), "float32")
     revision = f', revision="{base.revision}"' if base.revision else ""
     name = json.dumps(base.name, ensure_ascii=False)
     if base.on_hub:

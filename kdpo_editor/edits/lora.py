@@ -19,7 +19,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from ..engine.answers import begins_with
+from ..engine.answers import begins_with_one
 from ..engine.generation import answers
 from ..engine.weights import uncompiled
 from ..errors import CompressionError, DamagedFileError, FingerprintError, ModelError, StorageError
@@ -34,7 +34,7 @@ SERVED = (8, 16, 32, 64, 128, 256, 512)
 
 
 def check_place(path: Path) -> None:
-    """Raise :class:`~kdpo_editor.StorageError` where an adapter cannot be written: a folder that is not empty."""
+    """Raise :class:`~kdpo_editor.StorageError` where a folder cannot be written anew: it is there and not empty."""
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise StorageError(errno.EEXIST, f"{path} exists and is not an empty folder")
 
@@ -168,9 +168,9 @@ def _asked(requests: Sequence[Mapping[str, Any]]) -> dict[str, tuple[tuple[str, 
 
 def _is_kept(says: str, said: str, right: tuple[str, ...], needed: bool) -> bool:
     """Whether the adapted model, which ``says`` so, keeps what the edited one ``said``."""
-    if says == said or any(begins_with(says, answer) for answer in right):
+    if says == said or begins_with_one(says, right):
         return True
-    return not needed and not any(begins_with(said, answer) for answer in right)
+    return not needed and not begins_with_one(said, right)
 
 
 def _write(folder: Path, model: nn.Module, parts: dict[str, tuple[Tensor, Tensor, Tensor]], rank: int) -> None:

@@ -44,6 +44,11 @@ class Spec:
         """Bytes that a tensor of this kind takes."""
         return math.prod(self.shape) * DTYPES[self.dtype].itemsize
 
+    @property
+    def torch_name(self) -> str:
+        """The dtype as torch and :func:`kdpo_editor.models.load` name it, such as ``float16``."""
+        return str(DTYPES[self.dtype]).removeprefix("torch.")
+
     def __str__(self) -> str:
         return f"{' x '.join(map(str, self.shape))} {self.dtype}"
 

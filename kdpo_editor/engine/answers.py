@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from collections.abc import Iterable
 
 # Chinese and Japanese, Thai, Lao, Tibetan, Burmese, Khmer: no spaces between words, so a word may end anywhere.
 UNSPACED = re.compile(
@@ -49,6 +50,11 @@ def begins_with(text: str, answer: str) -> bool:
         return False
     rest = said[len(wanted) :]
     return not rest or UNSPACED.match(wanted[-1]) is not None or _ends_a_word(rest[0])
+
+
+def begins_with_one(text: str, answers: Iterable[str]) -> bool:
+    """Whether ``text`` begins with one of ``answers``, as :func:`begins_with` says."""
+    return any(begins_with(text, answer) for answer in answers)
 
 
 def is_answer(text: str, answer: str) -> bool:

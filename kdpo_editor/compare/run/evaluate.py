@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...engine.answers import begins_with, is_answer
+from ...engine.answers import begins_with_one, is_answer
 from ...engine.batches import padded
 from ...engine.generation import Continuation, bar, batches, greedy, inner
 from ...engine.patches import Places, forward_is
@@ -39,7 +39,7 @@ class Generation:
 
     def answers(self, accepted: Sequence[str]) -> bool:
         """Whether it begins with one of the accepted answers; see :func:`~kdpo_editor.engine.answers.begins_with`."""
-        return any(begins_with(self.text, answer) for answer in accepted)
+        return begins_with_one(self.text, accepted)
 
     def answers_and_stops(self, accepted: Sequence[str]) -> bool:
         """Whether it is one of the accepted answers, nothing more, and stopped."""

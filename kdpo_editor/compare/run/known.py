@@ -27,12 +27,13 @@ def known_facts(
     source: str,
     most: int,
     edited: Sequence[Record],
-    kept: Callable[[dict[str, str], Callable[[], Any]], Any],
+    kept: Callable[[dict[str, str], Callable[[], Any]], Any] = lambda _, compute: compute(),
 ) -> list[Record]:
     """Records of ``source`` whose ``ground_truth`` the model gives, in the order of the data, at most ``most``.
 
     Where ``counterfact`` holds too few of them, ``counterfact-validation`` is asked, too. None of them is about a
-    subject of ``edited``. ``kept(key, compute)`` gives what is in the cache for ``key``, or else computes it. Warns
+    subject of ``edited``. ``kept(key, compute)`` gives what is in the cache for ``key``, or else computes it; by
+    default there is no cache. Warns
     where there are fewer than a handful, and then gives none.
     """
     subjects = {_subject(record) for record in edited}

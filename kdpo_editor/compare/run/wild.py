@@ -12,7 +12,7 @@ from statistics import fmean
 from typing import Any
 
 from ...engine.answers import is_answer
-from ...requests import token_ids
+from ...requests import as_chat, token_ids
 from .datasets import Record
 from .evaluate import Evaluator
 from .judge import Judge
@@ -29,9 +29,7 @@ def forms(tok: Any, prompt: str) -> dict[str, list[int]]:
     """Token ids of ``prompt`` in each form."""
     found = {"question": token_ids(tok, prompt), "instruction": token_ids(tok, INSTRUCTION.format(prompt))}
     if getattr(tok, "chat_template", None):
-        turn = [{"role": "user", "content": prompt}]
-        text = tok.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
-        found["chat"] = tok(text, add_special_tokens=False)["input_ids"]
+        found["chat"] = tok(as_chat(tok, prompt), add_special_tokens=False)["input_ids"]
     return found
 
 
