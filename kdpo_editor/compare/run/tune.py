@@ -6,7 +6,7 @@ kdpo-compare experiment=tune_ft_m
 from __future__ import annotations
 
 from pathlib import Path
-from statistics import fmean
+from statistics import harmonic_mean
 
 
 def figures(folder: Path) -> dict[str, float]:
@@ -20,5 +20,5 @@ def figures(folder: Path) -> dict[str, float]:
 
 
 def objective(folder: Path) -> float:
-    """The mean of a cell's :func:`figures`."""
-    return fmean(figures(folder).values())
+    """The harmonic mean of a cell's :func:`figures`: none of them makes up for another that is lost."""
+    return harmonic_mean(figures(folder).values())
