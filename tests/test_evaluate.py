@@ -7,7 +7,7 @@ import logging
 import lzma
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -69,10 +69,6 @@ def test_a_text_for_fluency_goes_on_behind_the_end(shipped: tuple[Any, Any]) -> 
     assert len(tok(text)["input_ids"]) > len(tok(answer)["input_ids"]) + 5
 
 
-def asked_each_time(key: dict[str, str], compute: Callable[[], Any]) -> Any:
-    return compute()
-
-
 def test_known_facts_are_those_that_the_model_was_taught(shipped: tuple[Any, Any]) -> None:
     evaluator = Evaluator(*shipped)
     facts = load_facts("shipped", shuffle=False)[:40]
@@ -87,8 +83,30 @@ def test_known_facts_are_those_that_the_model_was_taught(shipped: tuple[Any, Any
 def test_facts_about_edited_subjects_are_not_among_the_known(shipped: tuple[Any, Any]) -> None:
     evaluator = Evaluator(*shipped)
     facts = load_facts("shipped", shuffle=False)
-    found = known_facts(evaluator, "shipped", 7, facts[:3], asked_each_time)
+    found = known_facts(evaluator, "shipped", 7, facts[:3])
     assert found == facts[3:10]
+
+
+def test_known_facts_are_asked_once_for_the_same_weights(shipped: tuple[Any, Any]) -> None:
+    model, tok = shipped
+    asked: list[int] = []
+
+    class Counting(Evaluator):
+        def generate(self, prompts: Sequence[str], length: int) -> Any:
+            asked.append(len(prompts))
+            return super().generate(prompts, length)
+
+    first = known_facts(Counting(model, tok), "shipped", 7, [])
+    once = sum(asked)
+    assert known_facts(Counting(model, tok), "shipped", 7, []) == first
+    assert sum(asked) == once > 0
+    weight = model.model.layers[4].mlp.down_proj.weight
+    kept = weight.detach().clone()
+    with torch.no_grad():
+        weight.mul_(-3)
+        known_facts(Counting(model, tok), "shipped", 7, [])
+        weight.copy_(kept)
+    assert sum(asked) > once
 
 
 def test_a_known_fact_that_is_lost_is_counted(shipped: tuple[Any, Any]) -> None:
@@ -114,7 +132,7 @@ def test_facts_are_not_measured_where_the_model_knows_none(
     ]
     file.write_text(json.dumps(strange), "utf-8")
     with caplog.at_level(logging.WARNING, "kdpo_editor"):
-        assert known_facts(Evaluator(*shipped), str(file), 200, [], asked_each_time) == []
+        assert known_facts(Evaluator(*shipped), str(file), 200, []) == []
     assert "knows 0 of 9 facts" in caplog.text
 
 

@@ -7,12 +7,12 @@ answers; which of them a model knows is found once, in blocks, and kept in the c
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from ...requests import token_ids
 from .datasets import Record, content_hash, load
 from .evaluate import Evaluator
+from .unedited import Kept, kept_for
 
 LOG = logging.getLogger(__name__)
 BLOCK = 250  # candidates that are asked at a time, until enough are known
@@ -27,15 +27,15 @@ def known_facts(
     source: str,
     most: int,
     edited: Sequence[Record],
-    kept: Callable[[dict[str, str], Callable[[], Any]], Any] = lambda _, compute: compute(),
+    kept: Kept | None = None,
 ) -> list[Record]:
     """Records of ``source`` whose ``ground_truth`` the model gives, in the order of the data, at most ``most``.
 
     Where ``counterfact`` holds too few of them, ``counterfact-validation`` is asked, too. None of them is about a
-    subject of ``edited``. ``kept(key, compute)`` gives what is in the cache for ``key``, or else computes it; by
-    default there is no cache. Warns
-    where there are fewer than a handful, and then gives none.
+    subject of ``edited``. ``kept``: where answers are kept; the package's cache by default. Warns where there are fewer
+    than a handful, and then gives none.
     """
+    kept = kept or kept_for(evaluator.model)
     subjects = {_subject(record) for record in edited}
     prompts = {record.prompt for record in edited}
     sources = [source, *MORE.get(source, [])]

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from ...edits.storage import write_file
 from ...requests import tokenize
 from ...testbed import taught_texts
 from ...tracking import Track, untracked
@@ -21,8 +19,9 @@ from .editing import Editing
 from .evaluate import Evaluator, Reading, accuracy
 from .judge import Judge
 from .known import known_facts, right
-from .results import Log, versions
+from .results import Log
 from .scores import Outputs, observe, rows, texts
+from .unedited import kept_for
 
 HELD_OUT = Path(__file__).parent / "held_out.txt"
 
@@ -50,6 +49,7 @@ class Scorer:
     def __post_init__(self) -> None:
         """Ask the unedited model, or find in the cache what it said."""
         protocol = self.config.protocol
+        kept = kept_for(self.editing.model, self.model_fingerprint, Path(self.config.cache))
         self.longest = protocol.longest or self._longest_target() + 8
         asked: dict[str, Any] = {"longest": self.longest, "fluency": protocol.fluency}
         asked["probabilities"] = protocol.probabilities
@@ -63,11 +63,11 @@ class Scorer:
             return [o.to_json() for o in observe(evaluator, self.edited, **asked, judge=self.judge)]
 
         of = {"edited": content_hash(self.edited), "judge": [protocol.judge, protocol.judge_model], **asked}
-        self.pre = [Outputs.from_json(entry) for entry in self._kept(of, outputs)]
+        self.pre = [Outputs.from_json(entry) for entry in kept(of, outputs)]
         self.known = []
         if protocol.known:
             beside = [*self.edited, *self.spare]
-            self.known = known_facts(evaluator, self.config.dataset.known, protocol.known, beside, self._kept)
+            self.known = known_facts(evaluator, self.config.dataset.known, protocol.known, beside, kept)
         if protocol.perplexity:
             self.documents = self._held_out()
             text = hashlib.sha256("\0".join(self.documents).encode()).hexdigest()
@@ -76,9 +76,9 @@ class Scorer:
                 found = evaluator.read(self.documents)
                 return [found.perplexity, found.choices]
 
-            self.reading = Reading(*self._kept({"text": text}, reading))
+            self.reading = Reading(*kept({"text": text}, reading))
 
-        self.tasks = self._kept(self._of_tasks(), lambda: self._measure(evaluator)) if protocol.tasks else {}
+        self.tasks = kept(self._of_tasks(), lambda: self._measure(evaluator)) if protocol.tasks else {}
 
     def before(self, log: Log) -> None:
         """Rows and generations of the model as it is before any edit."""
@@ -153,16 +153,3 @@ class Scorer:
         if name == "shipped":
             return taught_texts("recent")[::9]  # facts that no record is about, a phrasing or two of each
         return statistics.read_text(name or HELD_OUT)
-
-    def _kept(self, of: dict[str, Any], compute: Callable[[], Any]) -> Any:
-        """What ``compute`` gives for this model, as JSON, from the cache where it is there."""
-        key = {"model": self.model_fingerprint, "name": self.config.model.name, "versions": versions(), **of}
-        name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:24]
-        file = Path(self.config.cache) / "before" / f"{name}.json"
-        try:
-            return json.loads(file.read_text("utf-8"))
-        except (OSError, ValueError):
-            found = compute()
-            file.parent.mkdir(parents=True, exist_ok=True)
-            write_file(file, json.dumps(found, ensure_ascii=False).encode())
-            return found
