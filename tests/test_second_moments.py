@@ -321,6 +321,23 @@ def test_a_damaged_file_is_computed_again(
     assert kept.read_bytes() == data
 
 
+@pytest.mark.parametrize("damaged", [False, True], ids=["whole", "damaged"])
+def test_what_is_made_of_moments_is_kept_beside_them(text: str, cache: Path, damaged: bool) -> None:
+    model, tok = load("llama")
+    made = damping(spectra(model, tok, [PARAMETER], text, 500)[PARAMETER], 3.0, model.get_parameter(PARAMETER))
+    assert made.right is None
+    (kept,) = (cache / "damping").iterdir()
+    data = kept.read_bytes()
+    if damaged:
+        kept.write_bytes(data[:-100])
+    written = kept.stat().st_mtime_ns
+    again, _ = load("llama")
+    same = damping(spectra(again, tok, [PARAMETER], text, 500)[PARAMETER], 3.0, again.get_parameter(PARAMETER))
+    assert torch.equal(same.left, made.left)
+    assert (kept.stat().st_mtime_ns == written) is not damaged
+    assert kept.read_bytes() == data
+
+
 def test_a_cache_that_cannot_be_written_to_costs_a_warning(
     text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

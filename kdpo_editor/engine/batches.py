@@ -7,10 +7,10 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain
 from math import inf
-from weakref import WeakKeyDictionary
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..hparams import KDPOHyperParams
 from ..objectives import ce_loss, hardest_rejected, hinge_loss, kdpo_loss
@@ -403,8 +403,8 @@ class Footprint:
 
 def footprint(forward: CachedForward, edit: EditTokens) -> Footprint:
     """What a token takes, measured on ``edit`` once for each model, matrix and ``fact_token``."""
-    known, key = _FOOTPRINTS.setdefault(forward.model, {}), (forward.module_name, forward.fact_token)
-    if key not in known:
+
+    def find() -> list[Any]:
         ids, _, _, positions = padded([edit])
         trained = trained_tokens([edit], forward)
         cache, frozen, _ = forward.capture_frozen(ids, positions, trained)
@@ -422,8 +422,6 @@ def footprint(forward: CachedForward, edit: EditTokens) -> Footprint:
             hidden = forward.from_cache(begun)
         del hidden
         kept = 0 if frozen is None else prefix_bytes(frozen)
-        known[key] = Footprint(sum(sizes.values()) / begun.hidden.shape[1], kept / edit.length, frozen is not None)
-    return known[key]
+        return [sum(sizes.values()) / begun.hidden.shape[1], kept / edit.length, frozen is not None]
 
-
-_FOOTPRINTS: WeakKeyDictionary[nn.Module, dict[tuple[str, str], Footprint]] = WeakKeyDictionary()
+    return Footprint(*forward.findings.once(f"footprint {forward.module_name} {forward.fact_token}", find))

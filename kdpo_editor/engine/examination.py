@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import hashlib
 from dataclasses import replace
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -14,27 +15,25 @@ from ..errors import ModelError
 from .activation_cache import ActivationCache
 from .patches import narrowed
 from .prefix import Recorder, cache_name
-from .upper_part import EXAMINED, Examined, UpperPart
+from .upper_part import Examined, UpperPart
 
 # Tokens with which keys and values of those before the trained ones are tried, at least.
 FEWEST = 4
-_FREEZES: WeakKeyDictionary[nn.Module, dict[tuple[str, int], bool]] = WeakKeyDictionary()
-_PER_ROW: WeakKeyDictionary[nn.Module, dict[Any, tuple[int, ...]]] = WeakKeyDictionary()
 
 
 def examined(part: UpperPart, ids: Tensor) -> Examined | None:
-    """What is found out about a model with the first row of ``ids`` ``[B, L]``, and kept for as long as the model.
+    """What is found out about a model with the first row of ``ids`` ``[B, L]``, and kept (:mod:`.findings`).
 
     ``None`` where its logits are NaN or infinite, of which nothing is kept.
     Raises :class:`ModelError` where the forward from no cache gives what the full forward gives.
     """
-    known = EXAMINED.setdefault(part.model, {})
-    if part.module_name not in known:
+
+    def find() -> dict[str, Any] | None:
         found = _begin(part, ids[:1])
-        if found is None:
-            return None
-        known[part.module_name] = replace(found, narrow=tuple(find_narrow(part, ids[:1], found.inside)))
-    return known[part.module_name]
+        return None if found is None else replace(found, narrow=tuple(find_narrow(part, ids[:1], found.inside))).plain()
+
+    known = part.findings.once(f"examined {part.module_name}", find)
+    return None if known is None else Examined.of(known)
 
 
 @torch.no_grad()
@@ -119,14 +118,15 @@ def find_narrow(part: UpperPart, ids: Tensor, inside: bool) -> list[str]:
     the last position must stay.
     """
     ids = ids.repeat(1, -(-16 // ids.shape[1]))[:, :16]  # a few tokens tell more than one or two
-    cache, _ = part.run(ids, torch.tensor([[ids.shape[1] - 1]], device=ids.device), inside)
-    part.narrow = []
-    expected = part.from_cache(cache)
-    last = part.blocks[-1]
-    names = [name for name, _ in last.named_children()]
     found: list[str] = []
     if inside and len(part.blocks) == 1:
         return found
+    part = copy.copy(part)
+    part.narrow, part.blocks = [], part.blocks[-1:]  # the others' outputs are its inputs, whatever is narrowed
+    cache, _ = part.run(ids, torch.tensor([[ids.shape[1] - 1]], device=ids.device), inside=False)
+    expected = part.from_cache(cache)
+    last = part.blocks[-1]
+    names = [name for name, _ in last.named_children()]
     while names:
         name = names.pop(0)
         module = last.get_submodule(name)
@@ -152,20 +152,22 @@ def per_row(part: UpperPart, cache: ActivationCache, ids: Tensor, inside: bool) 
     of arguments: a mask, for example, may be there for some lengths alone.
     """
     leaves, tree = tree_flatten(cache.arguments)
-    kind = (part.module_name, str(tree), tuple(leaf.ndim if isinstance(leaf, Tensor) else -1 for leaf in leaves))
-    known = _PER_ROW.setdefault(part.model, {})
-    if kind not in known:
+    kind = f"{tree} {[leaf.ndim if isinstance(leaf, Tensor) else -1 for leaf in leaves]}"
+
+    def find() -> list[int]:
         two, three = (
             tree_flatten(part.run(row, torch.zeros_like(row[:, :1]), inside)[0].arguments)[0]
             for row in (ids[:1].repeat(2, 1), ids[:1].repeat(3, 1))
         )
         if not len(leaves) == len(two) == len(three):
             raise ModelError(f"{type(part.model).__name__} calls its blocks in another way for each batch size")
-        known[kind] = tuple(
+        return [
             c.shape[0] - b.shape[0] if isinstance(b, Tensor) and b.ndim and b.shape != c.shape else 0
             for b, c in zip(two, three, strict=True)
-        )
-    return known[kind]
+        ]
+
+    name = hashlib.blake2b(kind.encode(), digest_size=16).hexdigest()
+    return tuple(part.findings.once(f"per row {part.module_name} {name}", find))
 
 
 @torch.no_grad()
@@ -179,15 +181,16 @@ def freezes(part: UpperPart, ids: Tensor, inside: bool) -> bool:
     length = ids.shape[1]
     if length < FEWEST or cache_name(part.holder) is None:
         return False
-    known, key = _FREEZES.setdefault(part.model, {}), (part.module_name, length.bit_length())
-    if key not in known:
+
+    def find() -> bool:
         try:
-            known[key] = _freezes(part, ids[:1], inside)
+            return _freezes(part, ids[:1], inside)
         except torch.OutOfMemoryError:
             raise
         except (AttributeError, IndexError, KeyError, ModelError, RuntimeError, TypeError, ValueError):
-            known[key] = False  # it keeps more of a token than keys and values, or keeps them in another way
-    return known[key]
+            return False  # it keeps more of a token than keys and values, or keeps them in another way
+
+    return bool(part.findings.once(f"freezes {part.module_name} {length.bit_length()}", find))
 
 
 def _freezes(part: UpperPart, ids: Tensor, inside: bool) -> bool:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from transformers.utils import ModelOutput
 
 from ..errors import ModelError
 from .activation_cache import ActivationCache, Arguments
+from .findings import Findings
 from .patches import forward_is, narrowed, trained_only_at
 from .prefix import Recorder, cache_name, recorder_of, without_prefix
 
@@ -39,9 +40,16 @@ class Examined:
     after: tuple[str, ...] = ()
     narrow: tuple[str, ...] = ()
 
+    def plain(self) -> dict[str, Any]:
+        """The same in values of JSON."""
+        return {**vars(self), "result": f"{self.result.__module__}:{self.result.__qualname__}"}
 
-EXAMINED: WeakKeyDictionary[nn.Module, dict[str, Examined]] = WeakKeyDictionary()
-"""What has been found out so far about each model's edited modules, by their names."""
+    @classmethod
+    def of(cls, plain: dict[str, Any]) -> Examined:
+        """What :meth:`plain` gave."""
+        module, _, name = plain["result"].partition(":")
+        names = {key: tuple(plain[key]) for key in ("after", "narrow")}
+        return cls(**{**plain, **names, "result": getattr(import_module(module), name)})
 
 
 @dataclass
@@ -91,8 +99,9 @@ class UpperPart:
         self.worth = WORTH  # multiplications
         self.head_alone = False
         self.result: type[ModelOutput] = BaseModelOutputWithPastAndCrossAttentions
-        if module_name in EXAMINED.get(model, {}):
-            self.adopt(EXAMINED[model][module_name])
+        self.findings = Findings.of(model)
+        if (known := self.findings.known.get(f"examined {module_name}")) is not None:
+            self.adopt(Examined.of(known))
 
     @property
     def place(self) -> torch.device:

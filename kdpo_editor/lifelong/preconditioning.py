@@ -28,6 +28,7 @@ from transformers.pytorch_utils import Conv1D
 from ..engine.patches import forward_is
 from ..errors import ModelError
 from ..hparams import KDPOHyperParams
+from . import kept_tensors
 from .second_moments import Spectrum, spectra
 
 
@@ -73,20 +74,32 @@ class Damping:
 def damping(spectrum: Spectrum, strength: float, weight: Tensor) -> Damping:
     """``(I + strength * C / mean)^(-1/2)`` of ``spectrum``, in the dtype and place of ``weight``, of any shape.
 
-    It is kept with the spectrum: every edit of a model asks for the same.
+    It is kept with the spectrum, since every edit of a model asks for the same, and a matrix also beside its file: to
+    make it takes as long as an edit.
     """
     key = strength, weight.dtype, weight.device
     if key not in spectrum.made:
         factors = (1 + strength * spectrum.values / spectrum.mean).rsqrt()
         rest = factors[-1].item()
-        left, right = spectrum.directions * (factors[:-1] - rest), spectrum.directions.T
         if 2 * len(factors) < len(spectrum.directions):
-            spectrum.made[key] = Damping(left.to(weight), right.to(weight), rest)
+            left = spectrum.directions * (factors[:-1] - rest)
+            spectrum.made[key] = Damping(left.to(weight), spectrum.directions.T.to(weight), rest)
         else:
-            whole = left @ right + rest * torch.eye(len(left), device=left.device)
-            spectrum.made[key] = Damping(whole.to(weight), None, 0.0)
+            spectrum.made[key] = Damping(_whole(spectrum, strength, factors).to(weight), None, 0.0)
     made: Damping = spectrum.made[key]
     return made
+
+
+def _whole(spectrum: Spectrum, strength: float, factors: Tensor) -> Tensor:
+    """The matrix ``[F, F]``, fp32, with ``factors`` ``[R + 1]`` for eigenvalues, kept on disk if ``spectrum`` is."""
+    file = spectrum.file and spectrum.file.parent.with_name("damping") / f"{spectrum.file.stem}-{strength}.safetensors"
+    if file and (kept := kept_tensors.load(file, ["whole"])) is not None:
+        return kept["whole"]
+    left = spectrum.directions * (factors[:-1] - factors[-1])
+    whole = left @ spectrum.directions.T + factors[-1] * torch.eye(len(left), device=left.device)
+    if file:
+        kept_tensors.save(file, {"whole": whole})
+    return whole
 
 
 @dataclass(frozen=True)

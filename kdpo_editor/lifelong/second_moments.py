@@ -9,19 +9,16 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -29,6 +26,7 @@ from ..cache import cache_folder
 from ..engine.weights import as_found
 from ..errors import FingerprintError, HyperParamsError, ModelError
 from ..models import room
+from . import kept_tensors
 
 LOG = logging.getLogger(__name__)
 # Paragraphs of the Simple English Wikipedia, one a line; text/LICENSE says which.
@@ -47,13 +45,23 @@ PARTS = 1024
 @dataclass(frozen=True, eq=False)
 class Spectrum:
     """Of second moments ``[F, F]``: their mean eigenvalue, the ``R`` largest and the next ``[R + 1]``, fp32, and the
-    directions ``[F, R]`` of those ``R``. ``made``: what was made of it, see :mod:`.preconditioning`.
+    directions ``[F, R]`` of those ``R``. ``made``: what was made of it, see :mod:`.preconditioning`. ``file``: where it
+    is kept.
     """
+
+    TENSORS: ClassVar = ("mean", "values", "directions")
 
     mean: Tensor
     values: Tensor
     directions: Tensor
     made: dict[Any, Any] = field(default_factory=dict)
+    file: Path | None = None
+
+    @classmethod
+    def kept(cls, file: Path) -> Spectrum | None:
+        """The one in ``file``, if that is there and whole."""
+        stored = kept_tensors.load(file, cls.TENSORS)
+        return None if stored is None else cls(stored["mean"], stored["values"], stored["directions"], file=file)
 
     @classmethod
     def of(cls, moments: Tensor, rank: int = RANK) -> Spectrum:
@@ -90,18 +98,19 @@ def spectra(model: nn.Module, tok: Any, names: Sequence[str], text: str | None, 
         lines = _lines(file)
         base, unedited = remember(model)
         places = {name: _place(base, name, lines, tokens) for name in missing}
-        loaded = {name: spectrum for name, place in places.items() if (spectrum := _load(place)) is not None}
+        loaded = {name: spectrum for name, place in places.items() if (spectrum := Spectrum.kept(place)) is not None}
         computed = [name for name in missing if name not in loaded]
         if computed:
             start = time.perf_counter()
             with _as_it_was(model, unedited):
                 if fingerprint(model) != base:
                     LOG.warning("second moments are those of an edited model: what it was before is not known")
-                loaded |= _compute(model, computed, _windows(tok, lines, tokens, int(min(LONGEST, room(model)))))
+                found_now = _compute(model, computed, _windows(tok, lines, tokens, int(min(LONGEST, room(model)))))
             seconds = time.perf_counter() - start
             LOG.info("second moments of %d matrices were computed in %.1f s", len(computed), seconds)
-            for name in computed:
-                _save(places[name], loaded[name])
+            for name, spectrum in found_now.items():
+                kept_tensors.save(places[name], {key: getattr(spectrum, key) for key in Spectrum.TENSORS})
+                loaded[name] = replace(spectrum, file=places[name])
         found.update({(name, str(file), tokens): spectrum for name, spectrum in loaded.items()})
     return {name: found[name, str(file), tokens] for name in names}
 
@@ -269,40 +278,3 @@ def _place(base: str, name: str, lines: Sequence[str], tokens: int) -> Path:
     text = "\n".join(lines).encode()
     key = hashlib.blake2b(f"{base} {name} {tokens} {LONGEST} {UNCOUNTED} {RANK} ".encode() + text, digest_size=16)
     return cache_folder() / "second_moments" / f"{key.hexdigest()}.safetensors"
-
-
-def _load(file: Path) -> Spectrum | None:
-    if not file.exists():
-        return None
-    try:
-        with safe_open(file, "pt") as stored:
-            tensors = {key: stored.get_tensor(key) for key in ("mean", "values", "directions")}
-            if (stored.metadata() or {}).get("checksum") == _checksum(file, tensors):
-                return Spectrum(**tensors)
-        LOG.warning("%s is damaged and is computed again: its bytes do not match its checksum", file)
-    except (OSError, SafetensorError) as error:
-        LOG.warning("%s is damaged and is computed again: %s", file, error)
-    return None
-
-
-def _checksum(file: Path, tensors: dict[str, Tensor]) -> str:
-    """Of a file's tensors and its name, so that one is not taken for another."""
-    digest = hashlib.blake2b(file.name.encode(), digest_size=16)
-    for key, tensor in sorted(tensors.items()):
-        digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.numpy().data)
-    return digest.hexdigest()
-
-
-def _save(file: Path, spectrum: Spectrum) -> None:
-    """Keep ``spectrum``, whole or not at all. Where the cache cannot be written to, it is computed again next time."""
-    stored = {"mean": spectrum.mean, "values": spectrum.values, "directions": spectrum.directions}
-    tensors = {key: value.cpu().contiguous() for key, value in stored.items()}
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=file.parent) as folder:
-            made = Path(folder) / file.name
-            save_file(tensors, made, metadata={"checksum": _checksum(file, tensors)})
-            os.replace(made, file)
-    except (OSError, SafetensorError) as error:  # the latter for a full disk
-        LOG.warning("second moments cannot be kept in %s: %s", file.parent, error)
