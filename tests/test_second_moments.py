@@ -21,6 +21,7 @@ from kdpo_editor.compare.run.scorer import HELD_OUT
 from kdpo_editor.engine.generation import says_target
 from kdpo_editor.engine.steps import run_cycle
 from kdpo_editor.lifelong import loop, second_moments
+from kdpo_editor.lifelong.names import name_windows, names_in
 from kdpo_editor.lifelong.preconditioning import Preconditioner, _with_start, damping
 from kdpo_editor.lifelong.second_moments import GENERAL_TEXT, Spectrum, fingerprint, remember_copy, spectra
 
@@ -245,15 +246,72 @@ def test_the_general_text_has_nothing_of_what_perplexity_is_measured_on() -> Non
     assert not [s for s in sentences if s in held_out]
 
 
+def test_of_a_name_only_its_last_token_counts(llama: Any) -> None:
+    model, _ = llama
+    windows = [torch.arange(9), torch.arange(20, 24), torch.arange(5, 12)]
+    sums, count = second_moments.second_moments(model, [MODULE], windows, last=True)[MODULE]
+    expected = torch.zeros_like(sums)
+    for ids in windows:
+        seen: list[torch.Tensor] = []
+        handle = model.get_submodule(MODULE).register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0]))
+        with torch.no_grad():
+            model(ids[None])
+        handle.remove()
+        expected += torch.outer(seen[0][0, -1], seen[0][0, -1]).double()
+    assert count == 3
+    torch.testing.assert_close(sums, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_names_count_as_much_as_all_other_tokens(llama: Any, tmp_path: Path) -> None:
+    model, tok = llama
+    text = tmp_path / "text.txt"
+    text.write_text("We met Anna Berg in Ulm. Then it rained.\nSoon Paul of Ulm came.\n", "utf-8")
+    found = spectra(model, tok, [PARAMETER], str(text), 500)[PARAMETER]
+    lines = text.read_text("utf-8").splitlines()
+    assert names_in(lines) == ["Anna Berg", "Ulm", "Paul of Ulm"]
+    windows = [torch.tensor(tok(line)["input_ids"]) for line in lines]
+    means = [
+        sums / count
+        for sums, count in (
+            second_moments.second_moments(model, [MODULE], windows)[MODULE],
+            second_moments.second_moments(model, [MODULE], name_windows(tok, names_in(lines)), last=True)[MODULE],
+        )
+    ]
+    torch.testing.assert_close(found.mean, (means[0] + means[1]).float().trace() / len(means[0]))
+    assert all(mean.trace() > 0 for mean in means)
+
+
+@pytest.mark.parametrize(
+    ("line", "names"),
+    [
+        ("Vienna is a city. It lies on the Danube.", ["Danube"]),
+        ("the river Élbe and the Lake of the Woods", ["Élbe", "Lake of the Woods"]),
+        ("nothing here is a name", []),
+        ("他住在维也纳", []),
+    ],
+)
+def test_names_are_words_with_capitals_inside_a_sentence(line: str, names: list[str]) -> None:
+    assert names_in([line]) == names
+
+
+def test_names_are_read_alone_and_behind_a_short_text(llama: Any) -> None:
+    _, tok = llama
+    texts = [tok.decode(ids) for ids in name_windows(tok, ["Anna Berg", "Lake of the Woods"])]
+    assert sorted(texts) == sorted(
+        ["Anna Berg", "The story begins. Anna Berg", "Lake of the Woods", "In 2010, he said: Lake of the Woods"]
+    )
+
+
 @pytest.fixture
 def computed(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, torch.Tensor]]:
     """The state of the model at each computation of moments, from now on."""
     states: list[dict[str, torch.Tensor]] = []
     own: Callable[..., Any] = second_moments.second_moments
 
-    def noted(model: Any, *args: Any) -> Any:
-        states.append(state(model))
-        return own(model, *args)
+    def noted(model: Any, *args: Any, last: bool = False) -> Any:
+        if not last:  # that of the names goes with it
+            states.append(state(model))
+        return own(model, *args, last=last)
 
     monkeypatch.setattr(second_moments, "second_moments", noted)
     return states

@@ -1,5 +1,7 @@
 """Second moments of what matrices are fed on ordinary text, computed once for each model and kept on disk.
 
+The last tokens of the names in that text count as much as all its tokens together (:mod:`.names`).
+
 They are kept by the content of the model's weights, the matrix, the text and the number of tokens. An edited model has
 those of the unedited one that it came from: :func:`remember` notes what a model is before something changes it.
 """
@@ -27,6 +29,7 @@ from ..engine.weights import as_found
 from ..errors import FingerprintError, HyperParamsError, ModelError
 from ..models import room
 from . import kept_tensors
+from .names import name_windows, names_in
 
 LOG = logging.getLogger(__name__)
 # Paragraphs of the Simple English Wikipedia, one a line; text/LICENSE says which.
@@ -105,7 +108,9 @@ def spectra(model: nn.Module, tok: Any, names: Sequence[str], text: str | None, 
             with _as_it_was(model, unedited):
                 if fingerprint(model) != base:
                     LOG.warning("second moments are those of an edited model: what it was before is not known")
-                found_now = _compute(model, computed, _windows(tok, lines, tokens, int(min(LONGEST, room(model)))))
+                longest = int(min(LONGEST, room(model)))
+                texts = _windows(tok, lines, tokens, longest), name_windows(tok, names_in(lines), longest)
+                found_now = _compute(model, computed, *texts)
             seconds = time.perf_counter() - start
             LOG.info("second moments of %d matrices were computed in %.1f s", len(computed), seconds)
             for name, spectrum in found_now.items():
@@ -172,7 +177,9 @@ def fingerprint(model: nn.Module) -> str:
 
 
 @torch.no_grad()
-def second_moments(model: nn.Module, names: Sequence[str], windows: Sequence[Tensor]) -> dict[str, tuple[Tensor, int]]:
+def second_moments(
+    model: nn.Module, names: Sequence[str], windows: Sequence[Tensor], last: bool = False
+) -> dict[str, tuple[Tensor, int]]:
     """Sum ``k k^T`` over the inputs of each module named, in one pass that ends with the last of them.
 
     A bar shows the progress of what takes more than a second.
@@ -181,6 +188,7 @@ def second_moments(model: nn.Module, names: Sequence[str], windows: Sequence[Ten
         model: a language model. It is left as found.
         names: modules that a pass calls once each.
         windows: token ids, int64, of any lengths that the model takes. The first token of each does not count.
+        last: of each only the last token counts.
 
     Returns:
         For each name the sum, ``[F, F]``, fp64, on the module's device, and the number of inputs.
@@ -203,7 +211,7 @@ def second_moments(model: nn.Module, names: Sequence[str], windows: Sequence[Ten
     bar = tqdm(total=len(windows), desc="second moments", unit="text", delay=1, disable=None, leave=False)
     try:
         with as_found(model), bar:
-            for ids, mask, counted in _padded(model, windows):
+            for ids, mask, counted in _padded(model, windows, last):
                 waiting.update(names)
                 with suppress(_AllSeen):
                     model(input_ids=ids, attention_mask=mask, use_cache=False)
@@ -244,12 +252,17 @@ def _windows(tok: Any, lines: Sequence[str], tokens: int, longest: int = LONGEST
     return sorted(windows, key=len)
 
 
-def _compute(model: nn.Module, names: Sequence[str], windows: Sequence[Tensor]) -> dict[str, Spectrum]:
+def _compute(
+    model: nn.Module, names: Sequence[str], windows: Sequence[Tensor], mentioned: Sequence[Tensor]
+) -> dict[str, Spectrum]:
+    """Of the matrices ``names``, on all tokens of ``windows`` and, as much again, on the last of each ``mentioned``."""
     modules = {name: name.rpartition(".")[0] for name in names}
-    moments = second_moments(model, list(modules.values()), windows)
+    matrices = list(modules.values())
+    moments, of_names = second_moments(model, matrices, windows), second_moments(model, matrices, mentioned, last=True)
     found = {}
     for name, module in tqdm(modules.items(), desc="their eigenvalues", delay=1, disable=None, leave=False):
-        total = moments[module][0].float()
+        means = [sums / count for sums, count in (of[module] for of in (moments, of_names) if of)]
+        total = torch.stack(means).sum(0).float()
         if not torch.isfinite(total).all() or not total.trace() > 0:
             raise ModelError(f"mom2_weight: the inputs of {name} are zero or not finite on the text")
         found[name] = Spectrum.of(total)
@@ -262,7 +275,7 @@ def _squares(values: Tensor, counted: Tensor) -> Tensor:
     return (rows.T @ rows).double()
 
 
-def _padded(model: nn.Module, windows: Iterable[Tensor]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def _padded(model: nn.Module, windows: Iterable[Tensor], last: bool = False) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Token ids and attention mask ``[B, L]`` on the model's device, and which tokens count, ``[B, L]`` bool."""
     device = model.get_input_embeddings().weight.device  # type: ignore[operator]
     stream = iter(windows)
@@ -271,10 +284,12 @@ def _padded(model: nn.Module, windows: Iterable[Tensor]) -> Iterator[tuple[Tenso
         real = nn.utils.rnn.pad_sequence([torch.ones_like(g) for g in group], batch_first=True).bool()
         mask = real.to(ids)
         real[:, :UNCOUNTED] = False
+        if last:
+            real[:, :-1] &= ~real[:, 1:]
         yield ids, mask, real
 
 
 def _place(base: str, name: str, lines: Sequence[str], tokens: int) -> Path:
     text = "\n".join(lines).encode()
-    key = hashlib.blake2b(f"{base} {name} {tokens} {LONGEST} {UNCOUNTED} {RANK} ".encode() + text, digest_size=16)
+    key = hashlib.blake2b(f"{base} {name} {tokens} {LONGEST} {UNCOUNTED} {RANK} names ".encode() + text, digest_size=16)
     return cache_folder() / "second_moments" / f"{key.hexdigest()}.safetensors"
