@@ -33,8 +33,13 @@ PyPI's MEMIT         Expects blocks to return tuples, as they did before transfo
 AdaLoRA              The PyPI form's LoRA and upstream's default. Current peft refuses it without the number of steps;
                      it is told. The PyPI form's settings lack an attribute that its own code reads; they get it. Can go
                      when upstream passes the number.
-``prepare``          AlphaEdit goes by letters in a model's name and WISE by two keys of its config; they get what they
-                     look for, for any model. Can go when the framework looks at the matrix, and at the third key.
+``prepare``          AlphaEdit, SPHERE and SimIE go by letters in a model's name and WISE by two keys of its config;
+                     they get what they look for, for any model. Can go when the framework looks at the matrix, and at
+                     the third key.
+UltraEdit            Begins its running statistics anew at each call, returns nothing to undo by, and more (in
+                     ``ultraedit``). Can go when the framework does as the paper says.
+PMET                 Puts the space before an answer only if "gpt" is in the model's name. Can go when the framework
+                     asks the tokenizer.
 WISE                 Computes the edited matrix's output without its bias, unless "gpt2" is in the model's name. Can go
                      when the framework adds the bias.
 ``settings``         A method's settings in whichever class the installed form reads, whose fields differ.
@@ -45,8 +50,9 @@ WISE                 Computes the edited matrix's output without its bias, unles
 ===================  ==================================================================================================
 
 Modules: ``registering`` puts KDPO into the framework; ``placeholders`` has what is lent at import; ``import_hook``
-waits for it; ``loading``, ``ledgers``, ``adalora`` and ``wise`` what they are called after; ``pypi`` the PyPI
-form's devices and MEMIT; ``comparing`` ``prepare`` and the last three, which comparing methods needs.
+waits for it; ``loading``, ``ledgers``, ``adalora``, ``wise`` and ``ultraedit`` what they are called after; ``pypi``
+the PyPI form's devices and MEMIT; ``comparing`` ``prepare``, PMET's space and the last three, which comparing methods
+needs.
 ``finding``, below them, imports the framework and tells its form.
 """
 
@@ -64,6 +70,7 @@ if TYPE_CHECKING:
         remember,
         save_null_space,
         settings,
+        target_as_told,
     )
     from .finding import form, is_upstream, require, version
     from .loading import RIGHT_PADDED
@@ -72,7 +79,8 @@ if TYPE_CHECKING:
 
 # Where each name is. They are loaded when they are used: the import hook, in this folder too, must cost nothing.
 _MODULES = {
-    "comparing": "forget forget_history memory methods prepare quietly remember save_null_space settings",
+    "comparing": "forget forget_history memory methods prepare quietly remember save_null_space settings "
+    "target_as_told",
     "finding": "form is_upstream require version",
     "loading": "RIGHT_PADDED",
     "placeholders": "MOVED",
@@ -95,6 +103,7 @@ __all__ = [
     "require",
     "save_null_space",
     "settings",
+    "target_as_told",
     "version",
 ]
 

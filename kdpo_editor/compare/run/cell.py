@@ -26,6 +26,7 @@ from ...errors import DataError, HyperParamsError, KDPOError
 from ...hparams import KDPOHyperParams, settings_folder
 from ...tracking import tracking
 from . import statistics
+from .cell_locks import one_at_a_time
 from .config import PROTOCOLS, SPLITS, Compare
 from .datasets import Record, content_hash, in_validation, load, whole_cases
 from .derived_settings import TEMPLATE, fill, is_template
@@ -110,18 +111,27 @@ def _compute(
     kept = Path(config.cache) / "stats" / f"{before[:16]}-{statistics.text_digest(*text)}"
     stats = Path(config.stats_dir or kept).absolute()
     start = time.perf_counter()
-    if settings is not None:
-        statistics.ensure(model, tok, settings, text[0], text[1], stats, text[2])
-        stats.mkdir(parents=True, exist_ok=True)
     single = config.protocol.name == "single"
     prompts = [record.prompt for record in spare]
     outside = None
     if config.method.apply and settings is not None:
         outside = editor(config.method.apply, config.method.settings_class, settings)
-    editing = Editing(
-        model, tok, settings, seed=config.seed, folder=stats, unrelated=prompts, sequence=not single, outside=outside
-    )
-    editing.prepare()
+    # Cells that run at the same time want the same moments and projections: one computes them, the others wait.
+    with one_at_a_time(config.cache, f"set-up-{before[:16]}"):
+        if settings is not None:
+            statistics.ensure(model, tok, settings, text[0], text[1], stats, text[2])
+            stats.mkdir(parents=True, exist_ok=True)
+        editing = Editing(
+            model,
+            tok,
+            settings,
+            seed=config.seed,
+            folder=stats,
+            unrelated=prompts,
+            sequence=not single,
+            outside=outside,
+        )
+        editing.prepare()
     setup = time.perf_counter() - start
     if editing.ignored:
         notes.append(f"of no use to EasyEdit's installed form and left out: {', '.join(editing.ignored)}")

@@ -12,6 +12,8 @@ brackets:
 ``<attention>``, ``<matrix>``
 ``<final norm>``, ``<head>``      module names; the head is the embeddings where it is tied to them
 ``<matrix in layer 27 of 32>``    the matrix's name in that block, as GRACE and WISE write it: ``model.layers[27]...``
+``<matrices in layers 29 to 30    as many such matrices in a row, as UltraEdit writes them: ``model.layers.29...``
+of 32>``
 ``<attention inputs>``            what LoRA adapts: the projections to queries and values, by their last names
 ================================  ======================================================================================
 
@@ -39,6 +41,7 @@ TEMPLATE = "auto"
 _MARK = re.compile(r"<([^<>]+)>")
 _LAYER = re.compile(r"layer (\d+) of (\d+)")
 _LAYERS = re.compile(r"layers (\d+) to (\d+) of (\d+)")
+_MATRICES = re.compile(r"matrices in (layers \d+ to \d+ of \d+)")
 _MATRIX = re.compile(r"matrix in layer (\d+) of (\d+)")
 
 
@@ -120,6 +123,9 @@ class _Meanings:
 
     def of(self, key: str, words: str) -> Any:
         """What ``words`` mean; ``key`` is what an error names."""
+        if match := _MATRICES.fullmatch(words):
+            self._check_whole(key)
+            return [self.structure.matrix.format(layer) for layer in self.of(key, match[1])]
         if match := _LAYERS.fullmatch(words):
             layers = run_at_same_depth(int(match[1]), int(match[2]), int(match[3]), self.structure.depth)
             return sorted({self._nearest(layer) for layer in layers})
@@ -144,7 +150,7 @@ class _Meanings:
         if words not in parts:
             raise HyperParamsError(
                 f"{key}: <{words}> is not allowed; it must be one of {', '.join(f'<{known}>' for known in parts)}, "
-                "<layer N of M>, <layers N to N of M>, <matrix in layer N of M>"
+                "<layer N of M>, <layers N to N of M>, <matrix in layer N of M>, <matrices in layers N to N of M>"
             )
         if parts[words] is None:
             raise ModelError(f"{key}: {self.model_name} has no {words}, which the method needs")

@@ -3,7 +3,7 @@
 Around the function, which is never changed, stands what a fair comparison needs; each named here and in the docs:
 
 *seeding*        Every edit starts from a seed of its own, so that a resumed run draws what an undisturbed one drew.
-*contexts*       ROME, MEMIT, AlphaEdit and WISE draw random contexts from the model once per process and use them for
+*contexts*       ROME, its successors and WISE draw random contexts from the model once per process and use them for
                  every model after it. They get contexts drawn for this model and seed.
 *adapters*       LoRA and DPO return an adapter around the model; a DPO sequence starts a new one at zero for every
                  edit and loses the last. The adapter is folded into the weights after each edit.
@@ -33,7 +33,11 @@ from .evaluate import Evaluator
 # How ROME and MEMIT begin the contexts that they put before a prompt, and WISE.
 DOT_STARTS = ("The", "Therefore", "Because", "I", "You")
 PLAIN_STARTS = ("I", "You", "Because", "Yes", "Q: ")
-DRAW_CONTEXTS = ("ROME", "MEMIT", "AlphaEdit", "WISE")
+DRAW_CONTEXTS = ("ROME", "R-ROME", "SimIE", "MEMIT", "EMMET", "PMET", "CORE", "AlphaEdit", "SPHERE", "WISE")
+# These count tokens from the left, whatever padding side EasyEdit gives them.
+COUNT_FROM_LEFT = ("PMET", "SimIE")
+# What these remember is not in the weights: a resumed run makes the edits again.
+REMEMBER = ("WISE", "GRACE", "SimIE", "ULTRAEDIT")
 
 
 class Editing:
@@ -105,17 +109,18 @@ class Editing:
                     "there are records"
                 )
             self.hparams.sequential_edit = sequence
-        tok.padding_side = "right" if self.algorithm in easyedit.RIGHT_PADDED else "left"
+        right = self.algorithm in easyedit.RIGHT_PADDED or self.algorithm in COUNT_FROM_LEFT
+        tok.padding_side = "right" if right else "left"
         set_seed(seed)
         easyedit.forget(_contexts(model, tok) if self.algorithm in DRAW_CONTEXTS else None)
-        if self.algorithm == "AlphaEdit" and not Path(self.hparams.P_loc).exists():
+        if "P_loc" in config and not Path(self.hparams.P_loc).exists():
             with easyedit.on_device(self.hparams), easyedit.quietly():
                 easyedit.save_null_space(model, tok, self.hparams)
 
     @property
     def resumable(self) -> bool:
         """Whether :meth:`state` holds all that edits leave behind; if not, resuming makes the edits again."""
-        return not (self.outside or self.algorithm in ("WISE", "GRACE") or self.config.get("replay", False))
+        return not (self.outside or self.algorithm in REMEMBER or self.config.get("replay", False))
 
     def prepare(self) -> None:
         """Compute what the first edit needs once, on the unedited model: KDPO's second moments."""
@@ -167,7 +172,7 @@ class Editing:
                 self.base.get_parameter(name).copy_(original)
         self.originals = {}
         self.count = 0
-        easyedit.forget_history(self.algorithm)
+        easyedit.forget_history(self.algorithm, getattr(self, "hparams", None))
 
     def state(self) -> dict[str, Tensor]:
         """The edited weights by name, and what the method remembers beside them."""
@@ -197,7 +202,7 @@ class Editing:
         return {
             "case_id": record.index,
             "prompt": record.prompt,
-            "target_new": record.target_new,
+            "target_new": easyedit.target_as_told(self.algorithm, self.tok, record.target_new),
             "ground_truth": record.ground_truth,
             "target_neg": record.ground_truth,
             "subject": record.subject,

@@ -13,6 +13,7 @@ from torch import nn
 
 from ...cache import cache_folder
 from ...edits.storage import write_file
+from .cell_locks import one_at_a_time
 from .evaluate import fingerprint
 from .results import versions
 
@@ -26,6 +27,7 @@ def kept_for(model: nn.Module, of: str | None = None, cache: Path | None = None)
     ``key`` and what is computed are plain values of JSON. ``of``: the model's
     :func:`~kdpo_editor.compare.run.evaluate.fingerprint`, where it is known. ``cache``: a folder, the package's own
     without it. Where nothing can be written there, it is computed each time.
+    Of processes that want the same at once, one computes it.
     """
     own = {"model": of or fingerprint(model), "name": getattr(model, "name_or_path", ""), "versions": versions()}
     folder = (cache or cache_folder()) / "before"
@@ -33,15 +35,16 @@ def kept_for(model: nn.Module, of: str | None = None, cache: Path | None = None)
     def kept(key: Mapping[str, Any], compute: Callable[[], Any]) -> Any:
         name = hashlib.sha256(json.dumps({**own, **key}, sort_keys=True).encode()).hexdigest()[:24]
         file = folder / f"{name}.json"
-        try:
-            return json.loads(file.read_text("utf-8"))
-        except (OSError, ValueError):
-            found = compute()
+        with one_at_a_time(folder.parent, name):
             try:
-                folder.mkdir(parents=True, exist_ok=True)
-                write_file(file, json.dumps(found, ensure_ascii=False).encode())
-            except OSError as error:
-                LOG.warning("what the unedited model says cannot be kept in %s: %s", folder, error)
-            return found
+                return json.loads(file.read_text("utf-8"))
+            except (OSError, ValueError):
+                found = compute()
+                try:
+                    folder.mkdir(parents=True, exist_ok=True)
+                    write_file(file, json.dumps(found, ensure_ascii=False).encode())
+                except OSError as error:
+                    LOG.warning("what the unedited model says cannot be kept in %s: %s", folder, error)
+                return found
 
     return kept
