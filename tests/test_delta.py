@@ -183,6 +183,15 @@ def test_original_within_edited() -> None:
         assert_same(model, before)
 
 
+def test_original_after_a_look_at_what_was_before_a_delta() -> None:
+    before = state(Small())
+    model, delta = made()
+    with delta.before(model):
+        assert_same(model, before)
+    with original(model):
+        assert_same(model, before)
+
+
 def test_original_of_given_weights(llama: Any, settings: Any) -> None:
     model, tok = llama
     before = state(model)

@@ -20,6 +20,7 @@ from .push import push
 from .settings import settings
 from .show import export, show
 from .terminal import complain
+from .ui import ui
 
 DESCRIPTION = """\
 Edit facts in language models with KDPO. The edits go into a ledger, a folder that remembers each of them
@@ -62,6 +63,7 @@ each line of facts.jsonl:
   kdpo export edits --as delta --to one-edit --edit 3 --since 2""",
     "check": "  kdpo check edits\n  kdpo check edits --json --min-rephrase 0.5 > checked.json",
     "push": "  kdpo push edits me/my-edits\n  kdpo push edits me/my-edits --checked checked.json --no-adapter",
+    "ui": "  kdpo ui --model smollm2-135m\n  kdpo ui --model smollm2-135m --recipe KDPO-L --out edits",
     "compact": "  kdpo compact edits\n  kdpo compact edits --keep 10",
 }
 
@@ -79,7 +81,7 @@ def demo(
     return 0
 
 
-COMMANDS = (demo, edit, settings, locate, apply, undo, redo, checkout, log, show, check, export, push, compact)
+COMMANDS = (demo, edit, settings, locate, apply, undo, redo, checkout, log, show, check, export, push, compact, ui)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -28,7 +28,7 @@ from .delta_file import load_delta, save_delta
 from .lora import asked_prompts, check_place, save_lora
 from .low_rank import decompose, pair_of, rank_within
 from .manifest import Change, EditInfo, Value, check_config, config_hash, config_of, full_form, matrices_of, value_of
-from .switching import edited, note, unedited
+from .switching import edited, note, passing, unedited
 
 
 class EditDelta:
@@ -355,13 +355,14 @@ class EditDelta:
         weights = self._matrices(model, force=False)
         found = {name: w.detach().clone() for name, w in weights.items()}
         applied = any(value_of(w) != self.changes[name].before for name, w in weights.items())
-        try:
-            if applied:
-                self.revert(model)
-            yield model
-        finally:
-            if applied:
-                restore(weights, found)
+        with passing(model):
+            try:
+                if applied:
+                    self.revert(model)
+                yield model
+            finally:
+                if applied:
+                    restore(weights, found)
 
     def behaviour(self, model: nn.Module, tok: Any) -> list[tuple[bool, str]]:
         """For each request, whether the model with this change wins it under teacher forcing, and its free answer.

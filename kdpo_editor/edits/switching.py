@@ -48,6 +48,17 @@ def note(
         known[name] = _Applied(first or before, after, read)
 
 
+@contextmanager
+def passing(model: nn.Module) -> Iterator[None]:
+    """What is noted of ``model`` inside is forgotten afterwards: whoever changes it there puts it back."""
+    inner = uncompiled(model)
+    known = {name: _Applied(a.before, a.after, a.read) for name, a in _APPLIED.get(inner, {}).items()}
+    try:
+        yield
+    finally:
+        _APPLIED[inner] = known
+
+
 class _Delta(Protocol):
     def apply(self, model: nn.Module, *, force: bool = False) -> dict[str, Tensor]: ...
 
@@ -58,14 +69,12 @@ def edited(model: nn.Module, delta: _Delta, *, force: bool = False) -> Iterator[
 
     Errors as those of :meth:`EditDelta.apply`, before anything is changed.
     """
-    inner = uncompiled(model)
-    known = {name: _Applied(a.before, a.after, a.read) for name, a in _APPLIED.get(inner, {}).items()}
-    originals = delta.apply(model, force=force)
-    try:
-        yield model
-    finally:
-        restore(dict(inner.named_parameters()), originals)
-        _APPLIED[inner] = known
+    with passing(model):
+        originals = delta.apply(model, force=force)
+        try:
+            yield model
+        finally:
+            restore(dict(uncompiled(model).named_parameters()), originals)
 
 
 @contextmanager
