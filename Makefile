@@ -1,6 +1,6 @@
 # make demo     edit real facts in SmolLM2-135M, KDPO beside FT
 # make test     lint, types, tests
-# make compare  every method on the shipped model, fifty edits in a row, ending with the table (under ten minutes)
+# make compare  fourteen methods on SmolLM2-135M, ten edits in a row, ending with table and picture
 # make docs     the documentation, into site/
 # make examples run the notebooks again (five minutes)
 # make bench    speed and memory, side by side in one run (about ten minutes on two cores)
@@ -17,7 +17,7 @@ BIN := $(VENV)/bin
 .PHONY: demo test compare docs examples bench tune model clean
 
 # An experiment of kdpo_editor/compare/conf/experiment for make compare.
-EXPERIMENT ?= shipped
+EXPERIMENT ?= smollm2
 RESULTS ?= results/$(EXPERIMENT)
 METHODS ?= kdpo kdpo_l ft_m ft_bf lora rome memit alphaedit
 

@@ -676,3 +676,19 @@ def test_the_real_models_experiment_composes(tmp_path: Path) -> None:
     assert (config.model.name, config.dataset.source) == ("smollm2-135m", "counterfact")
     assert config.dataset.known == "counterfact"
     assert not config.protocol.stops
+
+
+def test_make_compare_has_ten_methods_in_either_form_of_easyedit(tmp_path: Path) -> None:
+    from kdpo_editor.compare.run.cell import _settings
+
+    makefile = Path(__file__).parents[1] / "Makefile"
+    if makefile.exists():
+        assert "EXPERIMENT ?= smollm2\n" in makefile.read_text("utf-8")
+    text = (CONF / "experiment" / "smollm2.yaml").read_text("utf-8")
+    names = yaml.safe_load(text)["hydra"]["sweeper"]["params"]["method"].split(",")
+    skipped = []
+    for name in names:
+        config = composed(tmp_path, f"method={name}", "experiment=smollm2")
+        settings, notes = _settings(config)
+        skipped += [name] if notes and settings is None else []
+    assert len({*names} - {"unedited", *skipped}) >= 10
