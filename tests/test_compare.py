@@ -345,6 +345,18 @@ def test_a_complete_cell_is_left_alone(finished: Path) -> None:
     assert (cell / "rows.parquet").stat().st_mtime_ns == before
 
 
+def test_how_many_settings_were_tried_is_noted_also_in_a_complete_cell(finished: Path) -> None:
+    from kdpo_editor.compare.run.cell import run
+
+    (cell,) = cells(finished).values()
+    before = (cell / "rows.parquet").stat().st_mtime_ns
+    assert run(composed(finished, "method.trials=6")).folder == cell
+    assert manifest(cell)["trials"] == 6
+    assert (cell / "rows.parquet").stat().st_mtime_ns == before
+    run(composed(finished))  # which does not say
+    assert manifest(cell)["trials"] == 6
+
+
 def test_another_setting_is_another_cell(finished: Path) -> None:
     from kdpo_editor.compare.run.cell import _cell, _records, _settings
 
@@ -418,6 +430,7 @@ def test_more_requests_at_a_time_end_at_every_checkpoint() -> None:
         (["dataset.split=train"], HyperParamsError, "dataset.split.*test, validation, all"),
         (["n_edits=1000"], DataError, "1000"),
         (["n_edits=0"], HyperParamsError, "n_edits"),
+        (["method.trials=0"], HyperParamsError, "method.trials"),
         (["protocol.judge=http://localhost/v1"], HyperParamsError, "protocol.wild=true and protocol.judge_model"),
         (["dataset.source=nowhere.json"], DataError, "nowhere.json"),
     ],

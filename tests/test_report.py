@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import csv
+import hashlib
 import html.parser
 import json
 import math
@@ -23,6 +25,7 @@ pytest.importorskip("matplotlib")
 
 from result_folders import TWO_EDITS, Row, write_cell  # noqa: E402
 
+import kdpo_editor.compare.report  # noqa: E402
 from kdpo_editor.compare.report.means import tidy, wide  # noqa: E402
 from kdpo_editor.compare.report.reading import read_cells  # noqa: E402
 from kdpo_editor.compare.report.report import main, report, slug  # noqa: E402
@@ -30,6 +33,8 @@ from kdpo_editor.compare.report.tables import as_latex, as_markdown, tables  # n
 from kdpo_editor.errors import ResultsError  # noqa: E402
 
 WriteCell = Callable[..., Path]
+REPORT = Path(kdpo_editor.compare.report.__file__).parent
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
 @pytest.fixture
@@ -255,6 +260,7 @@ def drop_column(folder: Path) -> None:
         (lambda f: rewrite(f, schema=2), "manifest.json is not of schema 1"),
         (lambda f: rewrite(f, seed="0"), "manifest.json: seed is '0', not a whole number"),
         (lambda f: rewrite(f, method=None), "manifest.json: method is None, not a text"),
+        (lambda f: rewrite(f, trials="six"), "manifest.json: trials is 'six', not a whole number"),
         (lambda f: rewrite(f, seed=7), "rows.parquet is of seed [0], manifest.json of 7"),
         (lambda f: rewrite(f, status="failed", error="out of\nmemory"), "its status is 'failed' (out of memory)"),
         (lambda f: rewrite(f, status="running"), "its status is 'running'; --partial shows its checkpoints 1, 2"),
@@ -336,30 +342,137 @@ def test_radars_for_each_data_set_and_their_mean(cell: WriteCell, tmp_path: Path
 def test_the_page_escapes_data_and_loads_nothing(cell: WriteCell, tmp_path: Path) -> None:
     results = cell("a", label=NASTY, model="<b>m</b>", notes=["<i>note</i>"], config="method: '<u>x</u>'\n").parent
     report(results, tmp_path, {"html"})
-    page = Page((tmp_path / "report.html").read_text())
-    assert not {"script", "b", "i", "u", "link", "iframe"} & {tag for tag, _ in page.tags}
+    text = (tmp_path / "report.html").read_text()
+    page = Page(text)
+    assert not {"i", "u", "link", "iframe"} & {tag for tag, _ in page.tags}
+    assert [attributes for tag, attributes in page.tags if tag == "script"] == [{}]
+    # The only script that a browser runs is the page's own.
+    own = (REPORT / "page.js").read_bytes()
+    assert f"<script>{own.decode()}</script>" in text
+    assert f"script-src 'sha256-{base64.b64encode(hashlib.sha256(own).digest()).decode()}'\"" in text
     sources = [
         value or "" for _, attributes in page.tags for key, value in attributes.items() if key in ("src", "href")
     ]
     assert all(source.startswith(("data:image/svg+xml;base64,", "#")) for source in sources)
-    for text in (NASTY, "<b>m</b>", "<i>note</i>", "<u>x</u>", f"{NASTY} says Ada", "(did not stop)", "torch"):
-        assert text in page.text
+    for said in (NASTY, "<b>m</b>", "<i>note</i>", "<u>x</u>", f"{NASTY} says Ada", "(did not stop)", "torch"):
+        assert said in page.text
 
 
 def test_the_page_s_tables_are_narrow(cell: WriteCell, tmp_path: Path) -> None:
-    """Headers can be broken, what is the same for all methods stands above, and ± on a line of its own."""
+    """Headers can be broken, what is the same for all methods stands below, and ± on a line of its own."""
     for seed in (0, 1):
         results = cell(f"a{seed}", scaled(TWO_EDITS, 1 + seed), seed=seed).parent
     report(results, tmp_path, {"html"})
     text = (tmp_path / "report.html").read_text()
     assert ">rewrite_<wbr>acc<" in text
-    assert "(2 seeds, 4 edits)" in text
+    assert "N = 2 edits for each of 2 seeds (0, 1)" in text
     assert ">seeds<" not in text
     assert re.search(r'>1\.125\s*<span class="std">± 0\.530</span></td>', text)
-    assert "Wanted: Ada" in text
     cell("b", method="ft", label="FT")  # one seed
     report(results, tmp_path, {"html"})
     assert ">seeds<" in (tmp_path / "report.html").read_text()
+
+
+def test_the_page_opens_with_one_table_and_one_picture_of_the_most_edits(cell: WriteCell, tmp_path: Path) -> None:
+    rows = [*TWO_EDITS, (0, 1, "checkpoint", "rephrase_acc", 0.4), (0, 2, "checkpoint", "rephrase_acc", 0.2)]
+    cell("a", rows)
+    results = cell("b", rows, method="ft", label="FT", dataset="another").parent
+    cell("c", rows, method="ft", label="FT")
+    report(results, tmp_path, {"html"})
+    text = (tmp_path / "report.html").read_text()
+    opening = text[: text.index("Further down")]
+    assert opening.count("<table") == opening.count("<img") == 1
+    assert "<h3>After 2 of 2 edits</h3>" in opening
+    assert 'alt="Radar: m, zsre, after 2 of 2 edits"' in opening
+
+
+@pytest.mark.parametrize(
+    ("trials", "said"),
+    [
+        ((None, None), "settings tried: not said."),
+        ((6, 6), "settings tried: 6 for each method."),
+        ((6, None), "settings tried: 6 for each method, but LoRA not said."),
+    ],
+)
+def test_tables_and_pictures_say_n_split_seeds_and_settings_tried(
+    cell: WriteCell, tmp_path: Path, trials: tuple[int | None, int | None], said: str
+) -> None:
+    rows = [*TWO_EDITS, (0, 1, "checkpoint", "rephrase_acc", 0.4), (0, 2, "checkpoint", "rephrase_acc", 0.2)]
+    config = "dataset:\n  split: validation\n"
+    for name, label, count in (("a", "KDPO", trials[0]), ("b", "FT", trials[0]), ("c", "LoRA", trials[1])):
+        results = cell(name, rows, config, label=label, method=label.lower(), seed=3, trials=count).parent
+    cell("d", rows, config, label="unedited", method="unedited", seed=3, trials=9)
+    report(results, tmp_path, {"html"})
+    page = Page((tmp_path / "report.html").read_text())
+    for made in ("1 edit", "2 edits"):
+        line = f"N = {made}, seed 3; split: validation; {said}"
+        assert page.text.count(line) >= 2  # below a table and below a picture
+
+
+def test_settings_tried_are_a_column_where_they_are_said(cell: WriteCell) -> None:
+    cell("a", trials=6)
+    cell("b", trials=6, seed=1)
+    folder = cell("c", method="ft", label="FT").parent
+    cell("d", method="unedited", label="unedited", trials=6)
+    (table,) = [t for t in tables(tidy(read_cells(folder)[0])) if t.made == 2 and not t.detail]
+    column = table.columns.index("settings tried")
+    found = {label: row[column].text for label, row in zip(table.labels, table.rows, strict=True)}
+    assert found == {"unedited": "-", "FT": "-", "KDPO": "6"}
+
+
+def test_every_answer_stands_beside_the_others_to_its_prompt(cell: WriteCell, tmp_path: Path) -> None:
+    asked = [{"edit": edit, "prompt": f"Question {edit}?", "stopped": True} for edit in range(40)]
+    cell("a", texts=[{**text, "text": "Ada Lovelace"} for text in asked])
+    results = cell("b", method="ft", label="FT", texts=[{**text, "text": "Grace"} for text in asked]).parent
+    report(results, tmp_path, {"html"})
+    text = (tmp_path / "report.html").read_text()
+    assert text.count('<div class="asked">') == 40
+    assert text.count('<div class="right"><b>KDPO ✓</b>Ada Lovelace</div>') == 40
+    assert text.count("<div><b>FT</b>Grace</div>") == 40
+
+
+def test_answers_of_too_many_edits_are_of_some_taken_evenly(
+    cell: WriteCell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kdpo_editor.compare.report.page.MOST_ANSWERS", 20)
+    texts = [{"edit": edit, "prompt": f"Question {edit}?", "text": "Ada", "stopped": True} for edit in range(40)]
+    report(cell("a", texts=texts).parent, tmp_path, {"html"})
+    page = Page((tmp_path / "report.html").read_text())
+    assert "Of 40 edits, 20 are here" in page.text
+    assert "Question 38?" in page.text
+    assert "Question 39?" not in page.text
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(BROWSER is None, reason="needs chromium")
+@pytest.mark.parametrize("width", [400, 1280])
+def test_in_a_browser_columns_are_chosen_and_answers_searched(cell: WriteCell, tmp_path: Path, width: int) -> None:
+    browsers = pytest.importorskip("playwright.sync_api")
+    texts = [{"edit": edit, "prompt": f"Question {edit}?", "text": "Ada", "stopped": True} for edit in range(12)]
+    report(cell("a", texts=texts).parent, tmp_path, {"html"})
+    errors: list[str] = []
+    with browsers.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": width, "height": 900})
+        page.on("console", lambda message: errors.append(message.text))
+        page.goto((tmp_path / "report.html").as_uri())
+        head = page.locator("th", has_text="perplexity").first
+        assert head.is_visible()
+        assert not page.locator("th", has_text="right after").first.is_visible()
+        page.click("text=Choose columns")
+        page.get_by_label("perplexity").uncheck()
+        page.get_by_label("rewrite_acc (right after)").check()
+        assert not head.is_visible()
+        assert page.locator("th", has_text="right after").first.is_visible()
+        page.click("text=side by side")
+        page.fill("input[type=search]", "question 11? ADA")
+        assert page.locator(".asked:visible").count() == 1
+        assert page.inner_text("output") == "1 of 12 prompts"
+        page.fill("input[type=search]", "")
+        assert page.locator(".asked:visible").count() == 12
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        browser.close()
+    assert errors == []
 
 
 @pytest.mark.filterwarnings("ignore:Glyph")  # the figures' font has no Chinese

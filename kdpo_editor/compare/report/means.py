@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable
 from statistics import harmonic_mean
@@ -88,7 +89,8 @@ def _score(at: tuple[int, str], successes: pd.DataFrame) -> dict[str, float | st
 def tidy(cells: Iterable[ResultFolder]) -> pd.DataFrame:
     """One row per group, method, metric and ``when``: mean and std (sample, NaN for one seed) over seeds.
 
-    Columns: ``GROUP``, method, label, when, metric, mean, std, seeds, edits (summed over seeds). The unedited model
+    Columns: ``GROUP``, method, label, when, metric, mean, std, seeds, edits (summed over seeds), trials (how many
+    settings were tried for the method, where that is said). The unedited model
     comes first in its group, the others by label. Where no cell measured it, what the methods' cells measured before
     their first edit serves, labelled "before editing".
     """
@@ -98,18 +100,23 @@ def tidy(cells: Iterable[ResultFolder]) -> pd.DataFrame:
             method=cell.manifest["method"],
             label=cell.label,
             seed=cell.manifest["seed"],
+            trials=None if cell.manifest["method"] == UNEDITED else cell.manifest.get("trials"),
         )
         for cell in cells
     ]
-    means = pd.concat(frames, ignore_index=True)
+    means = pd.concat(frames, ignore_index=True).astype({"trials": "float64"})
     means = pd.concat([means, _before_editing(means)], ignore_index=True)
     by = [*GROUP, "method", "label", "when", "metric"]
     result = means.groupby(by, as_index=False).agg(
-        mean=("mean", "mean"), std=("mean", "std"), seeds=("seed", "nunique"), edits=("edits", "sum")
+        mean=("mean", "mean"),
+        std=("mean", "std"),
+        seeds=("seed", "nunique"),
+        edits=("edits", "sum"),
+        trials=("trials", "max"),
     )
     order = {"edited": result["method"] != UNEDITED, "name": result["label"].str.casefold()}
     result = result.assign(**order).sort_values([*GROUP, "edited", "name", "label", "when", "metric"], kind="stable")
-    return result[[*by, "mean", "std", "seeds", "edits"]].reset_index(drop=True)
+    return result[[*by, "mean", "std", "seeds", "edits", "trials"]].reset_index(drop=True)
 
 
 def _before_editing(means: pd.DataFrame) -> pd.DataFrame:
@@ -117,7 +124,9 @@ def _before_editing(means: pd.DataFrame) -> pd.DataFrame:
     has_own = means[means["method"] == UNEDITED][groups].drop_duplicates().assign(own=True)
     before = means[means["when"] == "pre"].merge(has_own, on=groups, how="left")
     before = before[before["own"].isna()].drop_duplicates([*GROUP, "seed", "metric"])
-    return before.drop(columns="own").assign(method=UNEDITED, label="before editing", when="checkpoint")
+    return before.drop(columns="own").assign(
+        method=UNEDITED, label="before editing", when="checkpoint", trials=math.nan
+    )
 
 
 def wide(tidy: pd.DataFrame) -> pd.DataFrame:

@@ -29,7 +29,7 @@ TEXT_KEYS = {"edit", "checkpoint", "when", "kind", "prompt", "wanted", "text", "
 # Where and with which seed a cell ran does not make it another variant of its method.
 NOT_A_SETTING = (
     "seed", "device", "dir", "stats_dir", "folder", "path", "root", "out", "output", "cache",
-    "overwrite", "threads", "report", "experiment",
+    "overwrite", "threads", "report", "experiment", "trials",
 )  # fmt: skip
 
 
@@ -138,6 +138,8 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
         for key in keys:
             if type(manifest.get(key)) is not kind:
                 raise ResultsError(f"manifest.json: {key} is {manifest.get(key)!r}, not {allowed}")
+    if type(manifest.get("trials", 0)) not in (int, type(None)):
+        raise ResultsError(f"manifest.json: trials is {manifest['trials']!r}, not a whole number")
     manifest |= {key: _line(manifest[key]) for key in TEXTS}
     if not isinstance(manifest.get("versions") or {}, dict) or not isinstance(manifest.get("notes") or [], list):
         raise ResultsError("manifest.json: versions is not a mapping or notes is not a list")

@@ -38,6 +38,7 @@ MAIN = [
     ("peak_memory", "checkpoint"),
     ("total_memory", "checkpoint"),
 ]
+TRIED = "settings tried"
 LOWER_IS_BETTER = ("perplexity", *COST)
 HIGHER_IS_BETTER = re.compile(
     r".+_acc|.+_gen|.+_gen_stop|.+\.ngram_entropy|counterfact\..+|wild\..+|tasks\..+|known|agreement"
@@ -48,6 +49,7 @@ LEGEND = (
     "soon as it was made. known: facts about other subjects that were answered right before and still are. perplexity: "
     "of held-out text; agreement: its next tokens that are the unedited model's. seconds: per edit; setup_seconds: "
     "before the first; peak_memory: the highest of a call above what was held before it; total_memory: with that. "
+    "settings tried: for the method, before these were chosen. "
     "Mean, and ± the standard deviation over seeds where there are several; the best value of a column is marked, the "
     "unedited model aside."
 )
@@ -136,6 +138,11 @@ def _table(group: tuple[Any, ...], frame: pd.DataFrame, columns: list[tuple[str,
     for name in ("seeds", "edits"):
         by_column.append([Entry(str(counts[name].get(label, "-"))) for label in labels])
     headers = [_header(*column) for column in columns] + ["seeds", "edits"]
+    trials = frame.groupby("label")["trials"].max()
+    if trials.notna().any():
+        tried = [trials[label] for label in labels]
+        by_column.append([Entry() if math.isnan(number) else Entry(f"{number:.0f}") for number in tried])
+        headers.append(TRIED)
     rows = [list(row) for row in zip(*by_column, strict=True)]
     model, dataset, protocol, n_edits, checkpoint = group
     return Table(model, dataset, protocol, int(n_edits), int(checkpoint), detail, headers, labels, rows)

@@ -71,12 +71,14 @@ def run(config: Compare) -> Cell:
         if config.overwrite:
             cell.clear()
         if cell.manifest().get("status") in ("complete", "skipped"):
+            if config.method.trials is not None:
+                cell.note(trials=config.method.trials)
             LOG.info("%s is there already", cell.folder)
             return cell
         started = datetime.now(timezone.utc).isoformat(timespec="seconds")
         form = easyedit.form().lower()
         cell.note(status="running", started=started, form=form, versions=versions(), error=None)
-        cell.note(settings=settings, notes=notes)
+        cell.note(settings=settings, notes=notes, trials=config.method.trials)
         write_file(cell.folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.structured(config)).encode())
         with _log_to(cell.folder / "run.log"):
             try:
@@ -234,8 +236,12 @@ def _records(config: Compare) -> tuple[list[Record], list[Record]]:
     for key, value, allowed in (("protocol.name", protocol.name, PROTOCOLS), ("dataset.split", data.split, SPLITS)):
         if value not in allowed:
             raise HyperParamsError(f"{key}: {value!r} is not one of {', '.join(allowed)}")
-    for key, number in (("n_edits", config.n_edits), ("method.requests_per_call", config.method.requests_per_call)):
-        if number < 1:
+    for key, number in (
+        ("n_edits", config.n_edits),
+        ("method.requests_per_call", config.method.requests_per_call),
+        ("method.trials", config.method.trials),
+    ):
+        if number is not None and number < 1:
             raise HyperParamsError(f"{key}: {number} is not allowed; it must be at least 1")
     if protocol.judge and not (protocol.wild and protocol.judge_model):
         raise HyperParamsError(
@@ -268,7 +274,7 @@ def _cell(config: Compare, edited: Sequence[Record], settings: dict[str, Any] | 
     if notes and settings is not None:
         label += " (own CE)" if config.method.without == "ce" else f" ({config.method.without})"
     told = {k: v for k, v in asdict(config).items() if k not in ELSEWHERE}
-    del told["model"]["device"]
+    del told["model"]["device"], told["method"]["trials"]
     told |= {"settings": settings, "records": content_hash(edited), "form": easyedit.form().lower()}
     code = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:12]
     identity = {

@@ -30,6 +30,9 @@ class Method:
     rate_factor: float = 1.0
     """Multiplies the method's learning rate (``lr``, ``v_lr`` or ``edit_lr``): the paper takes a fifth of KDPO's for
     edits in a sequence."""
+    trials: int | None = None
+    """Settings that were tried for it before these were chosen, as tables say beside its figures; ``null`` is not said.
+    No figure depends on it."""
     requests_per_call: int = 1
     """Edits handed to the method at a time, in a sequence; for those that edit several together."""
     without: str = ""
