@@ -47,6 +47,7 @@ def test_edits_in_a_row_are_all_held_at_the_end(toy: Model, records: list[Record
 
 
 def test_a_report_has_every_part(toy: Model, records: list[Record], tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
     results = {
         "machine": "a machine",
         "versions": {"torch": "0"},
