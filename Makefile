@@ -3,7 +3,7 @@
 # make compare  fourteen methods on SmolLM2-135M, ten edits in a row, ending with table and picture
 # make docs     the documentation, into site/
 # make examples run the notebooks again (five minutes)
-# make bench    speed and memory, side by side in one run (about ten minutes on two cores)
+# make bench    speed and memory, side by side in one run (about 25 minutes on two cores; goes on where it was ended)
 # make tune     try six settings of every method on SmolLM2 (a night on two cores)
 # make model    train the shipped model again (under ten minutes on two cores)
 #

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from plain import plain_kdpo_l
 from test_cached_forward import ARCHITECTURES, IDS, POSITIONS, change, forward_of, full, padded, parameter_at, tiny
 from torch import nn
 
@@ -156,3 +157,20 @@ def test_an_edit_that_wins_by_less_than_the_loss_that_ends_a_cycle_is_trained_on
     _, _, (trace,) = edit(model, tok, requests, hparams)
     assert trace.converged
     assert all(cycle.steps for cycle in trace.cycles)
+
+
+@pytest.mark.parametrize("fact_token", ["all", "subject_last"])
+def test_kdpo_l_does_what_it_does_with_full_passes(fact_token: str, settings: Any) -> None:
+    """The same weights where all tokens are trained. Where keys and values stay for a while, the way there is another."""
+    requests = [{key: r[key] for key in ("prompt", "target_new", "subject")} for r in load_records()[:3]]
+    hparams = settings(**LIFELONG, fact_token=fact_token, schedule="breadth_first")
+    changes = []
+    for how in (edit, plain_kdpo_l):
+        model, tok = load_model()
+        before = [model.model.layers[layer].mlp.down_proj.weight.detach().clone() for layer in (0, 1)]
+        traces = how(model, tok, requests, hparams)
+        assert all(trace.converged for trace in (traces[2] if how is edit else traces))
+        changes.append([model.model.layers[i].mlp.down_proj.weight.detach() - w for i, w in enumerate(before)])
+    for mine, plain in zip(*changes, strict=True):
+        apart = (mine - plain).norm() / plain.norm()
+        assert apart < (1e-4 if fact_token == "all" else 0.5)
