@@ -1,4 +1,4 @@
-"""What people hand over as requests: each kind, and what becomes of it. The list is docs/accepted.md."""
+"""What people hand over as requests: each kind, and what becomes of it. The list is docs/reference/accepted.md."""
 
 from __future__ import annotations
 

@@ -26,13 +26,15 @@ import typer
 import yaml
 
 import kdpo_editor
-from kdpo_editor import KDPOHyperParams
+from kdpo_editor import KDPOHyperParams, errors
 from kdpo_editor.cli.main import app
 from kdpo_editor.derived import default_layers
+from kdpo_editor.errors import KDPOError, explained
 
 ROOT = Path(__file__).parents[1]
 HERE = Path(__file__).parent
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
+MODULES = sorted((ROOT / "kdpo_editor").rglob("*.py"))
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").rglob("*.md"))]
 PAGES = [page for page in PAGES if page.is_file()]
 if not (ROOT / "docs").is_dir():
     pytest.skip("there is no documentation beside these tests", allow_module_level=True)
@@ -40,6 +42,7 @@ if not (ROOT / "docs").is_dir():
 SHIPPED = {
     "hparams/KDPO/llama-2-7b": "hparams/KDPO/kdpo-llama-knowedit",
     "hparams/KDPO-L/auto": "hparams/KDPO-L/kdpo-llama-knowedit",
+    "n_edits=100": "n_edits=3",
     "smollm2-135m": "kdpo-llama-knowedit",
 }
 PROGRAMS = (
@@ -186,6 +189,7 @@ def test_commands_exist(page: str, command: str, complete: bool, tmp_path: Path)
     words = shlex.split(command, comments=True)
     if not words:
         return
+    words = words[: words.index(">")] if ">" in words else words
     program, arguments = words[0], words[1:]
     assert program in PROGRAMS, f"{page}: {program} is not a program that these tests know"
     for word in arguments:
@@ -351,19 +355,22 @@ def test_relative_links_and_anchors_resolve(page: Path, target: str) -> None:
 
 def test_pages_end_up_in_the_navigation() -> None:
     text = (ROOT / "mkdocs.yml").read_text("utf-8")
-    for page in (ROOT / "docs").glob("*.md"):
-        assert re.search(rf"^ +- {page.name}$", text, re.MULTILINE), page.name
+    for page in (ROOT / "docs").rglob("*.md"):
+        name = page.relative_to(ROOT / "docs").as_posix()
+        assert re.search(rf"^ +- {name}$", text, re.MULTILINE), name
 
 
 # What pages say about the package ---------------------------------------------------------------------------------
 
 
 def test_every_setting_is_explained() -> None:
-    text = (ROOT / "docs/hyperparameters.md").read_text("utf-8")
-    table = dict(re.findall(r"^\| `(\w+)` \| ([^|]+) \|", text, re.MULTILINE))
+    cards = re.split(r"^### ", (ROOT / "docs/reference/settings.md").read_text("utf-8"), flags=re.MULTILINE)
+    defaults = {}
+    for card in cards[1:]:
+        (defaults[card.partition("\n")[0].strip("`")],) = re.findall(r"\*\*Default\*\*:\s`([^`]+)`", card)
     for field in fields(KDPOHyperParams):
-        assert field.name in table, field.name
-        said = yaml.safe_load(table[field.name].strip().strip("`"))
+        assert field.name in defaults, field.name
+        said = yaml.safe_load(defaults[field.name])
         default = field.default
         if said == "required":
             assert default is MISSING, field.name
@@ -376,7 +383,7 @@ def test_every_setting_is_explained() -> None:
 # is at the place in a JSON file that the comment behind it names.
 RESULTS = ROOT / "benchmarks/results"
 MEASURED = {row["name"]: row for row in csv.DictReader((RESULTS / "levers-smollm2.csv").open(encoding="utf-8"))}
-COLUMNS = {"s/edit": "seconds"}  # other columns of a table are called as in the file
+COLUMNS = {"s/edit": "seconds", "a call": "requests_per_call"}  # other columns of a table are called as in the file
 FIGURE = re.compile(r"(\d+(?:\.\d+)?) (m?s)<!-- (\S+\.json) (.+?) -->")
 SECONDS = re.compile(r"(?<![\w.])\d+(?:\.\d+)? m?s\b(?!<!-- \S+\.json .+? -->)")
 MEAN = re.compile(r"(?<![\w.])\d*\.\d{3}(?!\d)(?! m?s<!--)")
@@ -468,17 +475,70 @@ def test_means_in_prose_are_in_the_results(page: Path) -> None:
     assert set(MEAN.findall(prose(page))) <= measured
 
 
+def literal(node: ast.expr) -> str:
+    """The text of a message, its values as ``…``; of a choice its first case."""
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        return node.value
+    if isinstance(node, ast.JoinedStr):
+        return "".join(part.value if isinstance(part, ast.Constant) else "…" for part in node.values)  # type: ignore[misc]
+    if isinstance(node, ast.BinOp):
+        return literal(node.left) + literal(node.right)
+    return literal(node.body) if isinstance(node, ast.IfExp) else "…"
+
+
+def messages() -> Iterator[tuple[str, str]]:
+    """Each error of the package that is raised with words of its own, and these words."""
+    for file in MODULES:
+        for node in ast.walk(ast.parse(file.read_text("utf-8"))):
+            call = node.exc if isinstance(node, ast.Raise) else node.value if isinstance(node, ast.Return) else None
+            if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.args:
+                kind, said = getattr(errors, call.func.id, None), literal(call.args[-1])
+                if isinstance(kind, type) and re.search(r"[A-Za-z]", said):
+                    yield kind.__name__, said
+
+
+@pytest.mark.parametrize(("error", "message"), sorted(set(messages())))
+def test_each_message_has_its_cause_and_remedy(error: str, message: str) -> None:
+    """A message is one of those in the first column of its section, in which ``...`` stands for anything."""
+    section = getattr(errors, error).section
+    text = (ROOT / errors.PAGE).read_text("utf-8").partition(f"\n## {section}\n")[2].partition("\n## ")[0]
+    assert f"`{error}`" in text, f"{errors.PAGE} has no section {section!r} on {error}"
+    shown = [
+        entry for cell in re.findall(r"^\| (`.+?) \|", text, re.MULTILINE) for entry in re.findall(r"`([^`]+)`", cell)
+    ]
+    known = [".*".join(map(re.escape, entry.split("..."))) for entry in shown]
+    said = message.replace("`", "")
+    assert any(re.search(entry, said, re.DOTALL) for entry in known), f"{section} in {errors.PAGE} lacks: {message}"
+
+
+def test_an_error_names_the_section_that_explains_it() -> None:
+    text = (ROOT / errors.PAGE).read_text("utf-8")
+    for kind in [KDPOError, *KDPOError.__subclasses__(), ModuleNotFoundError]:
+        section = re.search(r'"(.+)"$', explained(kind(1, "what is wrong")))
+        assert section is not None, kind
+        assert f"\n## {section[1]}\n" in text, kind
+
+
+def test_every_option_is_listed() -> None:
+    text = (ROOT / "docs/reference/command-line.md").read_text("utf-8")
+    for name, command in typer.main.get_command(app).commands.items():  # type: ignore[attr-defined]
+        assert re.search(rf"^## kdpo .*\b{name}\b", text, re.MULTILINE), name
+        for parameter in command.params:
+            if parameter.param_type_name == "option":
+                assert f"{parameter.opts[0]}`" in text or f"{parameter.opts[0]} " in text, f"{name} {parameter.opts[0]}"
+
+
 def test_every_schema_and_source_is_listed() -> None:
     from kdpo_editor.compare.run.datasets import KNOWN, SCHEMAS
 
-    text = (ROOT / "docs/datasets.md").read_text("utf-8")
+    text = (ROOT / "docs/reference/datasets.md").read_text("utf-8")
     assert all(f"| `{name}` |" in text for name in KNOWN)
     for keys, _ in SCHEMAS.values():
         assert ", ".join(f"`{key}`" for key in keys) in text
 
 
 def test_every_method_of_the_comparison_is_described() -> None:
-    text = (ROOT / "docs/rivals.md").read_text("utf-8")
+    text = (ROOT / "docs/reference/rivals.md").read_text("utf-8")
     for file in (ROOT / "kdpo_editor/compare/conf/method").glob("*.yaml"):
         assert f"`{file.stem}`" in text, file.stem
 
@@ -489,15 +549,13 @@ CARDS = sorted(file for file in (ROOT / "hparams/KDPO").glob("*.yaml") if file.s
 @pytest.mark.parametrize("file", CARDS, ids=lambda f: f.stem)
 def test_model_cards_are_of_their_files(file: Path) -> None:
     hparams = KDPOHyperParams.from_hparams(file)
-    text = (ROOT / "docs/models.md").read_text("utf-8")
-    card = text.partition(f"\n## {file.stem}\n")[2].partition("\n## ")[0]
-    cells = {k: (v, why) for k, v, why in re.findall(r"^\| ([^|]+) \| ([^|]+) \| ([^|]+) \|$", card, re.MULTILINE)}
-    assert int(cells["Layer"][0].split()[0]) == hparams.layers[0]
-    assert float(cells["Rate"][0]) == hparams.lr
-    assert (int(cells["Cycles"][0]), float(cells["Stop loss"][0])) == (hparams.cycles, hparams.stop_loss)
-    derived = "Not in the paper" in file.read_text("utf-8")
-    assert ("derived" in cells["Layer"][1]) is derived
-    assert ("**Measured here:** nothing" in card) or file.stem in ("kdpo-llama-knowedit", "qwen1.5-0.5b")
+    text = (ROOT / "docs/reference/models.md").read_text("utf-8")
+    (row,) = re.findall(rf"^\| `{re.escape(file.stem)}` \|(.+)\|$", text, re.MULTILINE)
+    layer, rate, cycles, stop_loss, source, measured = (cell.strip() for cell in row.split("|"))
+    assert int(layer.split()[0]) == hparams.layers[0]
+    assert (float(rate), int(cycles), float(stop_loss)) == (hparams.lr, hparams.cycles, hparams.stop_loss)
+    assert source.startswith("derived") is ("Not in the paper" in file.read_text("utf-8"))
+    assert measured == "no" or file.stem == "kdpo-llama-knowedit"
 
 
 def test_the_citation_file_names_the_version_and_the_paper() -> None:
@@ -548,7 +606,6 @@ def public(tree: ast.Module) -> Iterator[tuple[str, ast.AST, str]]:
     yield from walk(tree.body, "", "")
 
 
-MODULES = sorted((ROOT / "kdpo_editor").rglob("*.py"))
 SHAPE = re.compile(r"``\[[^`]+\]``|\bscalar\b|any shape")
 # Weights by their parameters' names have whichever shape the model gives them.
 BY_NAME = re.compile(r"(?:dict|Mapping)\[str, (?:torch\.)?Tensor\]|Callable\[\[\], Tensor\]")
@@ -592,7 +649,7 @@ def test_the_site_builds_without_warnings_and_loads_nothing_from_elsewhere(tmp_p
         cwd=ROOT, capture_output=True, text=True, check=False, env={**environment(), "NO_MKDOCS_2_WARNING": "1"},
     )  # fmt: skip
     assert built.returncode == 0, built.stderr[-3000:]
-    for page in site.glob("*.html"):
+    for page in site.rglob("*.html"):
         text = page.read_text("utf-8")
         loaded = re.findall(r"<(?:script|img|iframe)[^>]+src=\"?(https?:[^\s\">]+)", text)
         loaded += re.findall(r"<link(?![^>]+rel=\"?canonical)[^>]+href=\"?(https?:[^\s\">]+)", text)

@@ -177,4 +177,4 @@ def test_verdicts_are_figures(shipped: tuple[Any, Any], records: list[Record], s
 
 
 def test_the_docs_show_the_judges_prompt() -> None:
-    assert judging.PROMPT in (DOCS / "protocol.md").read_text("utf-8")
+    assert judging.PROMPT in (DOCS / "reference/protocol.md").read_text("utf-8")

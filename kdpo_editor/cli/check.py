@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import HyperParamsError, KDPOError, RequestError
+from ..errors import HyperParamsError, KDPOError, RequestError, explained
 from .options import After, Device, Json, LedgersModel, SkipDamaged, Trust
 from .sources import Edits, read_edits
 from .terminal import complain, put, say, table
@@ -79,7 +79,7 @@ def check(
         probes = _probes(loaded[0], chat, known, known_from, text, task or (), task_limit)
         measures, answers = examine(*loaded, edits.delta, probes, bounds)
     except (KDPOError, OSError, ModuleNotFoundError) as error:
-        complain(str(error))
+        complain(explained(error))
         return 2
     for measure in measures:
         if measure.holds is None:

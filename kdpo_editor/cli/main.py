@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..errors import DamagedFileError, KDPOError, StorageError
+from ..errors import DamagedFileError, KDPOError, explained
 from .check import check
 from .edit import apply, edit
 from .history import checkout, compact, log, redo, undo
@@ -113,7 +113,7 @@ def _exits(command: Callable[..., int]) -> Callable[..., None]:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             code = 0
         except (KDPOError, OSError, ModuleNotFoundError) as error:
-            complain(str(error.strerror if isinstance(error, StorageError) else error))
+            complain(explained(error))
             if isinstance(error, DamagedFileError) and "journal.jsonl, line" in str(error):
                 complain("--skip-damaged leaves such lines out")
             code = 1

@@ -34,7 +34,7 @@ def names_in(lines: Iterable[str], most: int = MOST) -> list[str]:
 
 
 def name_windows(tok: Any, names: Sequence[str], longest: int = LONGEST) -> list[Tensor]:
-    """Token ids, int64, of each name alone and behind one of the context templates in turn.
+    """Token ids ``[S]``, int64, of each name alone and behind one of the context templates in turn.
 
     Left out are those of more than ``longest`` tokens and of a single one, which has no text before it.
     """

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
-from ...errors import KDPOError
+from ...errors import KDPOError, explained
 
 if TYPE_CHECKING:
     from .result_folder import ResultFolder
@@ -60,7 +60,7 @@ def exit_status(program: str, act: Callable[[], None]) -> int:
         sys.stderr.write(f"{program} needs {error.name}: pip install 'kdpo-editor[compare]'\n")
         return 1
     except (KDPOError, OSError) as error:
-        sys.stderr.write(f"{program}: {error}\n")
+        sys.stderr.write(f"{program}: {explained(error)}\n")
         return 1
     except KeyboardInterrupt:
         sys.stderr.write("\nInterrupted.\n")

@@ -19,7 +19,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
 from ...cache import cache_folder
-from ...errors import KDPOError
+from ...errors import KDPOError, explained
 from ...hparams import settings_folder
 from . import config as schema
 
@@ -74,7 +74,7 @@ def one_cell(config: DictConfig) -> float:
     try:
         cell = run(compare)
     except (KDPOError, ModuleNotFoundError) as error:
-        raise Refused(f"{error}") from None
+        raise Refused(explained(error)) from None
     except OSError as error:
         raise Refused(f"{type(error).__name__}: {error}") from None
     if cell.manifest()["status"] != "complete":

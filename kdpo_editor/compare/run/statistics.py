@@ -23,7 +23,7 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from ...errors import DataError, KDPOError
+from ...errors import DataError, KDPOError, explained
 from ...lifelong.second_moments import GENERAL_TEXT, UNCOUNTED, second_moments
 from ...testbed import taught_texts
 
@@ -173,7 +173,7 @@ def main(argv: list[str] | None = None) -> int:
         model, tok = load(args.model, device=args.device)
         fresh = ensure(model, tok, config, args.text, args.characters, Path(args.out))
     except (OSError, KeyError, KDPOError) as error:
-        sys.stderr.write(f"kdpo-statistics: {error}\n")
+        sys.stderr.write(f"kdpo-statistics: {explained(error)}\n")
         return 1
     sys.stdout.write(f"{'computed' if fresh else 'already'} in {args.out}\n")
     return 0
