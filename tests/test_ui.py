@@ -69,7 +69,7 @@ def test_asking_changes_nothing_and_says_which_edits_stand(trial: Trial) -> None
     assert [kind for kind, *_ in rows(table)] == ["edit"]
     assert_same(trial.model, before)
     trial.press(trial.edit, *FORM)
-    assert trial.press(trial.ask, *FORM)[0] == f"<p>1 edit stands: {PROMPT} → {NEW}</p>"
+    assert trial.press(trial.ask, *FORM)[0] == f"<p>1 edit stands: {SUBJECT} → {NEW}.</p>"
 
 
 def test_what_is_edited_is_kept_with_its_rephrasings_for_later_checks(trial: Trial) -> None:
@@ -152,6 +152,16 @@ def test_a_missing_gradio_is_an_error_that_names_the_extra(capsys: Any, monkeypa
     monkeypatch.setitem(sys.modules, "gradio", None)
     assert main(["ui", "--model", SHIPPED_MODEL]) == 1
     assert "pip install 'kdpo-editor[ui]'" in capsys.readouterr().err
+
+
+def test_a_port_that_is_taken_is_an_error_that_names_it(capsys: Any) -> None:
+    pytest.importorskip("gradio")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        assert main(["ui", "--model", SHIPPED_MODEL, "--port", port]) == 1
+    assert f"port {port}; try another --port" in capsys.readouterr().err
 
 
 # In a browser -----------------------------------------------------------------------------------------------------

@@ -101,9 +101,9 @@ class Trial:
 
     def ask(self, form: Form) -> str:
         """Say which edits stand."""
-        standing = [f"{r['prompt']} → {r['target_new']}" for r in self.ledger.requests]
+        standing = [" → ".join(filter(None, (r.get("subject"), r["target_new"]))) for r in self.ledger.requests]
         count = "1 edit stands" if len(standing) == 1 else f"{len(standing)} edits stand"
-        return f"{count}: {'; '.join(standing)}" if standing else "No edit stands."
+        return f"{count}: {', '.join(standing)}." if standing else "No edit stands."
 
     def edit(self, form: Form) -> str:
         """Edit the model so that it answers the prompt with the new answer."""

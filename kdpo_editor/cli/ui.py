@@ -82,8 +82,11 @@ def ui(
         ledger.restore(loaded)
         trial = Trial(loaded, tok, ledger, complete(settings, loaded), longest, chat)
         page = layout(trial, records, f"{model}, {recipe.value}", folder)
-        _, address, _ = page.launch(server_name=host, server_port=port, prevent_thread_lock=True, quiet=True,
-                                    share=False, css=CSS, footer_links=[])  # fmt: skip
+        try:
+            _, address, _ = page.launch(server_name=host, server_port=port, prevent_thread_lock=True, quiet=True,
+                                        share=False, css=CSS, footer_links=[])  # fmt: skip
+        except OSError as error:
+            raise OSError(f"the page cannot be served at {host}, port {port}; try another --port ({error})") from None
         stack.callback(page.close)
         say(f"The page is at {address} (Ctrl-C ends it).")
         with suppress(KeyboardInterrupt):

@@ -87,7 +87,7 @@ def page(
         cells=cells,
         left_out=left_out,
         notes=notes,
-        legend=[part.partition(": ")[::2] for part in re.split(r"(?<=\.) (?=[\w*. ]+: )", LEGEND)],
+        legend=[part.rstrip(".;").partition(": ")[::2] for part in re.split(r"(?<=[.;]) (?=[\w*. ]+: |Mean)", LEGEND)],
         versions=_versions(cells),
         script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
