@@ -403,6 +403,23 @@ def test_wrong_usage_gives_exit_code_two_and_a_hint(arguments: list[str], messag
 
 
 @pytest.mark.parametrize(
+    ("arguments", "section"),
+    [
+        (["undo", "none"], "Files"),
+        (["settings", *MODEL, "--set", "margin=many"], "Settings"),
+        (["settings", "--model", "none.gguf"], "Models"),
+        (["check", "none"], "Files"),
+    ],
+)
+def test_an_error_names_the_section_of_the_page_that_explains_it(
+    arguments: list[str], section: str, tmp_path: Path, monkeypatch: Any, capsys: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) in (1, 2)
+    assert capsys.readouterr().err.splitlines()[-1].endswith(f'docs/how-to/troubleshooting.md, "{section}"')
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["edit", *MODEL, "--file", "nowhere.jsonl", "--out", "e"], "nowhere.jsonl"),
