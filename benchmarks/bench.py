@@ -264,7 +264,7 @@ def plan(m: Model, labels: Sequence[str], memit: int, quick: bool) -> dict[str, 
     rounds, many, row = (3, 8, 16) if quick else (5 if real else 4, 100 if real or CUDA else 10, 40)
     single = [label for label in labels if label not in ("MEMIT", "ROME") or (real and label != "MEMIT")]
     big = {label: [many] for label in labels if label in ("KDPO-L", "UltraEdit")}
-    big |= {"MEMIT": [2, memit] if memit < many else [many]} if "MEMIT" in labels else {}
+    big |= {"MEMIT": [2, memit] if memit < many else [many]} if "MEMIT" in labels and (real or CUDA) else {}
     parts: dict[str, Callable[[], Any]] = {
         "edits": lambda: edits(m, single, records[:rounds]),
         "calls": lambda: calls(m, big, records),

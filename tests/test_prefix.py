@@ -161,7 +161,7 @@ def test_an_edit_that_wins_by_less_than_the_loss_that_ends_a_cycle_is_trained_on
 
 @pytest.mark.parametrize("fact_token", ["all", "subject_last"])
 def test_kdpo_l_does_what_it_does_with_full_passes(fact_token: str, settings: Any) -> None:
-    """The same weights where all tokens are trained. Where keys and values stay for a while, the way there is another."""
+    """The same weights where all tokens are trained; where keys and values stay for a while, others."""
     requests = [{key: r[key] for key in ("prompt", "target_new", "subject")} for r in load_records()[:3]]
     hparams = settings(**LIFELONG, fact_token=fact_token, schedule="breadth_first")
     changes = []
