@@ -1,6 +1,6 @@
 # make demo     edit real facts in SmolLM2-135M, KDPO beside FT
 # make test     lint, types, tests
-# make compare  fourteen methods on SmolLM2-135M, ten edits in a row, ending with table and picture
+# make compare  eleven methods on SmolLM2-135M, ten edits in a row, ending with table and picture
 # make docs     the documentation, into site/
 # make examples run the notebooks again (five minutes)
 # make bench    speed and memory, side by side in one run (about 25 minutes on two cores; goes on where it was ended)
