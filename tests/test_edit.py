@@ -281,6 +281,17 @@ def test_append_eos_makes_the_end_token_part_of_the_answer(llama: Any, settings:
     assert len(trace.cycles[0].rejected) == 7
 
 
+@pytest.mark.parametrize(("lr", "wins"), [(1e-9, False), (1e-3, True)])
+def test_an_edit_is_won_once_it_is_the_argmax_though_its_margin_is_out_of_reach(
+    llama: Any, settings: Any, lr: float, wins: bool
+) -> None:
+    model, tok = llama
+    hparams = settings(margin=1000.0, stop_loss=0.0, cycles=20, lr=lr, schedule="breadth_first")
+    _, _, (trace,) = edit(model, tok, [REQUEST], hparams)
+    assert trace.converged == wins
+    assert len(trace.cycles) == 20
+
+
 def test_margin_demands_a_clear_win(llama: Any, settings: Any) -> None:
     model, tok = llama
     _, _, (trace,) = edit(model, tok, [REQUEST], settings(margin=5.0, stop_loss=0.0))

@@ -43,7 +43,7 @@ class EditTrace:
     """What happened during one edit.
 
     ``cycles``: those that began with an unfinished edit. ``converged``: whether every answer position ended up as the
-    argmax, by ``margin`` where one is set. Where an edit is trained in several phrasings, ``cycles`` are those of its
+    argmax, by whatever margin. Where an edit is trained in several phrasings, ``cycles`` are those of its
     prompt, and ``converged`` is about all of them.
     """
 
@@ -258,9 +258,9 @@ def unfinished(batches: Sequence[Sequence[Batch]]) -> list[list[PreferenceBatch]
 
 
 def lost(batches: Sequence[Sequence[Batch]]) -> list[int]:
-    """The edits that are not won, by their numbers."""
-    each = chain(*batches)
-    return [m for batch in each for m, loses in zip(batch.members, batch.losing.tolist(), strict=True) if loses]
+    """The edits of which an answer is not the argmax, by their numbers; by how much the others lead does not matter."""
+    each = ((batch, batch.losing & (batch.margins <= 0)) for batch in chain(*batches))
+    return [m for batch, loses in each for m, one in zip(batch.members, loses.tolist(), strict=True) if one]
 
 
 def make_batch(
