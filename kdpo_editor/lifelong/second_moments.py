@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
@@ -35,7 +34,7 @@ LOG = logging.getLogger(__name__)
 # Paragraphs of the Simple English Wikipedia, one a line; text/LICENSE says which.
 GENERAL_TEXT = Path(__file__).parent / "text" / "simple_wikipedia.txt"
 LONGEST = 256  # tokens that are read of a line
-BATCH = 16  # lines at a time
+TOGETHER = 4096  # tokens that are read at a time, padding among them
 # The first token of each line does not count: many models answer to whatever comes first with inputs of another size
 # altogether (Sun et al. 2024, "Massive Activations"), which would make all other inputs look rare.
 UNCOUNTED = 1
@@ -278,8 +277,7 @@ def _squares(values: Tensor, counted: Tensor) -> Tensor:
 def _padded(model: nn.Module, windows: Iterable[Tensor], last: bool = False) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Token ids and attention mask ``[B, L]`` on the model's device, and which tokens count, ``[B, L]`` bool."""
     device = model.get_input_embeddings().weight.device  # type: ignore[operator]
-    stream = iter(windows)
-    while group := list(islice(stream, BATCH)):
+    for group in _groups(windows):
         ids = nn.utils.rnn.pad_sequence(group, batch_first=True).to(device)
         real = nn.utils.rnn.pad_sequence([torch.ones_like(g) for g in group], batch_first=True).bool()
         mask = real.to(ids)
@@ -287,6 +285,20 @@ def _padded(model: nn.Module, windows: Iterable[Tensor], last: bool = False) -> 
         if last:
             real[:, :-1] &= ~real[:, 1:]
         yield ids, mask, real
+
+
+def _groups(windows: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """Windows in their order, as many at a time as may be read together."""
+    group: list[Tensor] = []
+    longest = 0
+    for ids in windows:
+        longest = max(longest, len(ids))
+        if group and (len(group) + 1) * longest > TOGETHER:
+            yield group
+            group, longest = [], len(ids)
+        group.append(ids)
+    if group:
+        yield group
 
 
 def _place(base: str, name: str, lines: Sequence[str], tokens: int) -> Path:
