@@ -445,9 +445,12 @@ def test_rows_of_the_results_are_of_settings_that_there_are(row: dict[str, str])
     KDPOHyperParams.from_config({"model_name": row["model"], **{k: yaml.safe_load(v) for k, v in given.items()}})
 
 
+RECIPE = "validation-names-margin-6"  # the row that it was chosen by
+
+
 def test_the_recipe_is_the_one_that_was_measured() -> None:
     recipe = KDPOHyperParams.from_hparams(ROOT / "hparams/KDPO-L/auto", "smollm2-135m").to_dict()
-    given = {k: yaml.safe_load(v) for k, v in (p.split("=", 1) for p in MEASURED["recipe"]["settings"].split())}
+    given = {k: yaml.safe_load(v) for k, v in (p.split("=", 1) for p in MEASURED[RECIPE]["settings"].split())}
     layers = given.pop("layers")
     assert KDPOHyperParams.from_config({**recipe, **given}).to_dict() == recipe
     assert default_layers(30, range(30), all_tokens=False) == layers

@@ -232,7 +232,7 @@ def test_kdpo_l_edits_a_shared_expert(tok: Any, text: str) -> None:
 
 def test_kdpo_l_edits_routed_experts_without_second_moments(tok: Any) -> None:
     """One call after the other, and the first edit still holds after the second."""
-    model, hparams = upcycled("Mixtral"), recipe(mom2_weight=0, context_templates=0)
+    model, hparams = upcycled("Mixtral"), recipe(mom2_weight=0, context_templates=0, margin=3.0)
     for requests in ([ABOUT], [ABOUT, LONGER]):
         may_change = reached(model, tok, 5, requests, "all")
         _, originals, (trace,) = edit(model, tok, requests[-1:], hparams)
