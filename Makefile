@@ -28,7 +28,7 @@ test: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup --durations 25 --durations-min 5
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadscope --durations 25 --durations-min 5
 
 compare: $(VENV)/.installed
 	$(BIN)/kdpo-compare experiment=$(EXPERIMENT) out=$(RESULTS)
