@@ -11,23 +11,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from kdpo_editor import KDPOHyperParams
 
 GOLDEN = Path(__file__).parent / "golden"
-# Fixtures of a module that take long to make: with several processes (-n), each is made in one of them alone.
-COSTLY = ("scenarios", "results", "finished", "found")
 REQUEST = {"prompt": "What species is ZIC3 specific to?", "target_new": "male"}
 PARAMETER = "model.layers.4.mlp.down_proj.weight"
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that share a costly fixture stay together (``--dist loadgroup``)."""
-    for item in items:
-        for name in set(COSTLY).intersection(getattr(item, "fixturenames", ())):
-            variant = (
-                item.callspec.params.get("form", item.callspec.params.get(name, ""))
-                if hasattr(item, "callspec")
-                else ""
-            )
-            item.add_marker(pytest.mark.xdist_group(f"{item.path.stem}-{name}-{variant}"))
 
 
 def load(name: str) -> tuple[Any, Any]:
