@@ -274,7 +274,7 @@ def test_names_count_as_much_as_all_other_tokens(llama: Any, tmp_path: Path) -> 
         sums / count
         for sums, count in (
             second_moments.second_moments(model, [MODULE], windows)[MODULE],
-            second_moments.second_moments(model, [MODULE], name_windows(tok, names_in(lines)), last=True)[MODULE],
+            second_moments.second_moments(model, [MODULE], name_windows(tok, names_in(lines), 24), last=True)[MODULE],
         )
     ]
     torch.testing.assert_close(found.mean, (means[0] + means[1]).float().trace() / len(means[0]))
@@ -296,7 +296,7 @@ def test_names_are_words_with_capitals_inside_a_sentence(line: str, names: list[
 
 def test_names_are_read_alone_and_behind_a_short_text(llama: Any) -> None:
     _, tok = llama
-    texts = [tok.decode(ids) for ids in name_windows(tok, ["Anna Berg", "Lake of the Woods"])]
+    texts = [tok.decode(ids) for ids in name_windows(tok, ["Anna Berg", "Lake of the Woods"], 24)]
     assert sorted(texts) == sorted(
         ["Anna Berg", "The story begins. Anna Berg", "Lake of the Woods", "In 2010, he said: Lake of the Woods"]
     )

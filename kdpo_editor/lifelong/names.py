@@ -20,7 +20,8 @@ CAPITAL = "[A-ZÀ-ÖØ-ÞΑ-ΩА-Я]"  # alphabets without capitals have no name
 WORD = rf"{CAPITAL}[\w'\u2019-]+"
 NAME = re.compile(rf"(?<![.!?:] )(?<!^)\b(?=\w{{3}}){WORD}(?: (?:(?:of the|of|de|der|du|la|van|von) )?{WORD})*")
 MOST = 3000  # names
-LONGEST = 24  # tokens
+# What names and the texts that they are read in depend on, for what is kept of them on disk.
+RULE = f"{NAME.pattern} {MOST} {TEMPLATES}"
 
 
 def names_in(lines: Iterable[str], most: int = MOST) -> list[str]:
@@ -33,7 +34,7 @@ def names_in(lines: Iterable[str], most: int = MOST) -> list[str]:
     return list(found)[:most]
 
 
-def name_windows(tok: Any, names: Sequence[str], longest: int = LONGEST) -> list[Tensor]:
+def name_windows(tok: Any, names: Sequence[str], longest: int) -> list[Tensor]:
     """Token ids ``[S]``, int64, of each name alone and behind one of the context templates in turn.
 
     Left out are those of more than ``longest`` tokens and of a single one, which has no text before it.

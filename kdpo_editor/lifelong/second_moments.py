@@ -28,7 +28,7 @@ from ..engine.weights import as_found
 from ..errors import FingerprintError, HyperParamsError, ModelError
 from ..models import room
 from . import kept_tensors
-from .names import name_windows, names_in
+from .names import RULE, name_windows, names_in
 
 LOG = logging.getLogger(__name__)
 # Paragraphs of the Simple English Wikipedia, one a line; text/LICENSE says which.
@@ -302,6 +302,6 @@ def _groups(windows: Iterable[Tensor]) -> Iterator[list[Tensor]]:
 
 
 def _place(base: str, name: str, lines: Sequence[str], tokens: int) -> Path:
-    text = "\n".join(lines).encode()
-    key = hashlib.blake2b(f"{base} {name} {tokens} {LONGEST} {UNCOUNTED} {RANK} names ".encode() + text, digest_size=16)
+    told = f"{base} {name} {tokens} {LONGEST} {UNCOUNTED} {RANK} {RULE} "
+    key = hashlib.blake2b((told + "\n".join(lines)).encode(), digest_size=16)
     return cache_folder() / "second_moments" / f"{key.hexdigest()}.safetensors"

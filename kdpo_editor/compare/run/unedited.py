@@ -26,8 +26,8 @@ def kept_for(model: nn.Module, of: str | None = None, cache: Path | None = None)
 
     ``key`` and what is computed are plain values of JSON. ``of``: the model's
     :func:`~kdpo_editor.compare.run.evaluate.fingerprint`, where it is known. ``cache``: a folder, the package's own
-    without it. Where nothing can be written there, it is computed each time.
-    Of processes that want the same at once, one computes it.
+    without it. Where nothing can be written there, it is computed each time. Of processes that want the same at
+    once, one computes it.
     """
     own = {"model": of or fingerprint(model), "name": getattr(model, "name_or_path", ""), "versions": versions()}
     folder = (cache or cache_folder()) / "before"
