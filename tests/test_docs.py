@@ -432,7 +432,7 @@ def test_tables_of_measured_figures_name_their_rows(page: Path) -> None:
     text = FENCE.sub("", page.read_text("utf-8"))
     for before, heading in re.findall(r"(.*)\n\n(\|.+\|)\n\|[-|]+\|\n", text):
         if re.search(r"\| (?:rewrite|rephrase|neighbours|s/edit) \|", heading):
-            assert before.startswith(("<!-- rows: ", "<!-- file: ", "<!-- demo -->")), f"{page.name}: {heading}"
+            assert before.startswith(("<!-- rows: ", "<!-- file: ")), f"{page.name}: {heading}"
 
 
 @pytest.mark.parametrize("row", MEASURED.values(), ids=MEASURED.keys())
