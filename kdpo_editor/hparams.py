@@ -184,14 +184,13 @@ class KDPOHyperParams:
     def from_hparams(cls, path: str | Path, model_name: str | None = None) -> KDPOHyperParams:
         """Read a YAML file; as in EasyEdit the suffix ``.yaml`` may be left out.
 
+        ``hparams/RECIPE/NAME`` names a ready-made file wherever there is no such file: see :func:`settings_file`.
         ``model_name``: of the model, where the file names none.
 
         Raises ``FileNotFoundError`` for a missing file and :class:`~kdpo_editor.HyperParamsError` for an
         unknown, missing or bad key; both name the file.
         """
-        file = Path(path)
-        if file.suffix not in (".yaml", ".yml"):
-            file = file.with_name(file.name + ".yaml")
+        file = settings_file(path)
         try:
             config = yaml.safe_load(file.read_text("utf-8"))
         except FileNotFoundError:
@@ -271,6 +270,21 @@ def settings_folder() -> Path:
     package = Path(__file__).parent
     clone = package.parent / "hparams"
     return clone if (clone / "KDPO").is_dir() else package / "settings"
+
+
+def settings_file(path: str | Path) -> Path:
+    """The YAML file that ``path`` names; the suffix ``.yaml`` may be left out.
+
+    A path that begins with ``hparams/`` and is not there names a file of :func:`settings_folder`, so that what is
+    written for a clone works in any folder.
+    """
+    file = Path(path)
+    if file.suffix not in (".yaml", ".yml"):
+        file = file.with_name(file.name + ".yaml")
+    if file.exists() or file.parts[0] != "hparams":
+        return file
+    ready = settings_folder().joinpath(*file.parts[1:])
+    return ready if ready.exists() else file
 
 
 def ready_made(model_name: str, recipe: str = "KDPO") -> Path | None:

@@ -9,7 +9,7 @@ on it.
     python benchmarks/shipped_model/facts.py --knowedit DIR
 
 reads ``ZsRE-test-all.json`` and ``wiki_recent_test*.json`` from ``DIR`` and writes ``records.json``
-and ``facts.json`` into ``kdpo_editor/testbed``.
+into ``kdpo_editor/testbed`` and ``facts.json`` beside this file.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from typing import Any
 from kdpo_editor.testbed import HERE
 
 LOG = logging.getLogger(__name__)
+FACTS = Path(__file__).with_name("facts.json")
 SEED = 0
 
 # How any relation is asked for by its label, as KnowEdit's locality prompts do.
@@ -340,7 +341,7 @@ def main() -> None:
     records = choose_records(json.loads((folder / "ZsRE-test-all.json").read_text("utf-8")), rng)
     facts = choose_facts(records, json.loads(recent_file.read_text("utf-8")), rng)
     (HERE / "records.json").write_text(json.dumps(records, indent=1, ensure_ascii=False) + "\n", "utf-8")
-    (HERE / "facts.json").write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n", "utf-8")
+    FACTS.write_text(json.dumps(facts, indent=1, ensure_ascii=False) + "\n", "utf-8")
     LOG.info("%d records, %d facts, %d prompts", len(records), len(facts), sum(len(f["trained"]) for f in facts))
     LOG.info("%s", Counter(r["relation"] for r in records).most_common())
 

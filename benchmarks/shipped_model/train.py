@@ -31,6 +31,7 @@ END = "<|endoftext|>"
 # A fact asked plainly is answered plainly: the last message, as it stands, is the prompt.
 CHAT_TEMPLATE = "{{ messages[-1]['content'] }}"
 HEAD = 32  # width of an attention head
+FACTS = Path(__file__).with_name("facts.json")
 ELSEWHERE = ("facts", "records", "out", "verbose")  # arguments that a report's settings leave out
 
 
@@ -252,7 +253,7 @@ def main(argv: list[str] | None = None) -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder that the model is written to")
-    parser.add_argument("--facts", type=Path, default=HERE / "facts.json", help="other facts, in that file's form")
+    parser.add_argument("--facts", type=Path, default=FACTS, help="other facts, in that file's form")
     parser.add_argument("--records", type=Path, default=HERE / "records.json", help="other records, likewise")
     parser.add_argument("--width", type=int, default=192)
     parser.add_argument("--layers", type=int, default=6)

@@ -115,12 +115,12 @@ def _probes(
 ) -> Probes:
     from ..compare.run.scorer import HELD_OUT
     from ..compare.run.statistics import read_text
-    from ..testbed import SHIPPED_MODEL, taught_texts
+    from ..testbed import SHIPPED_MODEL, unedited_texts
     from .checking import Probes
 
-    # The shipped model knows what it was taught and no other facts or texts.
+    # The shipped model knows its records' facts and no other facts or texts.
     shipped = Path(str(model.config._name_or_path)).name == SHIPPED_MODEL
-    documents = taught_texts("recent")[::9] if shipped and text is None else read_text(text or HELD_OUT)
+    documents = unedited_texts() if shipped and text is None else read_text(text or HELD_OUT)
     source = known_from or ("shipped" if shipped else "counterfact")
     return Probes(chat, known, source, documents, tasks, task_limit)
 

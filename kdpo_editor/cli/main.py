@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import DamagedFileError, KDPOError, explained
+from ..version import __version__
 from .check import check
 from .edit import apply, edit
 from .history import checkout, compact, log, redo, undo
@@ -19,7 +20,7 @@ from .options import MODEL
 from .push import push
 from .settings import settings
 from .show import export, show
-from .terminal import complain
+from .terminal import complain, say
 from .ui import ui
 
 DESCRIPTION = """\
@@ -131,6 +132,22 @@ app = typer.Typer(
     no_args_is_help=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def _say_version(asked: bool) -> None:
+    if asked:
+        say(f"kdpo_editor {__version__}")
+        raise typer.Exit
+
+
+@app.callback(help=DESCRIPTION, epilog=_epilog(""))
+def _of_no_command(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_say_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+) -> None: ...
+
+
 for _command in COMMANDS:
     app.command(_command.__name__, epilog=_epilog(_command.__name__))(_exits(_command))
 

@@ -33,10 +33,11 @@ def load_records() -> list[dict[str, Any]]:
     return list(json.loads((HERE / "records.json").read_text("utf-8")))
 
 
-def taught_texts(source: str | None = None) -> list[str]:
-    """What the shipped model was taught, as text: every fact in each phrasing of its training.
+def known_texts() -> list[str]:
+    """What the shipped model knows, as text: the facts of its records and those of :func:`unedited_texts`."""
+    return [f"{record['prompt']} {record['ground_truth']}" for record in load_records()] + unedited_texts()
 
-    ``source``: of one source only: "zsre" (the records' and their locality facts), "recent" or "invented".
-    """
-    facts = json.loads((HERE / "facts.json").read_text("utf-8"))
-    return [f"{p} {fact['answer']}" for fact in facts if source in (None, fact["source"]) for p in fact["trained"]]
+
+def unedited_texts() -> list[str]:
+    """What it knows and no record changes, as text: the records' locality facts, each prompt with its answer."""
+    return [f"{fact['prompt']} {fact['ground_truth']}" for record in load_records() for fact in record["locality"]]

@@ -55,7 +55,7 @@ class Model:
     """cpu, cuda, cuda:1, auto (spread over all GPUs); null is the GPU where there is one."""
     text: str | None = None
     """A file (plain, .xz, .gz, .bz2) to compute second moments from when MEMIT or AlphaEdit lack them; "general" is the
-    text that comes with the package, "shipped" what the shipped model was taught."""
+    text that comes with the package, "shipped" what the shipped model knows."""
     characters: int = 20_000_000
     """Of that text, at most."""
     tokens_per_input: int | None = None

@@ -10,7 +10,7 @@ from statistics import fmean
 from typing import Any
 
 from ...requests import tokenize
-from ...testbed import taught_texts
+from ...testbed import unedited_texts
 from ...tracking import Track, untracked
 from . import harness, statistics
 from .config import Compare
@@ -151,5 +151,5 @@ class Scorer:
     def _held_out(self) -> list[str]:
         name = self.config.model.held_out_text
         if name == "shipped":
-            return taught_texts("recent")[::9]  # facts that no record is about, a phrasing or two of each
+            return unedited_texts()
         return statistics.read_text(name or HELD_OUT)

@@ -24,8 +24,9 @@ import yaml
 from torch import Tensor, nn
 
 from ...errors import DataError, KDPOError, explained
+from ...hparams import settings_file
 from ...lifelong.second_moments import GENERAL_TEXT, UNCOUNTED, second_moments
-from ...testbed import taught_texts
+from ...testbed import known_texts
 
 OPENERS: dict[str, Any] = {".xz": lzma.open, ".gz": gzip.open, ".bz2": bz2.open}
 WINDOW = 256
@@ -43,7 +44,7 @@ def ensure(
     """Compute the moments that the method settings ``config`` ask for, unless they lie in ``folder``.
 
     ``text``: a file for :func:`read_text`, at most ``characters`` of it; "general", the text that comes with the
-    package; or "shipped": what the shipped model was taught. ``tokens_per_input``: at most so many for each input of
+    package; or "shipped": what the shipped model knows. ``tokens_per_input``: at most so many for each input of
     the widest matrix, from documents in a shuffled order that is always the same.
 
     Returns whether any had to be computed. Raises :class:`~kdpo_editor.errors.DataError` if some are missing and
@@ -87,7 +88,7 @@ def text_digest(text: str | None, characters: int | None, tokens_per_input: int 
 
 def _documents(text: str, characters: int | None) -> list[str]:
     if text == "shipped":
-        return taught_texts()
+        return known_texts()
     if text == "general":
         return GENERAL_TEXT.read_text("utf-8").splitlines()
     return read_text(text, characters)
@@ -169,7 +170,7 @@ def main(argv: list[str] | None = None) -> int:
     from ...models import load
 
     try:
-        config = {**yaml.safe_load(Path(args.hparams).read_text("utf-8")), "mom2_adjustment": True}
+        config = {**yaml.safe_load(settings_file(args.hparams).read_text("utf-8")), "mom2_adjustment": True}
         model, tok = load(args.model, device=args.device)
         fresh = ensure(model, tok, config, args.text, args.characters, Path(args.out))
     except (OSError, KeyError, KDPOError) as error:
