@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 import kdpo_editor
 from kdpo_editor import KDPOHyperParams
 from kdpo_editor.cli.main import main
+from kdpo_editor.compare.command import main as compare
 from kdpo_editor.hparams import settings_folder
 
 pytest.importorskip("setuptools")
@@ -104,3 +106,12 @@ def test_settings_that_are_nowhere_are_named(tmp_path: Path, monkeypatch: pytest
 def test_the_command_says_its_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"kdpo_editor {kdpo_editor.__version__}\n"
+
+
+def test_the_comparison_says_which_extra_brings_what_it_needs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "hydra", None)
+    monkeypatch.delitem(sys.modules, "kdpo_editor.compare.run.app", raising=False)
+    assert compare() == 1
+    assert capsys.readouterr().err == "kdpo-compare needs hydra: pip install 'kdpo-editor[compare]'\n"
