@@ -1,201 +1,31 @@
-"""The comparison: fair to every method, complete on disk, and not to be stopped by a failure or a kill."""
+"""Cells of the comparison: complete on disk, computed once, and with settings that say what they are."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import os
 import re
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import fmean
-from typing import Any
 
 import pandas as pd
 import pytest
 import yaml
+from comparing import CHECKOUT, HAS_PYPI, cells, composed, figures, manifest
 
 import kdpo_editor
 from kdpo_editor import SHIPPED_MODEL
-from kdpo_editor.compare.report.reading import read_cells
-from kdpo_editor.easyedit.import_hook import VARIABLE
 from kdpo_editor.errors import CellBusy, DataError, HyperParamsError, ResultsError
-from kdpo_editor.hparams import settings_folder
 
-CHECKOUT = os.environ.get(VARIABLE)
-HAS_PYPI = importlib.util.find_spec("easyeditor") is not None
-APP = [sys.executable, "-m", "kdpo_editor.compare.run.app"]
 CONF = Path(kdpo_editor.__file__).parent / "compare" / "conf"
-SCENARIOS = Path(__file__).parent / "compare_scenarios.py"
-# In a single process on a small model: enough to be a comparison.
-SMALL = ["n_edits=4", "protocol.eval_at=[2]", "protocol.known=5", "protocol.perplexity=false", "report=false"]
-# Of edited weights they would be others for all layers but the lowest. The perplexity tells of any change of a weight.
-SECOND_MOMENTS = ["method.hparams.layers=[1,2,4]", "protocol.perplexity=true"]
-SECOND_MOMENTS += ["+method.hparams.mom2_weight=10", "+method.hparams.mom2_n_samples=2000"]
-METHODS = [
-    "KDPO",
-    "KDPO-DPO",
-    "KDPO-L",
-    "FT-L",
-    "FT-M",
-    "LoRA",
-    "AdaLoRA",
-    "ROME",
-    "MEMIT",
-    "DPO",
-    "AlphaEdit",
-    "WISE",
-    "GRACE",
-]
-UPSTREAM_ONLY = {"FT-M", "LoRA", "DPO", "AlphaEdit", "WISE", "GRACE"}
 
 pytestmark = pytest.mark.skipif(not HAS_PYPI and not CHECKOUT, reason="no form of EasyEdit is installed")
 
 
-def environment(form: str, **more: str) -> dict[str, str]:
-    kept = {k: v for k, v in os.environ.items() if k != VARIABLE}
-    if form == "upstream":
-        kept[VARIABLE] = str(CHECKOUT)
-    return {**kept, "OMP_NUM_THREADS": "1", **more}
-
-
-def compare(folder: Path, *arguments: str, **more: str) -> subprocess.CompletedProcess[str]:
-    form = "pypi" if HAS_PYPI else "upstream"
-    command = [
-        sys.executable,
-        "-m",
-        "kdpo_editor.compare.run.app",
-        *arguments,
-        f"out={folder}",
-        f"cache={folder}/cache",
-    ]
-    return subprocess.run(command, capture_output=True, text=True, env=environment(form, **more), check=False)
-
-
-def cells(folder: Path) -> dict[str, Path]:
-    return {json.loads(f.read_text("utf-8"))["method"]: f.parent for f in folder.glob("*/manifest.json")}
-
-
-def manifest(cell: Path) -> dict[str, Any]:
-    return dict(json.loads((cell / "manifest.json").read_text("utf-8")))
-
-
-def figures(cell: Path) -> pd.DataFrame:
-    """All rows but those that measure the machine."""
-    rows = pd.read_parquet(cell / "rows.parquet")
-    return rows[~rows["metric"].isin(["seconds", "setup_seconds", "peak_memory", "total_memory"])].reset_index(
-        drop=True
-    )
-
-
-# Methods --------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(
-    scope="module",
-    params=[
-        pytest.param("pypi", marks=pytest.mark.skipif(not HAS_PYPI, reason="the PyPI form is not installed")),
-        pytest.param("upstream", marks=pytest.mark.skipif(not CHECKOUT, reason=f"{VARIABLE} names no checkout")),
-    ],
-)
-def scenarios(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    folder = tmp_path_factory.mktemp("scenarios")
-    run = subprocess.run(
-        [sys.executable, str(SCENARIOS), str(folder), *METHODS],
-        capture_output=True,
-        text=True,
-        env=environment(request.param),
-        cwd=folder,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr[-4000:]
-    return {"form": request.param, **json.loads(run.stdout.splitlines()[-1])}
-
-
-@pytest.mark.slow
-def test_figures_agree_with_the_frameworks(scenarios: dict[str, Any]) -> None:
-    pairs = [pair for record in scenarios["framework"] for pair in record.values()]
-    assert any(0 < ours < 1 for ours, _ in pairs)
-    for ours, theirs in pairs:
-        assert ours == pytest.approx(theirs, abs=1e-6)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("method", METHODS)
-def test_a_method_leaves_nothing_behind_and_keeps_its_edits(scenarios: dict[str, Any], method: str) -> None:
-    found = scenarios[method]
-    if scenarios["form"] == "pypi" and method in UPSTREAM_ONLY:
-        assert found is None
-        return
-    assert found["restored"]
-    assert found["evaluation_mode"]
-    assert found["use_cache"]
-    assert found["trainable"] == found["hooks"] == 0
-    assert not found["checkpointing"]
-    if found["resumed"] is not None:
-        assert found["resumed"], "a resumed sequence ended with other weights"
-    # The first edit is there after the second: no adapter was dropped.
-    assert found["kept"][0] >= min(found["kept_after_first"], 0.5)
-
-
-@pytest.mark.slow
-def test_wise_is_refused_without_a_spare_record(scenarios: dict[str, Any]) -> None:
-    if scenarios["WISE"] is None:
-        pytest.skip("this form of EasyEdit has no WISE")
-    assert scenarios["alone"].startswith("n_edits: WISE needs a record that is never edited")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("method", ["KDPO", "ROME", "MEMIT"])
-def test_a_method_works_on_the_shipped_model(scenarios: dict[str, Any], method: str) -> None:
-    assert fmean(scenarios[method]["rewrite"]) >= 0.9
-
-
-@pytest.mark.parametrize(
-    "file",
-    sorted(file for file in settings_folder().glob("*/*.yaml") if file.stem != "auto"),
-    ids=lambda file: f"{file.parent.name}-{file.stem}",
-)
-def test_settings_fit_the_frameworks_classes(file: Path) -> None:
-    from kdpo_editor import easyedit
-    from kdpo_editor.compare.run.editing import available
-
-    config = {**yaml.safe_load(file.read_text("utf-8")), "device": 0}
-    if config["alg_name"] not in easyedit.methods():
-        pytest.skip(f"this form of EasyEdit has no {config['alg_name']}")
-    hparams, ignored = easyedit.settings(config)
-    assert hparams.model_name == config["model_name"]
-    assert available(config) or {"objective_optimization", "lora_type"} & set(ignored)
-
-
-def test_an_unknown_setting_of_a_rival_is_refused() -> None:
-    from kdpo_editor import easyedit
-
-    config = yaml.safe_load((settings_folder() / "ROME" / f"{SHIPPED_MODEL}.yaml").read_text("utf-8"))
-    with pytest.raises(HyperParamsError, match="v_lrr"):
-        easyedit.settings({**config, "v_lrr": 1})
-    del config["v_lr"]
-    with pytest.raises(HyperParamsError, match="v_lr"):
-        easyedit.settings(config)
-
-
 # Cells ----------------------------------------------------------------------------------------------------------
-
-
-def composed(folder: Path, *overrides: str) -> Any:
-    from hydra import compose, initialize_config_module
-    from omegaconf import OmegaConf
-
-    import kdpo_editor.compare.run.app  # noqa: F401  (registers the schema)
-
-    with initialize_config_module("kdpo_editor.compare.conf", version_base="1.3"):
-        config = compose("config", [f"out={folder}", f"cache={folder}/cache", *SMALL, *overrides])
-    return OmegaConf.to_object(config)
 
 
 @pytest.fixture(scope="module")
@@ -485,84 +315,6 @@ def test_edits_of_one_case_are_of_one_split(tmp_path: Path) -> None:
     assert not splits[0] & splits[1]
 
 
-# The command ----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["method=kdop"], ["method/kdop", "ft_m", "kdpo", "rome"]),
-        (["model=nothing"], ["nothing", "kdpo-llama-knowedit"]),
-        (["dataset=nothing"], ["nothing", "counterfact", "zsre"]),
-        (["method.hparams.lrr=1"], ["lrr"]),
-        (["n_edit=1"], ["n_edit"]),
-        (["dataset=file", "dataset.source=nowhere.json"], ["nowhere.json"]),
-    ],
-)
-def test_a_mistake_on_the_command_line_is_named_without_a_traceback(
-    tmp_path: Path, arguments: list[str], words: list[str]
-) -> None:
-    run = compare(tmp_path, *arguments, *SMALL)
-    assert run.returncode != 0
-    assert "Traceback" not in run.stderr
-    for word in words:
-        assert word in run.stderr
-
-
-@pytest.mark.parametrize("name", ["a,b.json", "a=b.json", "my edits.json", "it's (1) [2] {3}.json", 'a "b".json'])
-def test_a_file_may_have_any_name(tmp_path: Path, name: str) -> None:
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-
-    from kdpo_editor.compare.run.app import _quoted
-
-    file = tmp_path / name
-    file.write_text("[]", "utf-8")
-    (override,) = OverridesParser.create().parse_overrides([_quoted(f"dataset.source={file}")])
-    assert override.value() == str(file)
-    assert not override.is_sweep_override()
-
-
-def test_what_names_no_file_is_left_to_hydra(tmp_path: Path) -> None:
-    from kdpo_editor.compare.run.app import _quoted
-
-    for argument in ("method=kdpo,rome", "-m", "protocol.eval_at=[1,10]", f"dataset.source={tmp_path}"):
-        assert _quoted(argument) == argument
-
-
-@pytest.mark.slow
-def test_one_failing_cell_leaves_the_others(tmp_path: Path) -> None:
-    own = tmp_path / "own" / "method"
-    own.mkdir(parents=True)
-    layers = "defaults: [/method_schema, /FT-L@hparams: kdpo-llama-knowedit, _self_]\nhparams: {layers: [99]}\n"
-    (own / "broken.yaml").write_text(f"{layers}name: broken\nlabel: Broken\n", "utf-8")
-    out = tmp_path / "out"
-    arguments = ["n_edits=2", "protocol.eval_at=[]", "protocol.perplexity=false"]
-    run = compare(out, "--config-dir", str(own.parent), "-m", "method=unedited,broken,kdpo", *arguments)
-    assert run.returncode == 1
-    assert {name: manifest(cell)["status"] for name, cell in cells(out).items()} == {
-        "unedited": "complete",
-        "broken": "failed",
-        "kdpo": "complete",
-    }
-    assert "Traceback" in (cells(out)["broken"] / "run.log").read_text("utf-8")
-    assert "Traceback" not in run.stderr
-    assert "KDPO" in run.stdout
-    assert (out / "report" / "report.html").exists()
-
-
-@pytest.mark.slow
-def test_a_method_that_the_form_lacks_is_skipped_and_said(tmp_path: Path) -> None:
-    if not HAS_PYPI:
-        pytest.skip("the PyPI form is not installed")
-    run = compare(tmp_path, "-m", "method=grace,kdpo", "n_edits=1", "protocol.eval_at=[]", *SMALL[2:])
-    assert run.returncode == 0
-    found = cells(tmp_path)
-    assert manifest(found["grace"])["status"] == "skipped"
-    assert manifest(found["kdpo"])["status"] == "complete"
-    assert "PyPI form does not have this method" in run.stdout + run.stderr
-
-
 def test_the_easyedit_that_ran_is_told_by_its_files(tmp_path: Path) -> None:
     from kdpo_editor.compare.run.results import versions
     from kdpo_editor.easyedit.finding import described
@@ -584,73 +336,7 @@ def test_the_easyedit_that_ran_is_told_by_its_files(tmp_path: Path) -> None:
     assert re.fullmatch(r"(PyPI [\w.]+|upstream.*), files [0-9a-f]{12}", versions()["easyeditor"])
 
 
-@pytest.mark.slow
-def test_a_full_disk_is_said_and_leaves_no_half_results(tmp_path: Path) -> None:
-    import resource
-
-    def small_files() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-
-    command = [*APP, f"out={tmp_path}", f"cache={tmp_path}/c", *SMALL]
-    run = subprocess.run(
-        command, capture_output=True, text=True, env=environment("pypi" if HAS_PYPI else "upstream"),
-        preexec_fn=small_files, check=False,
-    )  # fmt: skip
-    assert run.returncode != 0
-    assert "File too large" in run.stderr + run.stdout
-    assert not list(tmp_path.glob("*/rows.parquet"))
-
-
-@pytest.mark.slow
-def test_a_killed_run_goes_on_and_ends_as_an_undisturbed_one(tmp_path: Path) -> None:
-    """With the second moments of the model before any edit, which the rest of the run must have too."""
-    arguments = ["n_edits=12", "protocol.eval_at=[2,4,6,8,10]", *SMALL[2:], "method=kdpo", *SECOND_MOMENTS]
-    undisturbed = compare(tmp_path / "whole", *arguments)
-    assert undisturbed.returncode == 0, undisturbed.stderr
-    form = "pypi" if HAS_PYPI else "upstream"
-    folder = tmp_path / "killed"
-    command = [
-        sys.executable,
-        "-m",
-        "kdpo_editor.compare.run.app",
-        f"out={folder}",
-        f"cache={folder}/cache",
-        *arguments,
-    ]
-    process = subprocess.Popen(command, env=environment(form), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 300
-    while process.poll() is None and not list(folder.glob("*/checkpoint-[4-9]")) and time.monotonic() < deadline:
-        time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    (cell,) = cells(folder).values()
-    assert manifest(cell)["status"] == "running", "it was over before it was killed"
-    with pytest.raises(ResultsError, match="its status is 'running'"):
-        read_cells(folder)
-    unfinished, _ = read_cells(folder, partial=True)
-    assert [c.label for c in unfinished] == ["KDPO (partial)"]
-    again = compare(folder, *arguments)
-    assert again.returncode == 0, again.stderr
-    assert "going on after" in (cell / "run.log").read_text("utf-8")
-    (whole,) = cells(tmp_path / "whole").values()
-    pd.testing.assert_frame_equal(figures(cell), figures(whole))
-    assert (cell / "generations.jsonl").read_bytes() == (whole / "generations.jsonl").read_bytes()
-
-
-@pytest.mark.slow
-def test_joblib_and_submitit_compute_cells_too(tmp_path: Path) -> None:
-    for launcher, package in (("joblib", "hydra_joblib_launcher"), ("submitit_local", "hydra_submitit_launcher")):
-        if importlib.util.find_spec(f"hydra_plugins.{package}") is None:
-            pytest.skip(f"{package} is not installed")
-        more = ["hydra.launcher.n_jobs=2"] if launcher == "joblib" else []
-        folder = tmp_path / launcher
-        run = compare(
-            folder, "-m", f"hydra/launcher={launcher}", *more, "method=unedited,kdpo", "n_edits=1", *SMALL[1:]
-        )
-        assert run.returncode == 0, run.stderr
-        assert {manifest(c)["status"] for c in cells(folder).values()} == {"complete"}
-        assert set(cells(folder)) == {"unedited", "kdpo"}
+# Experiments ------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -692,6 +378,7 @@ def test_the_real_models_experiment_composes(tmp_path: Path) -> None:
 
 
 def test_make_compare_has_ten_methods_in_either_form_of_easyedit(tmp_path: Path) -> None:
+    """The form decides that alone, so the shipped model, which need not be converted, stands in for the real one."""
     from kdpo_editor.compare.run.cell import _settings
 
     makefile = Path(__file__).parents[1] / "Makefile"
@@ -701,7 +388,7 @@ def test_make_compare_has_ten_methods_in_either_form_of_easyedit(tmp_path: Path)
     names = yaml.safe_load(text)["hydra"]["sweeper"]["params"]["method"].split(",")
     skipped = []
     for name in names:
-        config = composed(tmp_path, f"method={name}", "experiment=smollm2")
+        config = composed(tmp_path, f"method={name}", "experiment=smollm2", f"model.name={SHIPPED_MODEL}")
         settings, notes = _settings(config)
         skipped += [name] if notes and settings is None else []
     assert len({*names} - {"unedited", *skipped}) >= 10

@@ -62,9 +62,8 @@ def spread(name: str) -> Any:
 
 
 @torch.no_grad()
-def check(name: str, layer: int, inside: bool) -> None:
+def check(model: Any, name: str, layer: int, inside: bool) -> None:
     _, blocks, matrix, _, _ = ARCHITECTURES[name]
-    model = spread(name)
     forward = CachedForward(model, blocks, layer, f"{blocks}.{layer}.{matrix}")
     last = forward.blocks[-1]
     ids = torch.zeros(3, 12, dtype=torch.int64, device=FIRST)
@@ -75,10 +74,13 @@ def check(name: str, layer: int, inside: bool) -> None:
     batch.refresh()
     assert next(last.parameters()).device == torch.device(SECOND)
     assert forward.head_rows(chosen.unsqueeze(-1)) is not None, "the head is not divided"
-    rows = PreferenceBatch(replace(batch, cache=cache.rows(ids[0, :3])))
+    cache = cache.rows(ids[0, :3])
+    hidden = forward.from_cache(cache)
     settings = {"model_name": name, "layers": [layer], "rewrite_module_tmp": "{}", "margin": 1.0}
     for objective in OBJECTIVES:
         if objective != "dpo":
+            # Hidden states that need a gradient are taken as they are, and not computed again for each objective.
+            rows = PreferenceBatch(replace(batch, cache=cache, hidden=hidden.detach().requires_grad_()))
             losses = rows.losses(KDPOHyperParams(**settings, objective=objective))
             assert losses.device == torch.device(FIRST)
     weight = forward.module.weight
@@ -91,11 +93,13 @@ def main() -> None:
     _setup_privateuseone_for_python_backend()
     found: dict[str, str | None] = {}
     for name in sys.argv[1:]:
+        layer = None
         try:
-            for layer in (1, 2):  # the last block of the first device, the first of the second
-                for inside in {ARCHITECTURES[name][4], False}:
-                    with FakeTensorMode():
-                        check(name, layer, inside)
+            with FakeTensorMode():
+                model = spread(name)
+                for layer in (1, 2):  # the last block of the first device, the first of the second
+                    for inside in {ARCHITECTURES[name][4], False}:
+                        check(model, name, layer, inside)
             found[name] = None
         except Exception as error:
             found[name] = f"layer {layer}: {type(error).__name__}: {str(error)[:600]}"
