@@ -26,6 +26,7 @@ from tqdm import tqdm
 from .cache import cache_folder
 from .errors import ModelError, StorageError
 from .packaged_models import PACKAGED, PackagedModel
+from .whole_files import sync
 
 LOG = logging.getLogger(__name__)
 NEEDED = ("gguf", "accelerate")  # by transformers, to read such a file
@@ -185,7 +186,9 @@ def _make(name: str, parts: Sequence[Path], file_name: str, sha256: str, work: P
         model.config.dequantised_sha256 = sha256
         _save(model, tok, folder)
         (folder / "README.md").write_text(_card(name, file_name, sha256), "utf-8")
-        _sync(folder)
+        # On the disk before it gets the name that says it is whole.
+        for path in (*folder.iterdir(), folder):
+            sync(path)
         bar.update()
     return folder
 
@@ -243,16 +246,6 @@ def _save(model: Any, tok: Any, folder: Path) -> None:
     except SafetensorError as error:
         raise OSError(errno.EIO, str(error)) from error
     tok.save_pretrained(folder)
-
-
-def _sync(folder: Path) -> None:
-    """Force what was written to the disk, before it gets the name that says it is whole."""
-    for path in (*folder.iterdir(), folder):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def _licence(sha256: str) -> str:

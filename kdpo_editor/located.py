@@ -11,6 +11,7 @@ from torch import nn
 
 from .cache import cache_folder
 from .lifelong.second_moments import remember
+from .whole_files import make_folder, write_file
 
 LOG = logging.getLogger(__name__)
 
@@ -18,11 +19,11 @@ LOG = logging.getLogger(__name__)
 def keep(model: nn.Module, matrix: str, layers: list[int]) -> Path:
     """Keep ``layers`` for ``model``, as it was before any edit, and ``matrix``, a ``rewrite_module_tmp``.
 
-    Returns the file, in the package's cache.
+    Returns the file, in the package's cache. Raises :class:`~kdpo_editor.StorageError`; what was kept before stays.
     """
     file = _file(model, matrix)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps({"layers": layers}), "utf-8")
+    make_folder(file.parent)
+    write_file(file, json.dumps({"layers": layers}).encode())
     return file
 
 

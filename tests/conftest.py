@@ -1,6 +1,9 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+import resource
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +24,17 @@ def load(name: str) -> tuple[Any, Any]:
     return model, AutoTokenizer.from_pretrained(folder)
 
 
+@pytest.fixture(scope="session")
+def caches(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Folders that are not there yet. Asking pytest for each would list all earlier ones each time."""
+    within = tmp_path_factory.mktemp("caches")
+    return (within / str(number) for number in count())
+
+
 @pytest.fixture(autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+def cache(caches: Iterator[Path], monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache folder of its own for each test."""
-    folder = tmp_path_factory.mktemp("cache")
+    folder = next(caches)
     monkeypatch.setenv("KDPO_CACHE", str(folder))
     return folder
 
@@ -73,3 +83,14 @@ def assert_same(model: torch.nn.Module, before: dict[str, torch.Tensor]) -> None
     """Every tensor of ``model`` is bit-identical to ``before``."""
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name]), name
+
+
+@contextmanager
+def no_file_longer_than(size: int) -> Iterator[None]:
+    """What a full disk does to a write, to whoever asks."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import GOLDEN, PARAMETER, REQUEST, assert_same, load, state
+from conftest import GOLDEN, PARAMETER, REQUEST, assert_same, load, no_file_longer_than, state
 from small import NAME, Small, add, change, info, make
 from test_replay_buffer import MARGIN, REQUESTS
 
@@ -238,17 +235,6 @@ def test_original_shows_the_model_before_what_the_ledger_did(tmp_path: Path) -> 
 
 
 # What breaks --------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def no_file_longer_than(size: int) -> Iterator[None]:
-    """What a full disk does to a write, to whoever asks."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_a_full_disk_undoes_the_edit_and_loses_nothing(llama: Any, settings: Any, tmp_path: Path) -> None:

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import GOLDEN, load, state
+from conftest import GOLDEN, load, no_file_longer_than, state
 
-from kdpo_editor import KDPOHyperParams, RequestError, located
+from kdpo_editor import KDPOHyperParams, RequestError, StorageError, located
 from kdpo_editor.cli.main import main
 from kdpo_editor.derived import complete
 from kdpo_editor.lifelong.locating import SUBJECT_LAST, TOKENS, CausalTrace, trace
@@ -89,6 +89,15 @@ def test_what_was_located_is_what_is_edited_also_in_a_model_edited_since(llama: 
     assert complete(SETTINGS, model).layers == [0, 3]
     other, _ = load("gpt2")
     assert located.layers_of(other, matrix) is None
+
+
+def test_layers_that_cannot_be_kept_leave_those_kept_before(llama: tuple[Any, Any]) -> None:
+    model, _ = llama
+    matrix = complete(SETTINGS, model).place[1]
+    located.keep(model, matrix, [0, 3])
+    with no_file_longer_than(5), pytest.raises(StorageError, match="cannot write"):
+        located.keep(model, matrix, [1])
+    assert located.layers_of(model, matrix) == [0, 3]
 
 
 def test_a_damaged_file_is_said_and_passed_over(llama: tuple[Any, Any], caplog: pytest.LogCaptureFixture) -> None:

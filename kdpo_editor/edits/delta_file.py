@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import DamagedFileError, StorageError
+from ..whole_files import make_folder, write_file
 from .manifest import Change, EditInfo, Value, config_hash, full_form, values_from
 from .storage import (
     MAX_JSON,
@@ -19,10 +20,8 @@ from .storage import (
     check_tensors,
     dump_json,
     field,
-    make_folder,
     read_json,
     read_tensors,
-    write_file,
     write_tensors,
 )
 

@@ -16,10 +16,11 @@ import yaml
 
 from ..errors import DamagedFileError, HubError, ModelError
 from ..packaged_models import FOLDERS, PACKAGED
+from ..whole_files import storage_error
 from .card import Base, card
 from .delta_file import MANIFEST
 from .manifest import Change, EditInfo, state_hash
-from .storage import field, read_json, storage_error
+from .storage import field, read_json
 
 TENSORS = "change-*.safetensors"
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")

@@ -12,6 +12,7 @@ from typing import Any, BinaryIO
 from filelock import FileLock, Timeout
 
 from ..errors import DamagedFileError, KDPOError, LedgerError, LedgerLocked
+from ..whole_files import storage_error, sync, write_file
 from .storage import (
     MAX_JSON,
     dump_json,
@@ -19,9 +20,6 @@ from .storage import (
     hash_from,
     open_regular,
     parse_json,
-    storage_error,
-    sync_folder,
-    write_file,
 )
 
 MAX_JOURNAL = 1 << 28
@@ -119,7 +117,7 @@ class Journal:
                         done += os.pwrite(descriptor, data[done:], self.end + done)
                     os.fsync(descriptor)
                     if new:
-                        sync_folder(self.path.parent)
+                        sync(self.path.parent)
                 except BaseException:
                     with suppress(OSError):
                         os.ftruncate(descriptor, self.end)

@@ -32,11 +32,12 @@ from ..errors import DamagedFileError, EditDiverged, FingerprintError, LedgerErr
 from ..hparams import KDPOHyperParams
 from ..lifelong.replay import ReplayBuffer
 from ..lifelong.second_moments import remember, remembered
+from ..whole_files import make_folder, storage_error
 from .delta import EditDelta
 from .history import History, LedgerEdit
 from .journal import OWNER, Journal, lock
 from .manifest import Change, EditInfo, Value, check_config, config_of, full_form, matrices_of, value_of
-from .storage import make_folder, read_tensors, storage_error, write_tensors
+from .storage import read_tensors, write_tensors
 from .switching import note, original
 
 JOURNAL = "journal.jsonl"

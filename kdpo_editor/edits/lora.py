@@ -25,8 +25,9 @@ from ..engine.weights import uncompiled
 from ..errors import CompressionError, DamagedFileError, FingerprintError, ModelError, StorageError
 from ..models import dequantised_from, folder_of, is_known_here
 from ..request_forms import right_answers
+from ..whole_files import make_folder, storage_error, write_file
 from .low_rank import decompose, pair_of
-from .storage import make_folder, read_json, storage_error, write_file
+from .storage import read_json
 
 LOG = logging.getLogger(__name__)
 # The ranks that vLLM makes room for by --max-lora-rank, but for 1 and 320, which not all its releases know.

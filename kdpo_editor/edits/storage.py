@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and read without trusting what they say.
+"""Files that are read without trusting what they say.
 
 Only JSON and safetensors are read. How much is read is bounded beforehand: JSON by its size, tensors by the shapes that
 the caller expects, which the file's header must declare.
@@ -13,7 +13,6 @@ import os
 import re
 import stat
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -23,7 +22,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..errors import DamagedFileError, StorageError
+from ..errors import DamagedFileError
+from ..whole_files import storage_error, write_file
 
 MAX_JSON = 1 << 24
 """Bytes of one JSON document or journal line (16 MiB)."""
@@ -56,50 +56,6 @@ class Spec:
 def spec_of(tensor: Tensor) -> Spec:
     """The spec of a floating-point tensor of any shape."""
     return Spec(tuple(tensor.shape), NAMES[tensor.dtype])
-
-
-def write_file(path: Path, data: bytes) -> None:
-    """Write ``data`` to ``path`` so that, whatever happens, the file is as before or holds all of it, on the disk.
-
-    Raises :class:`~kdpo_editor.StorageError`, which names the file and why.
-    """
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        try:
-            with open(part, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(part, path)
-            sync_folder(path.parent)
-        except BaseException:
-            with suppress(OSError):
-                part.unlink()
-            raise
-    except OSError as error:
-        raise storage_error("write", path, error) from error
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the renames in ``folder`` durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def make_folder(folder: Path) -> None:
-    """Make ``folder`` where there is none; raises :class:`~kdpo_editor.StorageError`."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise storage_error("make", folder, error) from error
-
-
-def storage_error(verb: str, path: Path, error: OSError) -> StorageError:
-    """The error to raise for ``error``, with its ``errno``."""
-    return StorageError(error.errno or errno.EIO, f"cannot {verb} {path}: {error.strerror or error}")
 
 
 def open_regular(path: Path) -> BinaryIO:
@@ -193,7 +149,7 @@ def read_json(path: Path) -> Any:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write a safetensors file as :func:`write_file` does."""
+    """Write a safetensors file, whole or not at all."""
     write_file(path, safetensors.torch.save({name: t.detach().cpu().contiguous() for name, t in tensors.items()}))
 
 

@@ -13,7 +13,6 @@ import hashlib
 import inspect
 import json
 import logging
-import os
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -26,6 +25,7 @@ import transformers
 from torch import nn
 
 from ..cache import cache_folder
+from ..whole_files import make_folder, write_file
 
 LOG = logging.getLogger(__name__)
 # Their code is named by their versions.
@@ -104,11 +104,10 @@ def _read(file: Path) -> dict[str, Any]:
 
 def _write(file: Path, known: dict[str, Any]) -> None:
     """Keep ``known`` in ``file``, whole or not at all. Where that cannot be done, it is found out again next time."""
-    part = file.with_name(f"{file.name}.{os.getpid()}.part")
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(json.dumps({"checksum": _checksum(known), "found": known}), "utf-8")
-        os.replace(part, file)
+        make_folder(file.parent)
+        stored = json.dumps({"checksum": _checksum(known), "found": known})
+        write_file(file, stored.encode(), synced=False)  # the checksum tells whether it is whole
     except OSError as error:
         LOG.warning("what was found out about the model cannot be kept in %s: %s", file.parent, error)
 

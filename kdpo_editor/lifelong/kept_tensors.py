@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
-import tempfile
 from collections.abc import Collection
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from ..whole_files import appearing, make_folder
 
 LOG = logging.getLogger(__name__)
 
@@ -35,11 +35,9 @@ def save(file: Path, tensors: dict[str, Tensor]) -> None:
     """Keep ``tensors``. Where the cache cannot be written to, which is logged, they are computed again next time."""
     tensors = {name: value.cpu().contiguous() for name, value in tensors.items()}
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=file.parent) as folder:
-            made = Path(folder) / file.name
-            save_file(tensors, made, metadata={"checksum": _checksum(file, tensors)})
-            os.replace(made, file)
+        make_folder(file.parent)
+        with appearing(file) as part:
+            save_file(tensors, part, metadata={"checksum": _checksum(file, tensors)})
     except (OSError, SafetensorError) as error:  # the latter for a full disk
         LOG.warning("%s cannot be kept in %s: %s", file.parent.name.replace("_", " "), file.parent, error)
 

@@ -21,10 +21,10 @@ from tqdm import tqdm
 
 from ... import easyedit, models
 from ...derived import complete
-from ...edits.storage import write_file
 from ...errors import DataError, HyperParamsError, KDPOError
 from ...hparams import KDPOHyperParams, settings_folder
 from ...tracking import tracking
+from ...whole_files import write_file
 from . import statistics
 from .cell_locks import one_at_a_time
 from .config import PROTOCOLS, SPLITS, Compare

@@ -9,8 +9,8 @@ import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...edits.storage import write_file
 from ...errors import KDPOError
+from ...whole_files import make_folder, write_file
 
 PROMPT = """You grade answers to questions of fact.
 
@@ -46,7 +46,7 @@ class Judge:
         file = self.folder / f"{hashlib.sha256(self.address.encode() + body).hexdigest()[:24]}.json"
         if not file.exists():
             reply = self._ask(body)
-            self.folder.mkdir(parents=True, exist_ok=True)
+            make_folder(self.folder)
             write_file(file, json.dumps({"asked": asked, "reply": reply}, ensure_ascii=False).encode())
         return _verdict(json.loads(file.read_text("utf-8"))["reply"]) == "CORRECT"
 

@@ -9,7 +9,7 @@
                  run.log
                  checkpoint-<n>/     after n calls of the method, while the cell is being computed
 
-Files are written beside their place and renamed, so that a reader sees all of one or none.
+A reader sees all of a file or none.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from torch import Tensor
 
 from ... import easyedit
 from ...edits.journal import lock
-from ...edits.storage import write_file
 from ...errors import CellBusy, LedgerLocked, ResultsError
+from ...whole_files import appearing, write_file
 
 SCHEMA = 1
 LOCK = ".lock"
@@ -148,9 +148,8 @@ class Cell:
         )
         for position, key in enumerate(IDENTITY):
             frame.insert(position, key, self.identity[key])
-        partial = folder / "rows.parquet.partial"
-        frame.to_parquet(partial, index=False)
-        partial.replace(folder / "rows.parquet")
+        with appearing(folder / "rows.parquet") as part:
+            frame.to_parquet(part, index=False)
         lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in log.generations)
         write_file(folder / "generations.jsonl", lines.encode())
 

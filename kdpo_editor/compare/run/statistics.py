@@ -27,6 +27,7 @@ from ...errors import DataError, KDPOError, explained
 from ...hparams import settings_file
 from ...lifelong.second_moments import GENERAL_TEXT, UNCOUNTED, second_moments
 from ...testbed import known_texts
+from ...whole_files import appearing, make_folder
 
 OPENERS: dict[str, Any] = {".xz": lzma.open, ".gz": gzip.open, ".bz2": bz2.open}
 WINDOW = 256
@@ -145,16 +146,15 @@ def _files(model: nn.Module, config: dict[str, Any], module: str, folder: Path) 
 def _save(file: Path, moment: Tensor, count: int, samples: int) -> None:
     import numpy as np
 
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f"{file.name}.partial.npz")
+    make_folder(file.parent)
     arrays: dict[str, Any] = {
         "mom2.constructor": np.array("util.runningstats.SecondMoment()"),
         "mom2.count": np.array(count),
         "mom2.mom2": moment.float().cpu().numpy(),
         "sample_size": np.array(samples),
     }
-    np.savez(partial, **arrays)
-    partial.replace(file)
+    with appearing(file) as part, open(part, "wb") as stream:
+        np.savez(stream, **arrays)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from ...cache import cache_folder
-from ...edits.storage import write_file
+from ...whole_files import make_folder, write_file
 from .cell_locks import one_at_a_time
 from .evaluate import fingerprint
 from .results import versions
@@ -41,7 +41,7 @@ def kept_for(model: nn.Module, of: str | None = None, cache: Path | None = None)
             except (OSError, ValueError):
                 found = compute()
                 try:
-                    folder.mkdir(parents=True, exist_ok=True)
+                    make_folder(folder)
                     write_file(file, json.dumps(found, ensure_ascii=False).encode())
                 except OSError as error:
                     LOG.warning("what the unedited model says cannot be kept in %s: %s", folder, error)
