@@ -232,9 +232,9 @@ def test_the_card_says_what_was_measured_before_and_after(hub: StandIn) -> None:
     delta = small_delta()
     delta.push_to_hub("me/edits", base=BASE, measured=report(delta))
     card = card_of(hub)
-    assert "| known facts answered | 50 | 100.0% | 94.5% |" in card
+    assert "| known facts kept | 50 | 100.0% | 94.5% |" in card
     assert "| perplexity | 9000 | 16.04 | 16.20 |" in card
-    assert "| next tokens as before | 0 | 100.0% | not measured |" in card
+    assert "| next tokens alike | 0 | 100.0% | not measured |" in card
 
 
 @pytest.mark.parametrize("broken", [{}, {"measures": [{"name": "known"}]}, {"state_sha256": "0" * 64}])

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ..edits.measures import figure, label
 from ..errors import HyperParamsError, KDPOError, RequestError, explained
 from .options import After, Device, Json, LedgersModel, SkipDamaged, Trust
 from .sources import Edits, read_edits
@@ -17,14 +18,6 @@ from .terminal import complain, put, say, table
 if TYPE_CHECKING:
     from .checking import Answer, Measure, Probes
 
-LABELS = {
-    "prompt": "edits answered",
-    "rephrase": "rephrasings answered",
-    "chat": "edits answered in a chat",
-    "known": "known facts kept",
-    "perplexity": "perplexity",
-    "agreement": "next tokens alike",
-}
 VERDICTS = {True: "holds", False: "DOES NOT HOLD", None: "not measured"}
 
 
@@ -83,7 +76,7 @@ def check(
         return 2
     for measure in measures:
         if measure.holds is None:
-            complain(f"{_label(measure)}: not measured; the model knows too little of it, or there is no text")
+            complain(f"{label(measure.name)}: not measured; the model knows too little of it, or there is no text")
     holds = all(measure.holds is not False for measure in measures)
     if json:
         put(_record(source, edits, model, measures, answers, holds))
@@ -145,10 +138,10 @@ def _record(
 def _say_table(measures: list[Measure], answers: list[Answer]) -> None:
     rows = [
         (
-            f"{_label(m)} ({m.count})" if m.count and not m.at_most else _label(m),
-            _figure(m, m.before),
-            _figure(m, m.after),
-            f"at {'most' if m.at_most else 'least'} {_figure(m, m.bound)}",
+            f"{label(m.name)} ({m.count})" if m.count and not m.at_most else label(m.name),
+            figure(m.name, m.before, "-"),
+            figure(m.name, m.after, "-"),
+            f"at {'most' if m.at_most else 'least'} {figure(m.name, m.bound, '-')}",
             VERDICTS[m.holds],
         )
         for m in measures
@@ -158,13 +151,3 @@ def _say_table(measures: list[Measure], answers: list[Answer]) -> None:
     if missed:
         say(f"{len(missed)} of {len(answers)} answers do not begin with their target:")
         table(["prompt", "target", "answer"], [(a.prompt, a.right[0], a.after) for a in missed])
-
-
-def _label(measure: Measure) -> str:
-    return LABELS.get(measure.name, measure.name.removeprefix("tasks."))
-
-
-def _figure(measure: Measure, value: float | None) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.2f}" if measure.at_most else f"{value:.1%}"

@@ -14,6 +14,7 @@ from ..compare.run.evaluate import Evaluator, accuracy
 from ..compare.run.harness import measure as run_tasks
 from ..compare.run.known import MARGIN, known_facts, right
 from ..edits.delta import EditDelta
+from ..edits.measures import less_is_better
 from ..edits.switching import edited
 from ..engine.answers import begins_with_one
 from ..request_forms import right_answers
@@ -228,7 +229,7 @@ def _tasks(evaluator: Evaluator, probes: Probes) -> dict[str, float]:
 
 def _task(name: str, before: float, after: float, bounds: Bounds) -> Measure:
     """One figure of a task: a share, of which more is better, or what is better the less it is."""
-    less = "perplexity" in name or "bits_per_byte" in name
+    less = less_is_better(name)
     bound = before * bounds.perplexity if less else before - bounds.tasks
     return Measure(name, _number(before), _number(after), bound, 0, at_most=less)
 

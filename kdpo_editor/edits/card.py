@@ -14,17 +14,10 @@ import yaml
 from ..packaged_models import PACKAGED
 from ..request_forms import right_answers
 from .manifest import Change, EditInfo
+from .measures import figure, label
 
 ROWS = 1000
 """Edits that a card lists; the manifest has them all."""
-NAMES = {
-    "prompt": "edits answered",
-    "rephrase": "rephrasings answered",
-    "chat": "edits answered in a chat",
-    "known": "known facts answered",
-    "perplexity": "perplexity",
-    "agreement": "next tokens as before",
-}
 
 
 @dataclass(frozen=True)
@@ -109,19 +102,13 @@ def _measured(info: EditInfo, measured: Sequence[Mapping[str, Any]]) -> str:
     lines = ["## Measured", "", "| | Of | Before | After |", "|---|---|---|---|"]
     for one in measured:
         name = str(one["name"])
-        figures = " | ".join(_figure(name, one[when]) for when in ("before", "after"))
-        lines.append(f"| {_plain(NAMES.get(name, name))} | {one['count']} | {figures} |")
+        figures = " | ".join(figure(name, one[when]) for when in ("before", "after"))
+        lines.append(f"| {_plain(label(name))} | {one['count']} | {figures} |")
     said = (
         "By `kdpo check`: an edit is answered where the greedy answer begins with its target; known facts are about "
         "other subjects, and of those that the unedited model answers; perplexity and next tokens are on held-out text."
     )
     return "\n".join([*lines, "", said])
-
-
-def _figure(name: str, value: float | None) -> str:
-    if value is None:
-        return "not measured"
-    return f"{value:.2f}" if "perplexity" in name or "bits_per_byte" in name else f"{value:.1%}"
 
 
 def _loading(repo_id: str, base: Base, changes: Mapping[str, Change], adapter: bool) -> str:

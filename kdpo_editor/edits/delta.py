@@ -121,12 +121,7 @@ class EditDelta:
             raise ValueError("full and low-rank deltas cannot be merged with each other")
         if not force and any(config_hash(delta.config) != config_hash(first.config) for delta in deltas):
             raise FingerprintError("the deltas were made on models of different configs")
-        info = replace(
-            EditInfo.now([], None),
-            requests=[r for delta in deltas for r in delta.info.requests],
-            outcomes=[o for delta in deltas for o in delta.info.outcomes],
-            hparams=first.info.hparams,
-        )
+        info = replace(EditInfo.now([]), hparams=first.info.hparams).with_edits_of(delta.info for delta in deltas)
         if first.is_low_rank:
             return cls._merge_low_rank(deltas, info, force)
         before: dict[str, Tensor] = {}

@@ -119,12 +119,7 @@ class EditLedger(History):
             raise LedgerError(f"edit {number} was not made after edit {since}; it was after {path[:-1]}")
         before, after = self.state(since), self.state(number)
         changes = {n: Change(before[n], after[n]) for n in after if before[n] != after[n]}
-        done = [self.edits[k].info for k in path[path.index(since) + 1 :]]
-        info = replace(
-            one.info,
-            requests=[r for info in done for r in info.requests],
-            outcomes=[o for info in done for o in info.outcomes],
-        )
+        info = one.info.with_edits_of(self.edits[k].info for k in path[path.index(since) + 1 :])
         stored = full_form(changes)
         return EditDelta(
             self._config or {}, changes, info, stored, lambda: {key: self._load(v) for key, v in stored.items()}
@@ -312,12 +307,7 @@ class EditLedger(History):
         cut = max(len(branch) - keep, 0)
         merged, kept = branch[:cut], branch[cut:]
         if merged:
-            infos = [one.info for one in merged]
-            info = replace(
-                infos[-1],
-                requests=[r for i in infos for r in i.requests],
-                outcomes=[o for i in infos for o in i.outcomes],
-            )
+            info = merged[-1].info.with_edits_of(one.info for one in merged)
             count = sum(one.merged for one in merged)
             kept = [replace(merged[-1], info=info, merged=count), *kept]
         parents = [0, *(one.number for one in kept)]

@@ -6,8 +6,8 @@ import datetime
 import hashlib
 import json
 import platform
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from dataclasses import field as default
 from typing import Any
 
@@ -115,6 +115,12 @@ class EditInfo:
                 "safetensors": safetensors.__version__,
             },
         )
+
+    def with_edits_of(self, infos: Iterable[EditInfo]) -> EditInfo:
+        """This, as what is known of the edits of all ``infos`` together, in order."""
+        infos = list(infos)
+        requests, outcomes = [r for info in infos for r in info.requests], [o for info in infos for o in info.outcomes]
+        return replace(self, requests=requests, outcomes=outcomes)
 
     def to_json(self) -> dict[str, Any]:
         """As plain values."""
