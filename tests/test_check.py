@@ -18,7 +18,7 @@ from kdpo_editor.edits.manifest import EditInfo
 from kdpo_editor.engine.generation import generate
 from kdpo_editor.hparams import settings_folder
 from kdpo_editor.requests import as_chat
-from kdpo_editor.testbed import load_model, load_records
+from kdpo_editor.testbed import load_model, load_records, unedited_texts
 
 RECORDS = load_records()[:3]
 REQUESTS = [{key: r[key] for key in ("prompt", "target_new", "subject")} for r in RECORDS]
@@ -41,9 +41,16 @@ def edits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def few_texts(source: Path) -> Path:
+    """A file, beside ``source``, of a twentieth of what is read of the shipped model by default."""
+    file = source.with_name("few.txt")
+    file.write_text("\n\n".join(unedited_texts()[::20]), "utf-8")
+    return file
+
+
 def run(capsys: Any, source: Path, **options: Any) -> tuple[int, dict[str, Any], str]:
     """Exit code, JSON record and messages."""
-    code = check(source, **{**LOOSE, "known": 0, "json": True, **options})
+    code = check(source, **{**LOOSE, "known": 0, "json": True, "text": few_texts(source), **options})
     out, err = capsys.readouterr()
     return code, json.loads(out) if out else {}, err
 
@@ -72,7 +79,7 @@ def own_answer(prompt: str) -> str:
 
 
 def test_edits_that_hold_exit_with_0(edits: Path, capsys: Any) -> None:
-    code, record, err = run(capsys, edits, known=10)
+    code, record, err = run(capsys, edits, known=10, text=None)
     assert (code, err) == (0, "")
     assert (record["holds"], record["edits"], record["edit"], record["model"]) == (True, 3, 3, SHIPPED_MODEL)
     prompts = measure(record, "prompt")
@@ -100,7 +107,7 @@ def test_an_edit_that_is_lost_exits_with_1_and_is_named(edits: Path, tmp_path: P
     assert (code, record["holds"]) == (1, False)
     assert measure(record, "prompt")["after"] == pytest.approx(2 / 3)
     assert [a["prompt"] for a in record["answers"] if not a["reached"]] == [REQUESTS[2]["prompt"]]
-    assert check(tmp_path / "delta", **LOOSE, known=0) == 1
+    assert check(tmp_path / "delta", **LOOSE, known=0, text=few_texts(tmp_path / "delta")) == 1
     out = capsys.readouterr().out
     assert "DOES NOT HOLD" in out
     assert "1 of 3 answers do not begin with their target" in out
@@ -108,7 +115,7 @@ def test_an_edit_that_is_lost_exits_with_1_and_is_named(edits: Path, tmp_path: P
 
 
 def test_the_table_has_a_line_for_each_measure(edits: Path, capsys: Any) -> None:
-    assert check(edits, **LOOSE, known=10) == 0
+    assert check(edits, **LOOSE, known=10, text=few_texts(edits)) == 0
     lines = [re.split("  +", line.strip()) for line in capsys.readouterr().out.splitlines() if "holds" in line]
     assert [line[0] for line in lines[:3]] == ["edits answered (3)", "known facts kept (10)", "perplexity"]
     assert lines[0][1:] == ["0.0%", "100.0%", "at least 100.0%", "holds"]
