@@ -35,7 +35,8 @@ def main(cache: Path, methods: list[str]) -> dict[str, Any]:
         if not available(config):
             found[name] = None
             continue
-        statistics.ensure(model, tok, config, "shipped", None, cache)
+        # Of part of the text, with tokens enough for an inverse.
+        statistics.ensure(model, tok, config, "shipped", None, cache, tokens_per_input=10)
         found[name] = one_method(model, tok, config, records, cache)
         if name == "WISE":
             found["alone"] = refusal(model, tok, config, cache)

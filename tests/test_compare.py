@@ -42,7 +42,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_cell_says_what_was_derived_from_the_model(tmp_path: Path) -> None:
     from kdpo_editor.compare.run.cell import run
 
-    left_out = ("~method.hparams.layers", "method.hparams.rewrite_module_tmp=null", "n_edits=1")
+    left_out = ("~method.hparams.layers", "method.hparams.rewrite_module_tmp=null", "n_edits=1", "protocol.known=0")
     cell = run(composed(tmp_path, *left_out))
     derived = {"layers": [4], "rewrite_module_tmp": "model.layers.{}.mlp.down_proj"}
     assert manifest(cell.folder)["status"] == "complete"
@@ -198,7 +198,7 @@ def test_another_setting_is_another_cell(finished: Path) -> None:
 def test_a_half_written_cell_is_named_and_computed_only_when_asked(tmp_path: Path) -> None:
     from kdpo_editor.compare.run.cell import run
 
-    short = ["n_edits=1", "protocol.eval_at=[]"]
+    short = ["n_edits=1", "protocol.eval_at=[]", "protocol.known=0"]
     cell = run(composed(tmp_path, *short)).folder
     (cell / "manifest.json").write_text('{"schema": 1, "ha', "utf-8")
     with pytest.raises(ResultsError, match=r"manifest\.json .*overwrite=true"):
@@ -220,7 +220,7 @@ def test_two_processes_do_not_compute_the_same_cell(finished: Path) -> None:
 def test_single_edits_are_undone_exactly(tmp_path: Path) -> None:
     from kdpo_editor.compare.run.cell import run
 
-    cell = run(composed(tmp_path, "protocol=single", "n_edits=2"))
+    cell = run(composed(tmp_path, "protocol=single", "protocol.known=0", "n_edits=2"))
     assert cell.manifest()["status"] == "complete"
     rows = pd.read_parquet(cell.folder / "rows.parquet")
     assert set(rows.loc[rows["when"] == "checkpoint", "checkpoint"]) == {1}

@@ -103,7 +103,7 @@ def swept(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.Co
     layers = "defaults: [/method_schema, /FT-L@hparams: kdpo-llama-knowedit, _self_]\nhparams: {layers: [99]}\n"
     (own / "broken.yaml").write_text(f"{layers}name: broken\nlabel: Broken\n", "utf-8")
     methods = ["unedited", "broken", *(["grace"] if HAS_PYPI else []), "kdpo"]
-    arguments = ["n_edits=2", "protocol.eval_at=[]", "protocol.known=5", "protocol.perplexity=false"]
+    arguments = ["n_edits=2", "protocol.eval_at=[]", "protocol.known=0", "protocol.perplexity=false"]
     out = folder / "out"
     return out, compare(out, "--config-dir", str(own.parent), "-m", f"method={','.join(methods)}", *arguments)
 
@@ -202,7 +202,14 @@ def test_joblib_and_submitit_compute_cells_too(
 ) -> None:
     if importlib.util.find_spec(f"hydra_plugins.{package}") is None:
         pytest.skip(f"{package} is not installed")
-    told = [f"hydra/launcher={launcher}", *more, f"method={','.join(methods)}", "n_edits=1", *SMALL[1:]]
+    told = [
+        f"hydra/launcher={launcher}",
+        *more,
+        f"method={','.join(methods)}",
+        "n_edits=1",
+        *SMALL[1:],
+        "protocol.known=0",
+    ]
     run = compare(tmp_path, "-m", *told)
     assert run.returncode == 0, run.stderr
     assert {manifest(c)["status"] for c in cells(tmp_path).values()} == {"complete"}
