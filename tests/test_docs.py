@@ -522,13 +522,14 @@ def test_an_error_names_the_section_that_explains_it() -> None:
         assert f"\n## {section[1]}\n" in text, kind
 
 
-def test_every_option_is_listed() -> None:
+def test_every_command_is_described_and_says_what_its_options_do() -> None:
+    """The page describes commands; ``--help`` lists their options."""
     text = (ROOT / "docs/reference/command-line.md").read_text("utf-8")
     for name, command in typer.main.get_command(app).commands.items():  # type: ignore[attr-defined]
         assert re.search(rf"^## kdpo .*\b{name}\b", text, re.MULTILINE), name
         for parameter in command.params:
             if parameter.param_type_name == "option":
-                assert f"{parameter.opts[0]}`" in text or f"{parameter.opts[0]} " in text, f"{name} {parameter.opts[0]}"
+                assert parameter.help, f"{name} {parameter.opts[0]}"
 
 
 def test_every_schema_and_source_is_listed() -> None:
