@@ -251,10 +251,10 @@ def test_a_rate_that_blows_up_is_an_error_and_undone(llama: Any, settings: Any) 
 
 
 def test_weights_that_stay_finite_and_grow_without_end_are_an_error_and_undone(llama: Any, settings: Any) -> None:
-    """One step of Polyak's, a thousand times as long as it should be: the edit is won and the model is lost."""
+    """One step of Adam's, many thousand times as long as it should be: the edit is won and the model is lost."""
     model, tok = llama
     weights = state(model)
-    hparams = settings(objective="hinge", margin=1.0, optimizer="polyak", lr=1e3, num_steps=1)
+    hparams = settings(objective="hinge", margin=1.0, lr=1e2, num_steps=1)
     with pytest.raises(EditDiverged, match=r"mlp\.down_proj\.weight changed by [\d.e+]+ times its norm"):
         apply_kdpo_to_model(model, tok, [REQUEST], hparams)
     assert_same(model, weights)

@@ -49,6 +49,17 @@ def test_the_rate_is_a_factor_on_a_polyak_step() -> None:
     assert linear(weights).item() == pytest.approx(-0.5 * before, rel=1e-4)
 
 
+@pytest.mark.parametrize(("losses", "factor"), [(1, 1.0), (4, 2.0)])
+def test_no_polyak_step_is_longer_than_its_bound(losses: int, factor: float) -> None:
+    weights = matrices()
+    before = [w.detach().clone() for w in weights]
+    optimizer = Stepper(weights, KDPOHyperParams("model", [0], "layers.{}.weight", optimizer="polyak", lr=1.0), 0.01)
+    optimizer.gather(linear(weights), losses)
+    optimizer.step()
+    moved = torch.stack([(w - b).square().sum() for w, b in zip(weights, before, strict=True)]).sum().sqrt()
+    assert moved.item() == pytest.approx(0.01 * factor, rel=1e-4)
+
+
 def test_a_loss_without_gradient_moves_nothing() -> None:
     weights = matrices()
     before = [w.detach().clone() for w in weights]

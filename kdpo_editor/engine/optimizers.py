@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from math import inf
 from typing import Any
 
 import torch
@@ -21,10 +22,12 @@ class Polyak(torch.optim.Optimizer):
     Args:
         params: the matrices.
         lr: a factor on every step's length. Above 1 it aims beyond zero.
+        longest: no step is longer than this, in the norm of all matrices together. Where a loss is high and hardly
+            depends on the weights, a step without bound goes far and gains little.
     """
 
-    def __init__(self, params: Iterable[Tensor], lr: float = 1.0) -> None:
-        super().__init__(params, {"lr": lr})
+    def __init__(self, params: Iterable[Tensor], lr: float = 1.0, longest: float = inf) -> None:
+        super().__init__(params, {"lr": lr, "longest": longest})
 
     @torch.no_grad()
     def step(self, closure: Any) -> Tensor:  # type: ignore[override]
@@ -32,8 +35,8 @@ class Polyak(torch.optim.Optimizer):
         loss: Tensor = closure()
         params = [p for group in self.param_groups for p in group["params"]]
         squares = torch.stack([p.grad.square().sum().to(loss.device) for p in params]).sum()
-        lr = self.param_groups[0]["lr"]
-        length = torch.where(squares > 0, lr * loss / squares, 0.0)
+        lr, longest = (self.param_groups[0][key] for key in ("lr", "longest"))
+        length = torch.where(squares > 0, (lr * loss / squares).minimum(longest * squares.rsqrt()), 0.0)
         for p in params:
             p.sub_(p.grad * length.to(p))
         return loss
@@ -45,10 +48,14 @@ class Stepper:
     Args:
         weights: the matrices, ``requires_grad`` set.
         hparams: settings: ``optimizer``, ``lr``, and ``cuda_graphs``, with which Adam's state is kept on the device.
+        longest: for one loss, the longest step of Polyak's; for several, times the root of their number, since the
+            steps of different edits are at right angles to each other, or nearly.
     """
 
-    def __init__(self, weights: Iterable[nn.Parameter], hparams: KDPOHyperParams) -> None:
+    def __init__(self, weights: Iterable[nn.Parameter], hparams: KDPOHyperParams, longest: float = inf) -> None:
         self.weights = list(weights)
+        self.longest = longest
+        self.losses = 0  # that were gathered
         half = (torch.float16, torch.bfloat16)
         self.masters = [w.detach().float() if w.dtype in half else w for w in self.weights]
         self.loss: Tensor | None = None  # of what was gathered
@@ -59,13 +66,17 @@ class Stepper:
             recorded = hparams.cuda_graphs and all(m.is_cuda for m in self.masters)
             self.optimizer = torch.optim.Adam(self.masters, lr=hparams.lr, fused=True, capturable=recorded)
 
-    def gather(self, loss: Tensor) -> None:
-        """Backpropagate ``loss``, a scalar, for the next step. What it was computed by is free for the next part's."""
+    def gather(self, loss: Tensor, losses: int = 1) -> None:
+        """Backpropagate ``loss``, a scalar and the sum of so many ``losses``, for the next step.
+
+        What it was computed by is free for the next part's.
+        """
         gradients = torch.autograd.grad(loss, self.weights)
         for master, gradient in zip(self.masters, gradients, strict=True):
             gradient = gradient.to(master.dtype)
             master.grad = gradient if master.grad is None else master.grad.add_(gradient)
         self.loss = loss.detach() if self.loss is None else self.loss + loss.detach()
+        self.losses += losses
 
     def step(self, loss: Tensor | None = None, skip: Tensor | None = None) -> None:
         """Take one step along what was gathered, and ``loss``, a scalar; gradients are gone afterwards.
@@ -76,7 +87,10 @@ class Stepper:
         if loss is not None:
             self.gather(loss)
         gathered, self.loss = self.loss, None
+        losses, self.losses = self.losses, 0
         assert gathered is not None
+        if isinstance(self.optimizer, Polyak):
+            self.optimizer.param_groups[0]["longest"] = self.longest * losses**0.5
         if skip is not None:
             # The fused kernel's own switch, which gradient scalers use: a step is taken where it is zero.
             self.optimizer.found_inf = skip.to(self.masters[0].device, torch.float32)  # type: ignore[attr-defined]

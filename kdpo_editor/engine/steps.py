@@ -72,12 +72,12 @@ class Steps:
             return True
         going = False
         for current in self.work:
-            losses, loss, _ = self._losses(current)
+            losses, loss, live = self._losses(current)
             current.history.append(losses)
             seen = losses.tolist()
             check_finite([seen])
             if max(seen) >= self.hparams.stop_loss:
-                self.stepper.gather(loss)
+                self.stepper.gather(loss, int(live.sum()))
                 going = True
         if going:
             self.stepper.step()

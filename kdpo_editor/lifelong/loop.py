@@ -8,12 +8,13 @@ cycle on them, with the function that the paper's algorithm uses.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
+from math import inf
 from typing import Protocol
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..engine.batches import Batch, EditTrace, PreferenceBatch, lost, make_batches, refresh, unfinished
 from ..engine.cached_forward import CachedForward
@@ -28,6 +29,9 @@ from .replay import EarlierEdits, ReplayBuffer
 # look at few is cheap.
 LAZY_FROM = 16
 PATIENCE = 0.25
+# The longest step, in what the matrices typically make of an input, for each answer that is not won. Longer ones are
+# taken at first, where the loss is high and hardly depends on the weights, and stay as harm to everything else.
+REACH = 0.25
 
 
 class ConstraintSet(Protocol):
@@ -65,12 +69,13 @@ def kdpo_l(
         EditDiverged: a loss became NaN or infinite.
     """
     traces: defaultdict[int, EditTrace] = defaultdict(EditTrace)  # earlier edits' are not asked for
+    longest = REACH * typical_gain(weights.values())
     with preconditioned(forward.model, weights, preconditioners):
         own = make_batches(forward, edits, hparams)
         work = Work(own, hparams, lazy_from)
         earlier = None if buffer is None else EarlierEdits(buffer, forward, edits, hparams)
         others: list[ConstraintSet] = [] if earlier is None else [earlier]
-        stepper = Stepper(weights.values(), hparams)
+        stepper = Stepper(weights.values(), hparams, longest)
         for _ in range(hparams.cycles):
             violated = work.violated() or next((work.join(found) for some in others if (found := some.violated())), [])
             if not violated:
@@ -89,6 +94,16 @@ def kdpo_l(
     if earlier is not None:
         earlier.close(own, bool(violated))
     return [traces[i] for i in range(len(edits))]
+
+
+@torch.no_grad()
+def typical_gain(weights: Iterable[Tensor]) -> float:
+    """By how much ``weights``, each ``[..., D, F]``, typically lengthen an input, all of them together.
+
+    Of each that is the root mean square of its singular values. Infinite where all weights are zero.
+    """
+    squares = [weight.float().square().sum() * max(weight.shape[-2:]) / weight.numel() for weight in weights]
+    return float(torch.stack([square.cpu() for square in squares]).sum().sqrt()) or inf
 
 
 class Work:
