@@ -2,7 +2,7 @@
 # make test     lint, types, tests
 # make compare  eleven methods on SmolLM2-135M, ten edits in a row, ending with table and picture
 # make docs     the documentation, into site/
-# make examples run the notebooks again (five minutes)
+# make examples run the notebooks again (a quarter of an hour); TO=folder saves them there
 # make bench    speed and memory, side by side in one run (about 25 minutes on two cores; goes on where it was ended)
 # make tune     try six settings of every method on SmolLM2 (a night on two cores)
 # make model    train the shipped model again (under ten minutes on two cores)
@@ -37,7 +37,7 @@ docs: $(VENV)/.installed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 examples: $(VENV)/.installed
-	OMP_NUM_THREADS=1 $(BIN)/python examples/run.py
+	OMP_NUM_THREADS=1 $(BIN)/python examples/run.py$(if $(TO), --to $(TO))
 
 bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/bench.py

@@ -14,65 +14,75 @@
 # 3. Go to 1, with a **new** `y_l`. This is one *cycle*.
 
 # %%
+import logging
+
 import matplotlib.pyplot as plt
 import pandas as pd
 import torch
 from IPython.display import display
 
 from kdpo_editor import KDPOHyperParams, edit
+from kdpo_editor.compare.report.figures import COLOURS, SETTINGS
+from kdpo_editor.compare.run.datasets import load as load_facts
+from kdpo_editor.derived import complete
 from kdpo_editor.engine.cached_forward import CachedForward
+from kdpo_editor.engine.generation import answers
 from kdpo_editor.engine.weights import blocks_name, find_matrices, restore
 from kdpo_editor.hparams import settings_folder
 from kdpo_editor.models import load
-from kdpo_editor.objectives import answer_logps, ce_loss, hardest_rejected, kdpo_loss
+from kdpo_editor.objectives import ce_loss, hardest_rejected, kdpo_loss
 from kdpo_editor.requests import tokenize
-from kdpo_editor.testbed import load_records
 
-BLUE, RED, GREEN = "#0072B2", "#D55E00", "#009E73"  # Okabe and Ito's, told apart by most eyes
-plt.rcParams.update({"figure.dpi": 90, "axes.spines.top": False, "axes.spines.right": False})
-
-# %% [markdown]
-# **On a real model:** change this line to the name of another file in `hparams/KDPO`, such as `"llama-2-7b"`.
-
-# %%
-MODEL = "kdpo-llama-knowedit"
+logging.getLogger("kdpo_editor").setLevel(logging.ERROR)
+plt.rcParams.update(SETTINGS | {"figure.dpi": 110})
+BLUE, RED, GREY = *COLOURS[:2], "#777777"
 
 # %% [markdown]
-# A fifth of the learning rate, which the paper takes for edits in a row, makes the edit slow enough to watch.
+# ## The fact
+#
+# It is a record of CounterFact. The model is SmolLM2-135M. The settings are the paper's for single edits.
 
 # %%
-hparams = KDPOHyperParams.from_hparams(settings_folder() / "KDPO" / f"{MODEL}.yaml")
-hparams.lr /= 5
-model, tok = load(hparams.model_name)
-records = load_records()
-record = records[7]
-print(record["prompt"])
-print("now:", record["ground_truth"], "  wanted:", record["target_new"])
+MODEL = "smollm2-135m"
+SUBJECT = "Giorgione"
+FACTS = 6  # looked at in the last section
+
+# %%
+model, tok = load(MODEL)
+hparams = KDPOHyperParams.from_hparams(settings_folder() / "KDPO" / "auto.yaml", model_name=MODEL)
+hparams = complete(hparams, model)  # layer and matrix, found from the model
+records = load_facts("counterfact")
+record = next(record for record in records if record.subject == SUBJECT)
+request = {"prompt": record.prompt, "target_new": record.target_new}
+print(f"layer {hparams.layers[0]}, learning rate {hparams.lr:g}")
+print(f"prompt:   {record.prompt}")
+print(f"now:      {answers(model, tok, [record.prompt], 6)[0]}")
+print(f"wanted:   {record.target_new}")
 
 # %% [markdown]
 # ## The loop
 #
 # `CachedForward` runs the model once and then only what lies above the edited matrix. `hardest_rejected` reads off
-# `y_l`, `kdpo_loss` is the loss. The rest is Adam. `regenerate=False` keeps the first `y_l` for ever; that is not KDPO,
-# and below we see why.
+# `y_l`, `kdpo_loss` is the loss. The rest is Adam. `regenerate=False` keeps the first `y_l` for ever. That is not KDPO;
+# below we see what difference it makes.
 
 
 # %%
-def watch(record, regenerate=True, lr=hparams.lr):
+def watch(request, regenerate=True, most=hparams.cycles):
     """Edit, note everything, and put the model back. One entry per step, and one for the end."""
-    ((tokens,),) = tokenize(tok, [record])
+    ((tokens,),) = tokenize(tok, [request])
     matrices = find_matrices(model, hparams)
     ((name, matrix),) = matrices.items()
     original = matrix.detach().clone()
     matrix.requires_grad_(True)
-    adam = torch.optim.Adam([matrix], lr=lr)
+    adam = torch.optim.Adam([matrix], lr=hparams.lr)
     forward = CachedForward(model, blocks_name(hparams), hparams.layers[0], name.removesuffix(".weight"))
     first = len(tokens.prompt) - 1
     cache, hidden = forward.capture(tokens.sequence[None], torch.arange(first, len(tokens.sequence))[None])
     chosen = tokens.chosen.to(forward.device)
     reference = forward.logits(hidden)[0].detach()
     entries = []
-    for cycle in range(hparams.cycles):
+    for cycle in range(most):
         for step in range(hparams.num_steps):
             logits = forward.logits(forward.from_cache(cache))[0]  # [answer tokens, vocabulary]
             if step == 0:
@@ -103,7 +113,7 @@ def text(ids):
     return " | ".join(tok.convert_ids_to_tokens(ids)).replace("Ġ", "␣").replace("▁", "␣")
 
 
-chosen, entries, won = watch(record)
+chosen, entries, won = watch(request)
 steps = entries[:-1]
 cycles = sorted({e["cycle"] for e in steps})
 print(f"won: {won}, cycles: {len(cycles)}, steps: {len(steps)}")
@@ -113,7 +123,7 @@ print(f"won: {won}, cycles: {len(cycles)}, steps: {len(steps)}")
 # same.
 
 # %%
-_, weights, (trace,) = edit(model, tok, [record], hparams)
+_, weights, (trace,) = edit(model, tok, [request], hparams)
 restore(dict(model.named_parameters()), weights)
 assert [c.rejected for c in trace.cycles] == [
     next(e["rejected"].tolist() for e in steps if e["cycle"] == c) for c in cycles
@@ -146,31 +156,44 @@ display(pd.DataFrame(rows).set_index("cycle").round(3).astype(object).fillna("")
 # ## Chosen and rejected, step by step
 #
 # Within a cycle the loss falls as the new answer gains on `y_l`. At the start of a cycle (grey line) `y_l` is read off
-# anew: where it is another answer now, the rejected curve jumps to the model's present favourite, and the loss rises
-# again. The panel on the right shows every position of the answer: the edit is won when all leads are above 0.
+# anew. Where it is another answer, the loss begins anew, too. On the right are the logits of the new answer and of all
+# that were rejected, at the first position that was wrong. An answer is drawn thick while it is the rejected one.
 
 # %%
-fig, (left, middle, right) = plt.subplots(1, 3, figsize=(12, 3.3), layout="constrained")
-at = range(len(steps))
-left.plot(at, [e["loss"] for e in steps], color="black", marker=".")
-left.set(title="loss", xlabel="step", ylabel="nats")
-for label, colour, marker in (("chosen $y_w$", BLUE, "o"), ("rejected $y_l$", RED, "s")):
-    values = [answer_logps(e["logits"], chosen if colour == BLUE else e["rejected"]).item() for e in steps]
-    middle.plot(at, values, color=colour, marker=marker, markersize=4, label=label)
-middle.set(title="log-probability of the answer", xlabel="step", ylabel="nats")
-middle.legend(frameon=False)
-for position, (token, marker) in enumerate(zip(chosen, "os^Dv<>*" * 9, strict=False)):
-    values = [
-        (e["logits"][position, token] - e["logits"][position].scatter(0, token, -torch.inf).max()).item()
-        for e in entries
-    ]
-    right.plot(range(len(entries)), values, marker=marker, markersize=4, label=text([token]))
-right.axhline(0, color="black", linewidth=0.8)
-right.set(title="lead over the best other token", xlabel="step", ylabel="logits")
-right.legend(frameon=False, title="new token", loc="lower right")
-for axes in (left, middle, right):
+position = int((steps[0]["rejected"] != chosen).nonzero()[0])
+new = int(chosen[position])
+aimed = list(dict.fromkeys(int(e["rejected"][position]) for e in steps))
+aimed = [token for token in aimed if token != new]
+
+
+def mark_cycles(axes):
     for c in cycles[1:]:
-        axes.axvline(next(i for i, e in enumerate(steps) if e["cycle"] == c), color="#bbbbbb", linewidth=1, zorder=0)
+        axes.axvline(next(i for i, e in enumerate(steps) if e["cycle"] == c), color="#dddddd", linewidth=1, zorder=0)
+
+
+def logits_of(token, some):
+    return [e["logits"][position, token].item() for e in some]
+
+
+fig, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), width_ratios=(2, 3), layout="constrained")
+for c in cycles:
+    of = [(i, e["loss"]) for i, e in enumerate(steps) if e["cycle"] == c]
+    left.plot(*zip(*of, strict=True), color="black", marker=".", linewidth=1)
+left.set(title="loss", xlabel="step", ylabel="nats", ylim=(0, None))
+right.plot(logits_of(new, entries), color="black", linewidth=2.5, label=f"new: {text([new])}")
+shades = [*COLOURS[:6], *COLOURS[7:]]
+for place, token in enumerate(aimed):
+    values = logits_of(token, entries)
+    colour = shades[place % len(shades)]
+    right.plot(values, color=colour, linewidth=1, label=text([token]))
+    now = [
+        v if i < len(steps) and steps[i]["rejected"][position] == token else float("nan") for i, v in enumerate(values)
+    ]
+    right.plot(now, color=colour, linewidth=4, alpha=0.6, solid_capstyle="butt")
+right.set(title="logits of the new answer and of the rejected ones", xlabel="step", ylabel="logit")
+right.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1), title="in order of rejection")
+for axes in (left, right):
+    mark_cycles(axes)
 plt.show()
 
 # %% [markdown]
@@ -202,77 +225,82 @@ assert (kdpo != 0).sum() == 2 * (rejected != chosen).sum()
 
 # %% [markdown]
 # The gradient touches two logits, but all logits share the matrix below them, so others move too. How far did they go
-# in the whole edit, at the first position that was wrong? Most of those that were never aimed at move much less.
+# in the whole edit, at the first position that was wrong?
 
 # %%
-position = int((rejected != chosen).nonzero()[0])
 moved = entries[-1]["logits"][position] - entries[0]["logits"][position]
-aimed = {int(chosen[position]), *(int(e["rejected"][position]) for e in steps)}
-rest = torch.tensor([i for i in range(len(moved)) if i not in aimed], device=moved.device)
+rest = torch.ones(len(moved), dtype=torch.bool)
+rest[[new, *aimed]] = False
 others = moved[rest]
 
-fig, axes = plt.subplots(figsize=(7, 3), layout="constrained")
-axes.hist(others.tolist(), bins=80, color="#999999", label=f"the other {len(others)}")
-for token in sorted(aimed, key=lambda i: i != int(chosen[position])):
-    new = token == int(chosen[position])
-    axes.axvline(
-        moved[token].item(), color=BLUE if new else RED, linestyle="-" if new else "--",
-        label=f"{'new' if new else 'rejected'}: {text([token])}",
+fig, axes = plt.subplots(figsize=(9, 3.2), layout="constrained")
+axes.hist(others.tolist(), bins=80, color="#bbbbbb")
+top = axes.get_ylim()[1]
+for place, token in enumerate(sorted([new, *aimed], key=lambda token: moved[token].item())):
+    colour, at = (BLUE if token == new else RED), moved[token].item()
+    axes.axvline(at, color=colour, linewidth=1.5)
+    axes.annotate(
+        text([token]), (at, 1.02 + 0.1 * (place % 3)), xycoords=axes.get_xaxis_transform(), color=colour, ha="center",
+        fontsize=9,
     )  # fmt: skip
-axes.set(xlabel="change of the logit", ylabel="tokens", yscale="log", title=f"position {position}, before and after")
-fig.legend(loc="outside right upper", frameon=False)
+axes.set(xlabel="change of the logit in the whole edit", ylabel="tokens of the vocabulary", yscale="log")
+axes.yaxis.set_major_formatter("{x:,.0f}")
 plt.show()
-print(f"half of the others moved by less than {others.abs().median().item():.1f} logits")
+print(f"new answer {moved[new].item():+.1f}, rejected ones {moved[aimed].mean().item():+.1f} on average")
+print(f"half of the other {len(others)} tokens moved by less than {others.abs().median().item():.1f} logits")
 
 # %% [markdown]
-# ## Why `y_l` must be made anew
+# ## What making `y_l` anew is for
 #
-# Keep the first `y_l` instead, for as many steps as KDPO may take. The loss is content once the new answer is far ahead
-# of **that** `y_l`, whatever else comes out on top.
+# Keep the first `y_l` instead. Then nothing pushes the other answers down, but that they share the matrix with it. The
+# picture shows the lead of the new answer over the best other token. The edit is won above 0.
 
 # %%
-_, frozen, frozen_won = watch(record, regenerate=False)
-rejected, final = frozen[0]["rejected"], frozen[-1]["logits"].argmax(-1)
-print(f"y_l made anew: won {won}, {len(entries) - 1} steps")
-print(f"y_l kept:      won {frozen_won}, {len(frozen) - 1} steps")
-display(
-    pd.DataFrame(
-        {"new answer": [text([t]) for t in chosen], "y_l, kept": [text([t]) for t in rejected],
-         "the model then says": [text([t]) for t in final]}
-    ).rename_axis("position")
-)  # fmt: skip
+_, frozen, frozen_won = watch(request, regenerate=False)
 
-# %%
-wrong = (final != chosen).nonzero().flatten()
-position = int(wrong[0]) if len(wrong) else position
-names = {int(chosen[position]): "new"}
-for token, role in ((int(rejected[position]), "first rejected"), (int(final[position]), "winner on the left")):
-    names[token] = f"{names[token]} and {role}" if token in names else role
-fig, panels = plt.subplots(1, 2, figsize=(11, 3.6), sharey=True, layout="constrained")
-for axes, some, title in zip(panels, (frozen[:60], entries), ("$y_l$ kept", "$y_l$ made anew"), strict=True):
-    for (token, role), colour, marker in zip(names.items(), (BLUE, RED, GREEN), "os^", strict=False):
-        values = [e["logits"][position, token].item() for e in some]
-        axes.plot(values, color=colour, marker=marker, markersize=4, linewidth=1, label=f"{text([token])}  ({role})")
-    axes.set(title=title, xlabel="step")
-panels[0].set_ylabel(f"logit at position {position}")
-fig.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+
+def leads(some):
+    """At each step, the least lead of a new token over the best other one, in logits."""
+    found = []
+    for e in some:
+        rest = e["logits"].scatter(1, chosen[:, None], -torch.inf).max(-1).values
+        found.append((e["logits"].gather(1, chosen[:, None])[:, 0] - rest).min().item())
+    return found
+
+
+fig, axes = plt.subplots(figsize=(7, 3.2), layout="constrained")
+axes.plot(leads(entries), color=BLUE, linewidth=2, label="y_l made anew, as KDPO does")
+axes.plot(leads(frozen), color=GREY, linewidth=2, linestyle="--", label="the first y_l kept")
+axes.axhline(0, color="black", linewidth=0.8)
+axes.set(xlabel="step", ylabel="lead of the new answer, logits")
+axes.legend(frameon=False)
 plt.show()
 
-# %% [markdown]
-# On the shipped model this is a position that was *won* at the start: both answers have the same token there, so the
-# loss does not push it. But it shares the matrix with the position that is pushed, is dragged down with it, and a third
-# token passes. With `y_l` made anew that token is rejected next, and is sent away within a few steps.
+# %%
+for name, won_it, some in (("made anew", won, entries), ("kept", frozen_won, frozen)):
+    said = text(some[-1]["logits"].argmax(-1))
+    print(f"y_l {name}: {'won' if won_it else 'not won'} after {len(some) - 1} steps, the model says {said}")
 
 # %% [markdown]
-# Is this rare? The same for forty records, at this learning rate and at the one chosen for single edits.
+# ## Other facts
+#
+# The same for a few more records of CounterFact. Where `y_l` is kept, an edit may take twice as many cycles as it took
+# with `y_l` made anew.
 
 # %%
-counts = []
-for lr in (hparams.lr, 5 * hparams.lr):
-    kept = sum(watch(r, regenerate=False, lr=lr)[2] for r in records[:40])
-    anew = sum(watch(r, lr=lr)[2] for r in records[:40])
-    counts.append({"learning rate": f"{lr:g}", "won with y_l kept": kept, "won with y_l made anew": anew, "of": 40})
-display(pd.DataFrame(counts).set_index("learning rate"))
-
-# %% [markdown]
-# Most edits need no second `y_l`; those that do fail without it, however long they are trained.
+rows = []
+for r in records[:FACTS]:
+    one = {"prompt": r.prompt, "target_new": r.target_new}
+    _, anew, anew_won = watch(one)
+    count = len({e["cycle"] for e in anew[:-1]})
+    _, kept, kept_won = watch(one, regenerate=False, most=max(1, 2 * count))
+    rows.append(
+        {
+            "new answer": r.target_new,
+            "cycles": count,
+            "different y_l": len({tuple(e["rejected"].tolist()) for e in anew[:-1]}),
+            "steps, y_l made anew": len(anew) - 1 if anew_won else "not won",
+            "steps, y_l kept": len(kept) - 1 if kept_won else f"not won in {len(kept) - 1}",
+        }
+    )
+display(pd.DataFrame(rows).set_index("new answer"))

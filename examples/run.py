@@ -1,6 +1,8 @@
 """Make the notebooks of this folder from their Python files, run them, and save them with their outputs.
 
-python examples/run.py [01_quickstart ...]
+python examples/run.py [--to FOLDER] [01_quickstart ...]
+
+A cell that fails ends it with the cell's error. With ``--to`` the notebooks are saved there, and those here are left.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ def execute(notebook: nbformat.NotebookNode, folder: Path) -> None:
     # The kernel finds the package that this process would; tqdm asks for widgets that nothing here needs.
     path = os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")])
     env = {**os.environ, "PYTHONPATH": path, "PYTHONWARNINGS": "ignore:IProgress not found"}
-    client = NotebookClient(notebook, timeout=600, record_timing=False, coalesce_streams=True)
+    client = NotebookClient(notebook, timeout=3600, record_timing=False, coalesce_streams=True)
     client.execute(cwd=str(folder), env=env)
     notebook.metadata["language_info"] = {"name": "python"}
 
@@ -44,11 +46,14 @@ def execute(notebook: nbformat.NotebookNode, folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", default=NAMES, help="which; all of them if none is named")
-    for name in parser.parse_args().names:
+    parser.add_argument("--to", type=Path, default=HERE, metavar="FOLDER", help="where they are saved; here by default")
+    args = parser.parse_args()
+    args.to.mkdir(parents=True, exist_ok=True)
+    for name in args.names:
         start, notebook = time.perf_counter(), paired(name)
         with tempfile.TemporaryDirectory() as folder:
             execute(notebook, Path(folder))
-        nbformat.write(notebook, HERE / f"{name}.ipynb")
+        nbformat.write(notebook, args.to / f"{name}.ipynb")
         sys.stdout.write(f"{name}: {time.perf_counter() - start:.0f} s\n")
 
 
