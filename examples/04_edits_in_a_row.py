@@ -40,7 +40,7 @@ logging.getLogger("kdpo_editor").setLevel(logging.ERROR)  # edits that miss thei
 
 # %%
 MODEL = "smollm2-135m"
-CHECKPOINTS = (1, 5, 10, 20)
+CHECKPOINTS = (1, 10, 20)
 KNOWN = 30  # facts that the model knows and nobody edits
 DOCUMENTS = 4  # of held-out text
 
@@ -144,14 +144,11 @@ for axes, (metric, unit) in zip(grid.flat, METRICS.items(), strict=False):
     axes.set_xticks(CHECKPOINTS)
     axes.grid(axis="y", color="#eeeeee")
     if metric == "perplexity":
-        axes.axhline(perplexity_before, color="#777777", linewidth=1, zorder=0)
-        axes.annotate(
-            "before any edit", (1, perplexity_before), xytext=(0, 4), textcoords="offset points", color="#777777"
-        )
+        axes.axhline(perplexity_before, color="#777777", linewidth=1, linestyle=(0, (2, 2)), label="before any edit")
     else:
         axes.set_ylim(-0.03, 1.03)
 grid.flat[-1].axis("off")
-grid.flat[-1].legend(*grid.flat[0].get_legend_handles_labels(), loc="center", frameon=False, handlelength=3)
+grid.flat[-1].legend(*grid.flat[-2].get_legend_handles_labels(), loc="center", frameon=False, handlelength=3)
 plt.show()
 
 # %%
@@ -166,12 +163,11 @@ display(last.assign(**{"CPU seconds an edit": (pd.Series(seconds) / len(records)
 
 # %%
 fig, axes = plt.subplots(figsize=(9, 1.9), layout="constrained")
-image = axes.imshow([held[name] for name in METHODS], cmap="Blues", aspect="auto", interpolation="none", vmin=0, vmax=1)
-axes.set_yticks(range(len(METHODS)), labels=METHODS)
-axes.set_yticks([i - 0.5 for i in range(1, len(METHODS))], minor=True)
-axes.grid(which="minor", color="white", linewidth=3)
-axes.tick_params(which="both", length=0)
-axes.set_xticks([edits - 1 for edits in CHECKPOINTS], labels=CHECKPOINTS)
+image = axes.pcolormesh([held[name] for name in METHODS], cmap="Blues", vmin=0, vmax=1, edgecolors="white", linewidth=2)
+axes.set_yticks([i + 0.5 for i in range(len(METHODS))], labels=METHODS)
+axes.invert_yaxis()
+axes.tick_params(length=0)
+axes.set_xticks([edits - 0.5 for edits in CHECKPOINTS], labels=CHECKPOINTS)
 axes.set_xlabel("edit, in the order made")
 axes.spines[:].set_visible(False)
 fig.colorbar(image, ax=axes, label="share of tokens", pad=0.02)
