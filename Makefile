@@ -37,7 +37,7 @@ docs: $(VENV)/.installed
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 examples: $(VENV)/.installed
-	OMP_NUM_THREADS=1 $(BIN)/python examples/run.py$(if $(TO), --to $(TO))
+	OMP_NUM_THREADS=1 $(BIN)/python examples/run.py --jobs 2$(if $(TO), --to $(TO))
 
 bench: $(VENV)/.installed
 	$(BIN)/python benchmarks/bench.py

@@ -1,6 +1,6 @@
 """Make the notebooks of this folder from their Python files, run them, and save them with their outputs.
 
-python examples/run.py [--to FOLDER] [01_quickstart ...]
+python examples/run.py [--to FOLDER] [--jobs N] [01_quickstart ...]
 
 A cell that fails ends it with the cell's error. With ``--to`` the notebooks are saved there, and those here are left.
 """
@@ -12,6 +12,7 @@ import os
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 
 import jupytext
@@ -43,18 +44,25 @@ def execute(notebook: nbformat.NotebookNode, folder: Path) -> None:
     notebook.metadata["language_info"] = {"name": "python"}
 
 
+def make(name: str, to: Path) -> str:
+    """Save the notebook of ``name.py`` with its outputs; returns how long that took."""
+    start, notebook = time.perf_counter(), paired(name)
+    with tempfile.TemporaryDirectory() as folder:
+        execute(notebook, Path(folder))
+    nbformat.write(notebook, to / f"{name}.ipynb")
+    return f"{name}: {time.perf_counter() - start:.0f} s\n"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", default=NAMES, help="which; all of them if none is named")
     parser.add_argument("--to", type=Path, default=HERE, metavar="FOLDER", help="where they are saved; here by default")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="how many at a time")
     args = parser.parse_args()
     args.to.mkdir(parents=True, exist_ok=True)
-    for name in args.names:
-        start, notebook = time.perf_counter(), paired(name)
-        with tempfile.TemporaryDirectory() as folder:
-            execute(notebook, Path(folder))
-        nbformat.write(notebook, args.to / f"{name}.ipynb")
-        sys.stdout.write(f"{name}: {time.perf_counter() - start:.0f} s\n")
+    with ProcessPoolExecutor(args.jobs) as pool:
+        for made in as_completed([pool.submit(make, name, args.to) for name in args.names]):
+            sys.stdout.write(made.result())
 
 
 if __name__ == "__main__":
