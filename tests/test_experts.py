@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -238,7 +239,8 @@ def test_kdpo_l_edits_routed_experts_without_second_moments(tok: Any) -> None:
         _, originals, (trace,) = edit(model, tok, requests[-1:], hparams)
         assert trace.converged
         assert set() < changed(model, originals) <= may_change < set(range(16))
-    assert edit(model, tok, [ABOUT], hparams)[2][0].steps == 0
+    # By the half of the margin that replay holds.
+    assert edit(model, tok, [ABOUT], replace(hparams, margin=1.5))[2][0].steps == 0
 
 
 def test_second_moments_of_routed_experts_are_refused(tok: Any, text: str) -> None:

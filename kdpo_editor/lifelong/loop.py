@@ -30,7 +30,8 @@ from .replay import EarlierEdits, ReplayBuffer
 LAZY_FROM = 16
 PATIENCE = 0.25
 # The longest step, in what the matrices typically make of an input, for each answer that is not won. Longer ones are
-# taken at first, where the loss is high and hardly depends on the weights, and stay as harm to everything else.
+# taken at first, where the loss is high and hardly depends on the weights, and stay as harm to everything else. After
+# each such share of the cycles as above it is doubled, for those whose inputs are common and so count for little.
 REACH = 0.25
 
 
@@ -76,14 +77,15 @@ def kdpo_l(
         earlier = None if buffer is None else EarlierEdits(buffer, forward, edits, hparams)
         others: list[ConstraintSet] = [] if earlier is None else [earlier]
         stepper = Stepper(weights.values(), hparams, longest)
-        for _ in range(hparams.cycles):
+        for cycle in range(hparams.cycles):
+            stepper.longest = longest * 2 ** (cycle // max(1, PATIENCE * hparams.cycles))
             violated = work.violated() or next((work.join(found) for some in others if (found := some.violated())), [])
             if not violated:
                 break
             run_cycle(violated, stepper, hparams)
             for pairs in chain(*violated):
-                for member, cycle in zip(pairs.members, pairs.finished(hparams.stop_loss), strict=True):
-                    traces[member].cycles.append(cycle)
+                for member, done in zip(pairs.members, pairs.finished(hparams.stop_loss), strict=True):
+                    traces[member].cycles.append(done)
     rounded = bool(preconditioners) and any(w.dtype not in (torch.float32, torch.float64) for w in weights.values())
     if violated or rounded:
         for batch in chain(*work.batches):
