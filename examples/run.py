@@ -63,6 +63,7 @@ def main() -> None:
     with ProcessPoolExecutor(args.jobs) as pool:
         for made in as_completed([pool.submit(make, name, args.to) for name in args.names]):
             sys.stdout.write(made.result())
+            sys.stdout.flush()
 
 
 if __name__ == "__main__":
