@@ -53,7 +53,8 @@ def test_the_rate_is_a_factor_on_a_polyak_step() -> None:
 def test_no_polyak_step_is_longer_than_its_bound(losses: int, factor: float) -> None:
     weights = matrices()
     before = [w.detach().clone() for w in weights]
-    optimizer = Stepper(weights, KDPOHyperParams("model", [0], "layers.{}.weight", optimizer="polyak", lr=1.0), 0.01)
+    optimizer = stepper(weights, "polyak", 1.0)
+    optimizer.longest = 0.01
     optimizer.gather(linear(weights), losses)
     optimizer.step()
     moved = torch.stack([(w - b).square().sum() for w, b in zip(weights, before, strict=True)]).sum().sqrt()

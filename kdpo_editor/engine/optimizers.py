@@ -45,16 +45,17 @@ class Polyak(torch.optim.Optimizer):
 class Stepper:
     """Steps of the settings' optimiser. Half-precision matrices are stepped through fp32 copies and rounded into place.
 
+    ``longest``: for one loss, the longest step of Polyak's, without bound at first; for several, times the root of
+    their number, since the steps of different edits are at right angles to each other, or nearly.
+
     Args:
         weights: the matrices, ``requires_grad`` set.
         hparams: settings: ``optimizer``, ``lr``, and ``cuda_graphs``, with which Adam's state is kept on the device.
-        longest: for one loss, the longest step of Polyak's; for several, times the root of their number, since the
-            steps of different edits are at right angles to each other, or nearly.
     """
 
-    def __init__(self, weights: Iterable[nn.Parameter], hparams: KDPOHyperParams, longest: float = inf) -> None:
+    def __init__(self, weights: Iterable[nn.Parameter], hparams: KDPOHyperParams) -> None:
         self.weights = list(weights)
-        self.longest = longest
+        self.longest = inf
         self.losses = 0  # that were gathered
         half = (torch.float16, torch.bfloat16)
         self.masters = [w.detach().float() if w.dtype in half else w for w in self.weights]

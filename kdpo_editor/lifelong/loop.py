@@ -76,9 +76,9 @@ def kdpo_l(
         work = Work(own, hparams, lazy_from)
         earlier = None if buffer is None else EarlierEdits(buffer, forward, edits, hparams)
         others: list[ConstraintSet] = [] if earlier is None else [earlier]
-        stepper = Stepper(weights.values(), hparams, longest)
+        stepper = Stepper(weights.values(), hparams)
         for cycle in range(hparams.cycles):
-            stepper.longest = longest * 2 ** (cycle // max(1, PATIENCE * hparams.cycles))
+            stepper.longest = longest * 2 ** (cycle // max(1, work.patience))
             violated = work.violated() or next((work.join(found) for some in others if (found := some.violated())), [])
             if not violated:
                 break
