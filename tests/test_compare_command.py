@@ -49,29 +49,33 @@ sys.stdout.write(json.dumps(found))
 """
 
 
+LACKING = "a method that the form lacks"
+
+
 @pytest.fixture(scope="module")
-def said_of_mistakes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str]]:
-    """Of each mistake the exit status and what is said, all by one process."""
-    out = tmp_path_factory.mktemp("mistakes")
-    lines = [[*arguments, f"out={out}", f"cache={out}/cache", *SMALL] for arguments, _ in MISTAKES.values()]
+def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str]]:
+    """Of each mistake, and of what only skips, the exit status and what is said, all by one process."""
+    out = tmp_path_factory.mktemp("said")
+    lines = {name: arguments for name, (arguments, _) in MISTAKES.items()} | {LACKING: ["-m", "method=grace"]}
+    told = [[*arguments, f"out={out}", f"cache={out}/cache", *SMALL] for arguments in lines.values()]
     run = subprocess.run(
-        [sys.executable, "-c", SEVERAL, json.dumps(lines)], capture_output=True, text=True, env=environment(),
+        [sys.executable, "-c", SEVERAL, json.dumps(told)], capture_output=True, text=True, env=environment(),
         check=False,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
-    return dict(zip(MISTAKES, json.loads(run.stdout.splitlines()[-1]), strict=True))
+    return dict(zip(lines, json.loads(run.stdout.splitlines()[-1]), strict=True))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_on_the_command_line_is_named_without_a_traceback(
-    said_of_mistakes: dict[str, tuple[int, str]], mistake: str
+    said: dict[str, tuple[int, str]], mistake: str
 ) -> None:
-    status, said = said_of_mistakes[mistake]
+    status, text = said[mistake]
     assert status != 0
-    assert "Traceback" not in said
+    assert "Traceback" not in text
     for word in MISTAKES[mistake][1]:
-        assert word in said
+        assert word in text
 
 
 @pytest.mark.parametrize("name", ["a,b.json", "a=b.json", "my edits.json", "it's (1) [2] {3}.json", 'a "b".json'])
@@ -118,6 +122,12 @@ def test_one_failing_cell_leaves_the_others(swept: tuple[Path, subprocess.Comple
     assert "Traceback" not in run.stderr
     assert "KDPO" in run.stdout
     assert (out / "report" / "report.html").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not HAS_PYPI, reason="the PyPI form is not installed")
+def test_what_is_only_skipped_exits_with_0(said: dict[str, tuple[int, str]]) -> None:
+    assert said[LACKING][0] == 0, said[LACKING][1]
 
 
 @pytest.mark.slow

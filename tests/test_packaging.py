@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 
@@ -26,17 +25,14 @@ def wheel() -> set[str]:
     """The files that a wheel takes from the package and from ``hparams``, by their paths in it."""
     from setuptools import Distribution
 
-    before = Path.cwd()
-    os.chdir(ROOT)
-    try:
+    with pytest.MonkeyPatch.context() as here:
+        here.chdir(ROOT)
         distribution = Distribution({"script_name": "setup.py"})
         distribution.parse_config_files(filenames=["setup.cfg"])
         command = distribution.get_command_obj("build_py")
         command.ensure_finalized()
         built = command.get_outputs(include_bytecode=False)
         return {Path(file).relative_to(command.build_lib).as_posix() for file in built}
-    finally:
-        os.chdir(before)
 
 
 @pytest.fixture(scope="module")
@@ -44,16 +40,13 @@ def source() -> set[str]:
     """The files that ``MANIFEST.in`` adds to a source distribution."""
     from setuptools.command.egg_info import FileList
 
-    before = Path.cwd()
-    os.chdir(ROOT)
-    try:
+    with pytest.MonkeyPatch.context() as here:
+        here.chdir(ROOT)
         files = FileList()
         for line in Path("MANIFEST.in").read_text("utf-8").splitlines():
             if line and not line.startswith("#"):
                 files.process_template_line(line)
         return {Path(file).as_posix() for file in files.files}
-    finally:
-        os.chdir(before)
 
 
 def in_folder(folder: Path) -> set[str]:
