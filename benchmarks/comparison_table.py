@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from statistics import harmonic_mean
 
 import pandas as pd
+
+from kdpo_editor.compare.report.means import UNEDITED
 
 # Our heading, theirs, decimals.
 COLUMNS = (
@@ -30,14 +33,13 @@ def shared_columns(wide: pd.DataFrame) -> pd.DataFrame:
     last = wide[wide["T"] == wide["T"].max()]
     found = pd.DataFrame({name: last.get(f"{metric}.mean", pd.Series(dtype=float)) for name, metric, _ in COLUMNS})
     found["MB"] /= 1e6
-    score = len(RANKED_BY) / (1 / found[RANKED_BY].clip(lower=1e-9)).sum(axis=1)
     shown = pd.DataFrame({"": last["label"]})
     for name, _, digits in COLUMNS:
         shown[name] = ["" if pd.isna(value) else _number(value, digits) for value in found[name]]
-    order = score.sort_values(ascending=False, kind="stable").index
-    unedited = [row for row in order if last.loc[row, "method"] == "unedited"]
+    unedited = last["method"] == UNEDITED
     shown.loc[unedited, "s/edit"] = ""
-    return shown.loc[[*unedited, *(row for row in order if row not in unedited)]]
+    rank = pd.DataFrame({"edited": ~unedited, "loss": -found[RANKED_BY].apply(harmonic_mean, axis=1)})
+    return shown.loc[rank.sort_values(["edited", "loss"], kind="stable").index]
 
 
 def _number(value: float, digits: int) -> str:

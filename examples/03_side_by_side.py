@@ -22,6 +22,7 @@ import pandas as pd
 from IPython.display import Markdown, display
 
 from kdpo_editor import KDPOHyperParams  # before easyeditor: registers KDPO with it
+from kdpo_editor.cli.demo import timed
 from kdpo_editor.compare.report.figures import COLOURS, SETTINGS
 from kdpo_editor.compare.run.datasets import load as load_facts
 from kdpo_editor.compare.run.derived_settings import derive
@@ -89,22 +90,7 @@ for hparams in METHODS.values():
 # EasyEdit asks each question right before an edit and right after it. Edits are kept, so a later one may harm an
 # earlier one. At the end we ask every question once more.
 
-
 # %%
-def timed(editor):
-    """``editor``, which notes in ``seconds`` the CPU seconds that its method took for the last edit."""
-    method = editor.apply_algo
-
-    def apply(*args, **kwargs):
-        start = time.process_time()
-        result = method(*args, **kwargs)
-        editor.seconds = time.process_time() - start
-        return result
-
-    editor.apply_algo = apply
-    return editor
-
-
 ASKED = {
     "edit": [record.prompt for record in records],
     "in other words": [record.rephrase_prompts[0] for record in records],
@@ -114,7 +100,7 @@ keep = {"sequential_edit": True} if is_upstream() else {"keep_original_weight": 
 scores, said = [], {}
 for name, hparams in METHODS.items():
     with quietly():  # EasyEdit prints every step
-        editor = timed(BaseEditor.from_hparams(hparams))
+        editor = timed(BaseEditor.from_hparams(hparams), time.process_time)  # which notes its CPU seconds
     if not said:
         said["before"] = {kind: answers(editor.model, editor.tok, asked, 6) for kind, asked in ASKED.items()}
     if isinstance(hparams, KDPOHyperParams):
