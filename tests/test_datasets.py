@@ -7,6 +7,7 @@ import logging
 import lzma
 import os
 from dataclasses import replace
+from itertools import chain, combinations
 from pathlib import Path
 from typing import Any
 
@@ -129,11 +130,13 @@ def test_flat_portability_may_be_one_question_or_a_list(tmp_path: Path) -> None:
 
 
 def test_the_packages_counterfact_is_read() -> None:
-    test, validation = (load(name, shuffle=False) for name in ("counterfact", "counterfact-validation"))
-    assert (len(test), len(validation)) == (2948, 1597)
-    assert not {r.subject.casefold() for r in test} & {r.subject.casefold() for r in validation}
-    assert not {r.prompt for r in test} & {r.prompt for r in validation}
-    for record in (*test, *validation):
+    names = ("counterfact", "counterfact-validation", "counterfact-known")
+    test, validation, known = splits = [load(name, shuffle=False) for name in names]
+    assert (len(test), len(validation), len(known)) == (2948, 859, 1597)
+    for one, other in combinations(splits, 2):
+        assert not {r.subject.casefold() for r in one} & {r.subject.casefold() for r in other}
+        assert not {r.prompt for r in one} & {r.prompt for r in other}
+    for record in chain(*splits):
         assert record.ground_truth
         assert len(record.rephrase_prompts) == 1
         assert [len(probes) for probes in record.locality.values()] == [1]
@@ -369,7 +372,8 @@ def test_a_file_that_holds_no_records_is_named(tmp_path: Path, name: str, conten
 
 @pytest.mark.parametrize("source", ["zsree", "no/such/file.json", "."])
 def test_a_source_that_is_no_file_is_named_with_the_known_ones(source: str) -> None:
-    names = "shipped, counterfact, counterfact-validation, zsre, wiki_counterfact, recent, wikibio, wikibigedit"
+    packaged = "shipped, counterfact, counterfact-validation, counterfact-known"
+    names = f"{packaged}, zsre, wiki_counterfact, recent, wikibio, wikibigedit"
     with pytest.raises(DataError, match=f"'{source}' is no file; .*{names}"):
         load(source)
 

@@ -292,7 +292,7 @@ def test_the_highest_memory_of_each_call_is_its_own() -> None:
     assert call(50) == pytest.approx(50, abs=10)
 
 
-def test_where_counterfact_has_too_few_known_facts_its_validation_split_is_asked_too(shipped: tuple[Any, Any]) -> None:
+def test_where_counterfact_has_too_few_known_facts_others_are_asked_too(shipped: tuple[Any, Any]) -> None:
     class Partial:
         """Says the right answer to some prompts, and nothing to others."""
 
@@ -301,11 +301,11 @@ def test_where_counterfact_has_too_few_known_facts_its_validation_split_is_asked
         def generate(self, prompts: list[str], length: int) -> list[Any]:
             return [SimpleNamespace(answers=lambda _, knows=prompt in knows: knows) for prompt in prompts]
 
-    test, validation = (load_facts(name, shuffle=False) for name in ("counterfact", "counterfact-validation"))
-    knows = {record.prompt for record in (*test[:30], *validation[:20])}
+    own, others = (load_facts(name, shuffle=False) for name in ("counterfact", "counterfact-known"))
+    knows = {record.prompt for record in (*own[:30], *others[:20])}
     few, most = (
         known_facts(Partial(), "counterfact", n, [], lambda key, compute: compute())  # type: ignore[arg-type]
         for n in (25, 100)
     )
-    assert few == test[:25]
-    assert most == [*test[:30], *validation[:20]]
+    assert few == own[:25]
+    assert most == [*own[:30], *others[:20]]

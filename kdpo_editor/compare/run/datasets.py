@@ -30,8 +30,10 @@ HERE = Path(__file__).parents[1] / "data"
 PACKAGED = {
     "counterfact": HERE / "counterfact.json.xz",
     "counterfact-validation": HERE / "counterfact-validation.json.xz",
+    "counterfact-known": HERE / "counterfact-known.json.xz",
 }
-"""Files of the package by name: CounterFact's records, and others of other subjects."""
+"""Files of the package by name: CounterFact's records, those that settings are chosen on, and those of which a model is
+asked what it knows. No two of them share a subject."""
 
 KNOWN = {
     "zsre": "hub:zjunlp/KnowEdit:benchmark/ZsRE/ZsRE-test-all.json",

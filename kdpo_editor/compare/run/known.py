@@ -18,7 +18,7 @@ LOG = logging.getLogger(__name__)
 BLOCK = 250  # candidates that are asked at a time, until enough are known
 FEW = 5  # with fewer a share says nothing
 # Candidates beyond those of a source, where it alone holds too few that a small model knows.
-MORE = {"counterfact": ["counterfact-validation"]}
+MORE = {"counterfact": ["counterfact-known"]}
 MARGIN = 3  # tokens generated beyond those of the answer: it may be told in others, and its last word must end
 
 
@@ -31,7 +31,7 @@ def known_facts(
 ) -> list[Record]:
     """Records of ``source`` whose ``ground_truth`` the model gives, in the order of the data, at most ``most``.
 
-    Where ``counterfact`` holds too few of them, ``counterfact-validation`` is asked, too. None of them is about a
+    Where ``counterfact`` holds too few of them, ``counterfact-known`` is asked, too. None of them is about a
     subject of ``edited``. ``kept``: where answers are kept; the package's cache by default. Warns where there are fewer
     than a handful, and then gives none.
     """
