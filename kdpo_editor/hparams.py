@@ -85,7 +85,7 @@ class KDPOHyperParams:
     """Through which of the prompt's tokens matrices are trained: "all", those of the request's "subject", or
     "subject_last", its last one alone. But for "all", a request should name its ``subject``; else one is guessed."""
     context_templates: int = 0
-    """Each request is also trained behind so many short texts (:mod:`kdpo_editor.lifelong.contexts`)."""
+    """Each request is also trained behind so many sentences (:mod:`kdpo_editor.lifelong.contexts`)."""
     schedule: str = "depth_first"
     """"depth_first" edits several requests of one call one after the other, "breadth_first" all at once."""
     memory_budget: float = 2e9

@@ -60,14 +60,14 @@ def test_the_layers_end_where_the_effect_is_largest() -> None:
     effects = torch.zeros(len(TOKENS), 30)
     effects[SUBJECT_LAST, 8] = 0.3
     effects[TOKENS.index("last of the prompt"), 20] = 0.9
-    assert CausalTrace(effects, 0.9, 0.1, 20, "h.{}.mlp").layers == [4, 5, 6, 7, 8]
+    assert CausalTrace(effects, 0.9, 0.1, 20, "h.{}.mlp").layers == [2, 4, 6, 8]
 
 
 def test_the_last_layer_is_never_named() -> None:
     """A subject's tokens there reach no answer."""
     effects = torch.zeros(len(TOKENS), 6)
     effects[SUBJECT_LAST, 5] = 1.0
-    assert CausalTrace(effects, 0.9, 0.1, 20, "h.{}.mlp").layers == [4]
+    assert CausalTrace(effects, 0.9, 0.1, 20, "h.{}.mlp").layers == [3, 4]
 
 
 def test_a_fact_without_its_subject_is_refused(llama: tuple[Any, Any]) -> None:
@@ -118,7 +118,7 @@ def test_the_command_prints_draws_and_keeps_what_it_found(
     assert main(["locate", "--model", name, "--picture", str(picture), "--to", str(settings)]) == 0
     out = capsys.readouterr().out
     kept = KDPOHyperParams.from_hparams(settings)
-    assert f"Layers {kept.place[0][0]} to {kept.place[0][-1]}" in out
+    assert f"Layers {', '.join(map(str, kept.place[0]))}. " in out
     assert picture.read_bytes().startswith(b"\x89PNG")
     model, _ = load("llama")
     assert complete(replace(kept, layers=None), model).layers == kept.layers

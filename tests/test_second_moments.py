@@ -21,6 +21,7 @@ from kdpo_editor.compare.run.scorer import HELD_OUT
 from kdpo_editor.engine.generation import says_target
 from kdpo_editor.engine.steps import run_cycle
 from kdpo_editor.lifelong import loop, second_moments
+from kdpo_editor.lifelong.contexts import TEMPLATES
 from kdpo_editor.lifelong.names import name_windows, names_in
 from kdpo_editor.lifelong.preconditioning import Preconditioner, _with_start, damping
 from kdpo_editor.lifelong.second_moments import GENERAL_TEXT, Spectrum, fingerprint, remember_copy, spectra
@@ -274,7 +275,9 @@ def test_names_count_as_much_as_all_other_tokens(llama: Any, tmp_path: Path) -> 
         sums / count
         for sums, count in (
             second_moments.second_moments(model, [MODULE], windows)[MODULE],
-            second_moments.second_moments(model, [MODULE], name_windows(tok, names_in(lines), 24), last=True)[MODULE],
+            second_moments.second_moments(
+                model, [MODULE], name_windows(tok, names_in(lines), second_moments.LONGEST), last=True
+            )[MODULE],
         )
     ]
     torch.testing.assert_close(found.mean, (means[0] + means[1]).float().trace() / len(means[0]))
@@ -294,11 +297,11 @@ def test_names_are_words_with_capitals_inside_a_sentence(line: str, names: list[
     assert names_in([line]) == names
 
 
-def test_names_are_read_alone_and_behind_a_short_text(llama: Any) -> None:
+def test_names_are_read_alone_and_behind_a_context(llama: Any) -> None:
     _, tok = llama
-    texts = [tok.decode(ids) for ids in name_windows(tok, ["Anna Berg", "Lake of the Woods"], 24)]
+    texts = [tok.decode(ids) for ids in name_windows(tok, ["Anna Berg", "Lake of the Woods"], 64)]
     assert sorted(texts) == sorted(
-        ["Anna Berg", "The story begins. Anna Berg", "Lake of the Woods", "In 2010, he said: Lake of the Woods"]
+        ["Anna Berg", TEMPLATES[0].format("Anna Berg"), "Lake of the Woods", TEMPLATES[1].format("Lake of the Woods")]
     )
 
 

@@ -227,10 +227,10 @@ def test_a_model_without_a_head_is_refused() -> None:
 @pytest.mark.parametrize(
     ("depth", "everywhere", "subject"),
     [
-        (32, [21], [4, 5, 6, 7, 8]),  # the paper's for Llama-2-7B, and MEMIT's
-        (30, [20], [4, 5, 6, 7, 8]),
-        (18, [12], [2, 3, 4]),
-        (4, [3], [1]),
+        (32, [21], [2, 4, 6, 9]),  # the paper's for Llama-2-7B
+        (30, [20], [2, 4, 6, 8]),
+        (18, [12], [1, 2, 4, 5]),
+        (4, [3], [0, 1]),
         (2, [1], [0]),
         (1, [0], [0]),
     ],

@@ -40,7 +40,7 @@ def locate(
         say(f"The map is in {picture}.")
     layers = found.layers
     keep(loaded, found.matrix, layers)
-    say(f"Layers {layers[0]} to {layers[-1]}. Edits of this model through a subject's tokens use them from now on.")
+    say(f"Layers {', '.join(map(str, layers))}. Edits of this model through a subject's tokens use them from now on.")
     if to is not None:
         values = {**settings.to_dict(), "layers": layers, "rewrite_module_tmp": found.matrix}
         to.write_text(yaml.safe_dump(values, sort_keys=False, default_flow_style=None, allow_unicode=True), "utf-8")
@@ -91,6 +91,7 @@ def _draw(found: CausalTrace, model: str, file: Path) -> None:
     axes.set_yticks(range(len(TOKENS)), TOKENS)
     axes.set_xlabel("center of the layers whose MLP is restored")
     axes.set_title(f"{model}: indirect effect of MLPs, {found.facts} facts", fontsize="medium")
-    axes.axvspan(found.layers[0] - 0.5, found.layers[-1] + 0.5, fill=False, edgecolor="tab:orange", linewidth=1.5)
+    for layer in found.layers:
+        axes.axvspan(layer - 0.5, layer + 0.5, fill=False, edgecolor="tab:orange", linewidth=1.5)
     figure.colorbar(image, label="probability")
     figure.savefig(file, dpi=150)

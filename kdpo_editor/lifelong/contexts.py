@@ -5,8 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-# What people write before they name somebody: a sentence, an opening of direct speech, an answer.
-TEMPLATES = ("The story begins. {}", "In 2010, he said: {}", "Yes. {}")
+# Sentences about something else, of the text in this folder. Behind them a subject is read as in the middle of a text;
+# behind two or three words it is read otherwise, and an edit there harms more.
+TEMPLATES = (
+    "It has a blade that folds into the handle. {}",
+    "Usually, it means people going around the world. {}",
+    "The top of the mountain is mostly covered by snow and glaciers. {}",
+)
 
 
 def in_contexts(tok: Any, requests: Sequence[Mapping[str, Any]], count: int) -> Sequence[Mapping[str, Any]]:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..derived import complete
+from ..derived import FOR_SUBJECT, complete
 from ..engine.weights import as_found, find_blocks
 from ..errors import RequestError
 from ..hparams import KDPOHyperParams
@@ -39,8 +39,6 @@ NOISE = 3.0
 WINDOW = 10 / 48
 # Draws of the noise for each fact. The paper takes ten; twenty facts have a draw each.
 SAMPLES = 1
-# How many blocks are edited: those that end with the one of the largest effect, as MEMIT has them.
-BLOCKS = 5 / 30
 
 
 @dataclass(frozen=True)
@@ -62,12 +60,14 @@ class CausalTrace:
 
     @property
     def layers(self) -> list[int]:
-        """The blocks to edit through the subject's last token: a sixth of all, up to the one of the largest effect."""
+        """The blocks to edit through the subject's last token: spread as those that are edited by default.
+
+        The last of them is the one of the largest effect.
+        """
         depth = self.effects.shape[1]
-        count = max(1, round(BLOCKS * depth))
         last = min(int(self.effects[SUBJECT_LAST].nan_to_num(-1).argmax()), depth - 2)
-        first = max(0, last - count + 1)
-        return list(range(first, first + count))
+        below = (round((FOR_SUBJECT[-1] - place) * depth) for place in FOR_SUBJECT)
+        return sorted({max(0, last - distance) for distance in below})
 
 
 def trace(model: nn.Module, tok: Any, facts: Sequence[dict[str, str]], hparams: KDPOHyperParams) -> CausalTrace:
