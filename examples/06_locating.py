@@ -91,15 +91,15 @@ def words(fact):
 
 
 def draw(axes, effects, labels, layers=()):
-    """A map of effects: a row for each kind of token, a column for each layer; a frame around ``layers``."""
+    """A map of effects: a row for each kind of token, a column for each layer; a frame around each of ``layers``."""
     image = axes.imshow(effects, cmap="Purples", vmin=0, aspect="auto", interpolation="none")
     axes.set_yticks(range(len(labels)), labels=labels)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     axes.set_xlabel("layer in the middle of those put back")
-    if layers:
+    for layer in layers:
         edges = {"facecolor": "none", "edgecolor": RED, "linewidth": 1.8, "clip_on": False}
-        axes.add_patch(Rectangle((layers[0] - 0.5, SUBJECT_LAST - 0.5), len(layers), 1, **edges))
+        axes.add_patch(Rectangle((layer - 0.5, SUBJECT_LAST - 0.5), 1, 1, **edges))
     axes.figure.colorbar(image, ax=axes, label="probability regained", pad=0.02)
 
 
@@ -111,9 +111,9 @@ plt.show()
 # %% [markdown]
 # ## All facts
 #
-# The mean over all of them. Rows are kinds of tokens now, since prompts differ. The frame is around the layers that
-# `kdpo locate` would edit: as many as KDPO-L edits, up to the one where the last token of the subject has its largest
-# effect.
+# The mean over all of them. Rows are kinds of tokens now, since prompts differ. The frames are around the layers that
+# `kdpo locate` would edit: spread as those that KDPO-L edits, up to the one where the last token of the subject has its
+# largest effect.
 
 # %%
 found = replace(
@@ -149,14 +149,7 @@ axes.plot(at_subject, color=BLUE, marker="o", markersize=4, label="mean")
 axes.axhline(0, color="black", linewidth=0.8)
 top = axes.get_ylim()[1]
 for layers, name, height, colour in ((recipe, "the recipe's layers", 1.03, GREY), (found.layers, "located", 1.1, RED)):
-    axes.plot(
-        [layers[0] - 0.4, layers[-1] + 0.4],
-        [top * height] * 2,
-        color=colour,
-        linewidth=4,
-        solid_capstyle="butt",
-        label=name,
-    )
+    axes.plot(layers, [top * height] * len(layers), color=colour, marker="s", linestyle="none", label=name)
 axes.set(xlabel="layer in the middle of those put back", ylabel="probability regained", xlim=(-0.5, depth - 0.5))
 axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
 plt.show()
@@ -165,7 +158,7 @@ plt.show()
 window = max(1, round(WINDOW * depth))
 strongest = int(at_subject.argmax())
 print(f"largest at layer {strongest}: {at_subject[strongest]:.3f}, with {window} layers put back at a time")
-print(f"located layers {found.layers[0]} to {found.layers[-1]}, the recipe's {recipe[0]} to {recipe[-1]}")
+print(f"located layers {found.layers}, the recipe's {recipe}")
 print(f"of {len(single)} facts, the largest effect lies in the recipe's layers for", end=" ")
 print(sum(int(each.effects[SUBJECT_LAST].argmax()) in recipe for each in single))
 
@@ -215,5 +208,5 @@ assert fingerprint(model) == untouched
 
 # %%
 table = pd.DataFrame({place: pd.DataFrame(of).mean() for place, of in scores.items()}).T
-table.insert(0, "layers", [f"{layers[0]} to {layers[-1]}" for layers in places.values()])
+table.insert(0, "layers", [", ".join(map(str, layers)) for layers in places.values()])
 display(table.round(2))
