@@ -112,8 +112,8 @@ plt.show()
 # ## All facts
 #
 # The mean over all of them. Rows are kinds of tokens now, since prompts differ. The frames are around the layers that
-# `kdpo locate` would edit: spread as those that KDPO-L edits, up to the one where the last token of the subject has its
-# largest effect.
+# `kdpo locate` would edit. They are spread as those that KDPO-L edits. They end where the last token of the subject has
+# its largest effect, or begin at the bottom.
 
 # %%
 found = replace(

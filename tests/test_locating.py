@@ -63,6 +63,12 @@ def test_the_layers_end_where_the_effect_is_largest() -> None:
     assert CausalTrace(effects, 0.9, 0.1, 20, "h.{}.mlp").layers == [2, 4, 6, 8]
 
 
+def test_where_the_effect_is_largest_at_the_bottom_the_layers_begin_there() -> None:
+    effects = torch.zeros(len(TOKENS), 30)
+    effects[SUBJECT_LAST, 1] = 0.3
+    assert CausalTrace(effects, 0.9, 0.1, 20, "h.{}.mlp").layers == [0, 2, 4, 6]
+
+
 def test_the_last_layer_is_never_named() -> None:
     """A subject's tokens there reach no answer."""
     effects = torch.zeros(len(TOKENS), 6)

@@ -62,11 +62,12 @@ class CausalTrace:
     def layers(self) -> list[int]:
         """The blocks to edit through the subject's last token: spread as those that are edited by default.
 
-        The last of them is the one of the largest effect.
+        The last of them is the one of the largest effect, or the lowest that leaves room for the others.
         """
         depth = self.effects.shape[1]
-        last = min(int(self.effects[SUBJECT_LAST].nan_to_num(-1).argmax()), depth - 2)
-        below = (round((FOR_SUBJECT[-1] - place) * depth) for place in FOR_SUBJECT)
+        below = [round((FOR_SUBJECT[-1] - place) * depth) for place in FOR_SUBJECT]
+        strongest = int(self.effects[SUBJECT_LAST].nan_to_num(-1).argmax())
+        last = min(max(strongest, *below), depth - 2)
         return sorted({max(0, last - distance) for distance in below})
 
 
