@@ -19,7 +19,8 @@ LOG = logging.getLogger(__name__)
 # between 0.65 and 0.875 of the depth in all of them.
 PUBLISHED = 21 / 32
 # Through the subject's tokens alone: blocks at these places, every second one of SmolLM2's thirty up to its ninth. Four
-# that are spread keep as much as all eight of them, in half the time; five in a row at the upper end harm more.
+# that are spread keep as many neighbours as eight in a row, in half the time; five in a row at the upper end carry
+# further and harm more.
 FOR_SUBJECT = 2 / 30, 4 / 30, 6 / 30, 8 / 30
 # What was said of a model already.
 _SAID: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-# Sentences about something else, of the text in this folder. On validation records they harm less than openings of two
-# or three words.
+# Sentences about something else, of the text in this folder. On validation records more known facts are kept than with
+# openings of two or three words.
 TEMPLATES = (
     "It has a blade that folds into the handle. {}",
     "Usually, it means people going around the world. {}",
