@@ -17,7 +17,7 @@ MANY = {"context_templates": 3, "schedule": "breadth_first", "cycles": 1, "num_s
 
 @pytest.mark.parametrize(
     ("budget", "fact_token", "frozen"),
-    [(7e7, "subject_last", True), (3e7, "subject_last", False), (3e7, "all", False)],
+    [(1.2e8, "subject_last", True), (3e7, "subject_last", False), (3e7, "all", False)],
     ids=["keys-and-values", "whole-rows", "all-tokens"],
 )
 def test_a_call_of_many_stays_within_its_budget(
