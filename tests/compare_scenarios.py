@@ -28,7 +28,7 @@ def main(cache: Path, methods: list[str]) -> dict[str, Any]:
     torch.set_num_threads(1)
     model, tok = load_model(SHIPPED_MODEL, device="cpu")
     model.requires_grad_(False)
-    records = load("shipped", shuffle=False, n_edits=6)
+    records = load("shipped", shuffle=False, n_edits=4)
     found: dict[str, Any] = {"framework": framework_figures(model, tok, records)}
     for name in methods:
         config = yaml.safe_load((settings_folder() / name / f"{SHIPPED_MODEL}.yaml").read_text("utf-8"))
@@ -36,7 +36,7 @@ def main(cache: Path, methods: list[str]) -> dict[str, Any]:
             found[name] = None
             continue
         # Of part of the text, with tokens enough for an inverse.
-        statistics.ensure(model, tok, config, "shipped", None, cache, tokens_per_input=10)
+        statistics.ensure(model, tok, config, "shipped", None, cache, tokens_per_input=5)
         found[name] = one_method(model, tok, config, records, cache)
         if name == "WISE":
             found["alone"] = refusal(model, tok, config, cache)

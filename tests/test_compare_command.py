@@ -174,7 +174,7 @@ def test_a_killed_run_goes_on_and_ends_as_an_undisturbed_one(tmp_path: Path) -> 
     """With the second moments of the model before any edit, which the rest of the run must have too."""
     from kdpo_editor.compare.run.cell import run
 
-    arguments = ["n_edits=7", "protocol.eval_at=[2,4]", *SMALL[2:], "method=kdpo", *SECOND_MOMENTS]
+    arguments = ["n_edits=5", "protocol.eval_at=[1,2]", *SMALL[2:], "method=kdpo", *SECOND_MOMENTS]
     whole = run(composed(tmp_path / "whole", *arguments)).folder
     assert manifest(whole)["status"] == "complete", (whole / "run.log").read_text("utf-8")
     folder = tmp_path / "killed"
@@ -182,7 +182,7 @@ def test_a_killed_run_goes_on_and_ends_as_an_undisturbed_one(tmp_path: Path) -> 
         command(folder, *arguments), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     deadline = time.monotonic() + 300
-    while process.poll() is None and not list(folder.glob("*/checkpoint-4")) and time.monotonic() < deadline:
+    while process.poll() is None and not list(folder.glob("*/checkpoint-2")) and time.monotonic() < deadline:
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     process.wait()
