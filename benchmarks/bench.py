@@ -41,7 +41,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
-from kdpo_editor import SHIPPED_MODEL, KDPOHyperParams, easyedit, edit, models
+from kdpo_editor import SHIPPED_MODEL, KDPOHyperParams, easyedit, edit
 from kdpo_editor.cache import cache_folder
 from kdpo_editor.compare.run import statistics
 from kdpo_editor.compare.run.datasets import Record, load
@@ -52,6 +52,7 @@ from kdpo_editor.derived import complete
 from kdpo_editor.editing import check, prepare
 from kdpo_editor.hparams import settings_folder
 from kdpo_editor.lifelong.second_moments import fingerprint
+from kdpo_editor.models import loading
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from plain import plain_kdpo, plain_kdpo_l
@@ -102,7 +103,7 @@ class Model:
     @classmethod
     def named(cls, name: str) -> Model:
         random = name in SHAPES
-        model, tok = models.load(SMOLLM2 if random else name, dtype="bfloat16" if CUDA and name != TOY else "float32")
+        model, tok = loading.load(SMOLLM2 if random else name, dtype="bfloat16" if CUDA and name != TOY else "float32")
         if random:
             torch.manual_seed(0)
             kind, shape = SHAPES[name]

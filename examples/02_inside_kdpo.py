@@ -21,7 +21,7 @@ import pandas as pd
 import torch
 from IPython.display import display
 
-from kdpo_editor import KDPOHyperParams, edit
+from kdpo_editor import KDPOHyperParams, edit, load
 from kdpo_editor.compare.report.figures import COLOURS, SETTINGS
 from kdpo_editor.compare.run.datasets import load as load_facts
 from kdpo_editor.derived import complete
@@ -29,9 +29,8 @@ from kdpo_editor.engine.cached_forward import CachedForward
 from kdpo_editor.engine.generation import answers
 from kdpo_editor.engine.weights import blocks_name, find_matrices, restore
 from kdpo_editor.hparams import settings_folder
-from kdpo_editor.models import load
 from kdpo_editor.objectives import ce_loss, hardest_rejected, kdpo_loss
-from kdpo_editor.requests import tokenize
+from kdpo_editor.requests.tokens import tokenize
 
 logging.getLogger("kdpo_editor").setLevel(logging.ERROR)
 plt.rcParams.update(SETTINGS | {"figure.dpi": 110})

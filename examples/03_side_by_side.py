@@ -28,10 +28,10 @@ from kdpo_editor.compare.run.datasets import load as load_facts
 from kdpo_editor.compare.run.derived_settings import derive
 from kdpo_editor.easyedit import form, is_upstream, quietly, settings
 from kdpo_editor.editing import prepare
-from kdpo_editor.engine.answers import begins_with
 from kdpo_editor.engine.generation import answers
 from kdpo_editor.hparams import settings_folder
-from kdpo_editor.models import outline
+from kdpo_editor.models.loading import outline
+from kdpo_editor.requests.answers import begins_with
 
 from easyeditor import BaseEditor  # isort: skip
 

@@ -20,7 +20,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 from IPython.display import display
 
-from kdpo_editor import KDPOHyperParams, edit
+from kdpo_editor import KDPOHyperParams, edit, load
 from kdpo_editor.compare.report.figures import COLOURS, SETTINGS
 from kdpo_editor.compare.run.datasets import load as load_facts
 from kdpo_editor.compare.run.derived_settings import derive
@@ -31,7 +31,6 @@ from kdpo_editor.compare.run.statistics import read_text
 from kdpo_editor.editing import prepare
 from kdpo_editor.engine.weights import restore
 from kdpo_editor.hparams import settings_folder
-from kdpo_editor.models import load
 
 pd.options.display.max_colwidth = None
 plt.rcParams.update(SETTINGS | {"figure.dpi": 110})

@@ -22,12 +22,20 @@ import torch
 from IPython.display import display
 from peft import PeftModel
 
-from kdpo_editor import CompressionError, EditDelta, EditLedger, FingerprintError, KDPOHyperParams, edited, original
+from kdpo_editor import (
+    CompressionError,
+    EditDelta,
+    EditLedger,
+    FingerprintError,
+    KDPOHyperParams,
+    edited,
+    load,
+    original,
+)
 from kdpo_editor.compare.report.figures import COLOURS, SETTINGS
 from kdpo_editor.compare.run.evaluate import fingerprint
 from kdpo_editor.engine.generation import answers
 from kdpo_editor.hparams import settings_folder
-from kdpo_editor.models import load
 
 plt.rcParams.update(SETTINGS | {"figure.dpi": 110})
 BLUE, RED = COLOURS[:2]

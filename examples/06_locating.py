@@ -24,7 +24,7 @@ import torch
 from IPython.display import display
 from matplotlib.patches import Rectangle
 
-from kdpo_editor import KDPOHyperParams, edit
+from kdpo_editor import KDPOHyperParams, edit, load
 from kdpo_editor.compare.report.figures import COLOURS, SETTINGS
 from kdpo_editor.compare.run.evaluate import Evaluator, accuracy, fingerprint
 from kdpo_editor.compare.run.known import known_facts, right
@@ -32,8 +32,7 @@ from kdpo_editor.derived import default_layers
 from kdpo_editor.engine.weights import restore
 from kdpo_editor.hparams import settings_folder
 from kdpo_editor.lifelong.locating import SUBJECT_LAST, TOKENS, WINDOW, trace
-from kdpo_editor.models import load
-from kdpo_editor.requests import tokenize
+from kdpo_editor.requests.tokens import tokenize
 
 pd.options.display.max_colwidth = None
 logging.getLogger("kdpo_editor").setLevel(logging.ERROR)  # KDPO-L says that edits which were taken back are forgotten

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from .edits.switching import edited, original
     from .engine.batches import EditTrace
     from .lifelong.replay import ReplayBuffer
+    from .models.loading import load
     from .testbed import SHIPPED_MODEL
 
 __all__ = [
@@ -53,6 +54,7 @@ __all__ = [
     "apply_kdpo_to_model",
     "edit",
     "edited",
+    "load",
     "original",
 ]
 
@@ -66,6 +68,7 @@ _LATER = {
     "apply_kdpo_to_model": "easyedit.applying",
     "edit": "editing",
     "edited": "edits.switching",
+    "load": "models.loading",
     "original": "edits.switching",
 }
 

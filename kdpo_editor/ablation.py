@@ -16,7 +16,7 @@ from .engine.steps import run_cycle
 from .engine.weights import restore
 from .hparams import KDPOHyperParams
 from .objectives import answer_logps, dpo_loss
-from .requests import EditTokens
+from .requests.tokens import EditTokens
 
 
 def dpo(

@@ -12,7 +12,7 @@ from torch import nn
 from .engine.structure import editable_layers, structure_of
 from .engine.weights import find_blocks
 from .hparams import KDPOHyperParams, ready_made
-from .located import layers_of
+from .lifelong.located import layers_of
 
 LOG = logging.getLogger(__name__)
 # The place of the edited block in the model's depth. The paper edits block 21 of 32 in four of its models, and one
@@ -31,8 +31,8 @@ def complete(hparams: KDPOHyperParams, model: nn.Module) -> KDPOHyperParams:
 
     The matrix is the one that a block writes with into the residual stream last, by the structure of ``model``. The
     layers are those of the ready-made settings for a model of this name or, through a subject's tokens, those that were
-    located (:mod:`kdpo_editor.located`). Without such, they go by the model's depth and ``fact_token``. Blocks of a
-    hybrid model without the matrix are passed over. What was derived is logged at level INFO, once.
+    located (:mod:`kdpo_editor.lifelong.located`). Without such, they go by the model's depth and ``fact_token``. Blocks
+    of a hybrid model without the matrix are passed over. What was derived is logged at level INFO, once.
 
     Raises:
         ModelError: the model is an encoder-decoder or quantised, its structure cannot be found, or

@@ -17,6 +17,7 @@ from .derived import complete
 from .engine.batches import EditTrace, lost, make_batches
 from .engine.cached_forward import CachedForward
 from .engine.steps import recording
+from .engine.structure import room
 from .engine.weights import find_blocks, find_matrices, only_training, uncompiled
 from .errors import EditDiverged, ModelError, RequestError
 from .hparams import KDPOHyperParams
@@ -26,9 +27,8 @@ from .lifelong.loop import kdpo_l
 from .lifelong.preconditioning import preconditioners
 from .lifelong.replay import ReplayBuffer
 from .lifelong.second_moments import remember_copy
-from .models import room
-from .request_forms import plain_requests, same_request, say_once
-from .requests import EditTokens, tokenize
+from .requests.forms import plain_requests, same_request, say_once
+from .requests.tokens import EditTokens, tokenize
 
 LOG = logging.getLogger(__name__)
 # A matrix that changes by more than so many times its own norm is not edited but destroyed. Sixty edits by KDPO-L make
@@ -48,7 +48,7 @@ def edit(
         requests: ``[{"prompt": str, "target_new": str}, ...]``, edited in this order. ``"rephrases"``, a list of other
             prompts for the same target, is trained too. ``"subject"``, a part of the prompt, is looked for in it where
             ``fact_token`` is not "all", and guessed where it is missing. Other keys are ignored. A request that repeats
-            another is edited once. What else is understood says :func:`kdpo_editor.request_forms.plain_request`.
+            another is edited once. What else is understood says :func:`kdpo_editor.requests.forms.plain_request`.
         hparams: settings. With the paper's alone, an edit is :func:`kdpo_editor.kdpo.kdpo`, with ``objective: dpo``
             :func:`kdpo_editor.ablation.dpo`, and with any other :func:`kdpo_editor.lifelong.loop.kdpo_l`.
         copy: edit and return a deep copy instead.

@@ -42,8 +42,8 @@ class KDPOHyperParams:
     """
 
     model_name: str
-    """Hugging Face id, folder, or what else :func:`kdpo_editor.models.load` knows. EasyEdit chooses its loader by what
-    this text contains ("llama", "gpt", "qwen", ...)."""
+    """Hugging Face id, folder, or what else :func:`kdpo_editor.load` knows. EasyEdit chooses its loader by what this
+    text contains ("llama", "gpt", "qwen", ...)."""
     layers: list[int] | None = None
     """Indices, from 0, of the blocks whose matrix is edited. The paper edits one. ``None``: by the model's depth
     (:func:`kdpo_editor.derived.complete`)."""

@@ -24,7 +24,7 @@ from .engine.cached_forward import CachedForward
 from .engine.optimizers import Stepper
 from .engine.steps import run_cycle
 from .hparams import KDPOHyperParams
-from .requests import EditTokens
+from .requests.tokens import EditTokens
 
 
 def kdpo(

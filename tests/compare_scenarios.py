@@ -21,7 +21,7 @@ from kdpo_editor.compare.run.evaluate import Evaluator, accuracy, fingerprint
 from kdpo_editor.compare.run.scores import observe, rows
 from kdpo_editor.errors import HyperParamsError
 from kdpo_editor.hparams import settings_folder
-from kdpo_editor.models import load as load_model
+from kdpo_editor.models.loading import load as load_model
 
 
 def main(cache: Path, methods: list[str]) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from torch import nn
 from kdpo_editor import EditDelta, EditLedger, FingerprintError, KDPOHyperParams, ModelError, edit
 from kdpo_editor.edits.lora import load_lora
 from kdpo_editor.engine.generation import generate, greedy, says_target
-from kdpo_editor.models import room
+from kdpo_editor.engine.structure import room
 
 TEXT = {**LLAMA_LIKE, "vocab_size": 1024, "head_dim": 8, "hidden_size": 64, "intermediate_size": 128}
 ROPE = {"type": "mrope", "mrope_section": [2, 2, 4], "rope_type": "default"}

@@ -16,13 +16,15 @@ import pytest
 from conftest import REQUEST, assert_same, state
 from test_requests import FAMILY, MADE, folder, said, smol, tokens  # noqa: F401
 
-from kdpo_editor import EditDelta, EditLedger, KDPOError, RequestError, edit, request_forms
+from kdpo_editor import EditDelta, EditLedger, KDPOError, RequestError, edit
 from kdpo_editor.cli.request_file import read_lines
 from kdpo_editor.editing import check
 from kdpo_editor.engine.generation import says_target
-from kdpo_editor.request_forms import plain_request, right_answers
-from kdpo_editor.requests import as_chat, tokenize
-from kdpo_editor.subjects import subject_of
+from kdpo_editor.requests import forms
+from kdpo_editor.requests.chat import as_chat
+from kdpo_editor.requests.forms import plain_request, right_answers
+from kdpo_editor.requests.subjects import subject_of
+from kdpo_editor.requests.tokens import tokenize
 
 HANGUL = "\u1112\u1161\u11ab\u1100\u116e\u11a8"  # two syllables in six letters
 GENE = "What species is ZIC3 specific to?"
@@ -30,7 +32,7 @@ GENE = "What species is ZIC3 specific to?"
 
 @pytest.fixture(autouse=True)
 def _nothing_was_said() -> None:
-    request_forms._SAID.clear()
+    forms._SAID.clear()
 
 
 def plain(**fields: Any) -> dict[str, Any]:

@@ -12,9 +12,8 @@ import kdpo_editor
 
 ROOT = Path(kdpo_editor.__file__).parent
 CORE = (
-    "hparams", "requests", "request_forms", "subjects", "kdpo", "ablation", "editing", "derived", "located",
-    "objectives", "models", "packaged_models", "gguf_files", "cache", "whole_files", "errors", "tracking", "engine",
-    "lifelong",
+    "hparams", "requests", "kdpo", "ablation", "editing", "derived", "objectives", "models", "cache", "whole_files",
+    "errors", "tracking", "engine", "lifelong",
 )  # fmt: skip
 BUILT_ON_IT = ("easyedit", "compare", "edits", "cli", "testbed")
 # Modules, from the package itself down to its errors, each importing the next.

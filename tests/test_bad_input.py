@@ -20,7 +20,7 @@ from kdpo_editor import (
     RequestError,
     apply_kdpo_to_model,
 )
-from kdpo_editor.models import load
+from kdpo_editor.models.loading import load
 
 GOOD = """\
 alg_name: KDPO

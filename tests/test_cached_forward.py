@@ -16,7 +16,7 @@ from kdpo_editor.engine.cached_forward import CachedForward
 from kdpo_editor.engine.examination import find_narrow
 from kdpo_editor.engine.generation import greedy
 from kdpo_editor.lifelong.replay import entries_of
-from kdpo_editor.requests import EditTokens
+from kdpo_editor.requests.tokens import EditTokens
 
 LLAMA_LIKE = {
     "vocab_size": 97,

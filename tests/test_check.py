@@ -17,7 +17,7 @@ from kdpo_editor.compare.run.datasets import load
 from kdpo_editor.edits.manifest import EditInfo
 from kdpo_editor.engine.generation import generate
 from kdpo_editor.hparams import settings_folder
-from kdpo_editor.requests import as_chat
+from kdpo_editor.requests.chat import as_chat
 from kdpo_editor.testbed import load_model, load_records, unedited_texts
 
 RECORDS = load_records()[:3]

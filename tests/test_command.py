@@ -21,7 +21,7 @@ from kdpo_editor import SHIPPED_MODEL, EditDelta, EditLedger, KDPOHyperParams
 from kdpo_editor.cli.main import EXAMPLES, main
 from kdpo_editor.derived import complete
 from kdpo_editor.engine.generation import generate
-from kdpo_editor.models import load
+from kdpo_editor.models.loading import load
 from kdpo_editor.testbed import load_model, load_records
 
 MODEL = ["--model", SHIPPED_MODEL]

@@ -16,7 +16,7 @@ from kdpo_editor.compare.run import counterfact
 from kdpo_editor.compare.run.datasets import Record, load
 from kdpo_editor.compare.run.evaluate import Evaluator
 from kdpo_editor.compare.run.scores import Outputs, observe, rows
-from kdpo_editor.models import load as load_model
+from kdpo_editor.models.loading import load as load_model
 
 DATA = Path(__file__).parent / "data"
 # By the arithmetic of `by_hand` alone: the unedited shipped model on ten records of the package.

@@ -22,7 +22,7 @@ from kdpo_editor.engine.steps import run_cycle
 from kdpo_editor.engine.weights import find_matrices, only_training
 from kdpo_editor.lifelong.loop import kdpo_l
 from kdpo_editor.objectives import dpo_loss, hardest_rejected, kdpo_loss
-from kdpo_editor.requests import EditTokens, tokenize
+from kdpo_editor.requests.tokens import EditTokens, tokenize
 
 SECOND = {"prompt": "Which family does Epaspidoceras belong to?", "target_new": "Noctuidae"}
 

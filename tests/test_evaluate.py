@@ -25,7 +25,7 @@ from kdpo_editor.compare.run.evaluate import Evaluator, Generation, accuracy, fi
 from kdpo_editor.compare.run.known import known_facts, right
 from kdpo_editor.compare.run.memory import high_water
 from kdpo_editor.errors import DataError, ModelError
-from kdpo_editor.models import load
+from kdpo_editor.models.loading import load
 from kdpo_editor.testbed import load_records
 
 RECORDS = load_records()[:12]

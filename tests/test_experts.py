@@ -22,7 +22,7 @@ from kdpo_editor.edits.lora import load_lora
 from kdpo_editor.engine.generation import generate
 from kdpo_editor.engine.structure import editable_layers, structure_of
 from kdpo_editor.hparams import settings_folder
-from kdpo_editor.requests import tokenize
+from kdpo_editor.requests.tokens import tokenize
 
 ROUTED = {
     "Qwen3Moe": {**EXPERTS, "num_experts": 16},

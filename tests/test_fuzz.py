@@ -24,7 +24,7 @@ from kdpo_editor import EditDelta, EditLedger, KDPOError
 from kdpo_editor.cli.request_file import read_lines
 from kdpo_editor.compare.run.datasets import load
 from kdpo_editor.edits.journal import line_of
-from kdpo_editor.request_forms import plain_request
+from kdpo_editor.requests.forms import plain_request
 
 TARGETS = 6
 fuzz = settings(

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import nn
 
-from kdpo_editor.engine.answers import begins_with, is_answer
 from kdpo_editor.engine.generation import answers, batches, end_tokens, generate, greedy, says_target
 from kdpo_editor.errors import RequestError
-from kdpo_editor.requests import token_ids
+from kdpo_editor.requests.answers import begins_with, is_answer
+from kdpo_editor.requests.tokens import token_ids
 from kdpo_editor.testbed import load_model, load_records
 
 PROMPTS = [record["prompt"] for record in load_records()[:8]]

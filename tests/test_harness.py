@@ -17,7 +17,7 @@ from kdpo_editor.compare.run import harness
 from kdpo_editor.compare.run.datasets import load
 from kdpo_editor.compare.run.evaluate import Evaluator
 from kdpo_editor.errors import HyperParamsError
-from kdpo_editor.models import load as load_model
+from kdpo_editor.models.loading import load as load_model
 
 OWN = """task: taught
 dataset_path: json

@@ -36,7 +36,7 @@ from kdpo_editor.edits.hub import base_of
 from kdpo_editor.edits.manifest import state_hash
 from kdpo_editor.engine.generation import generate
 from kdpo_editor.hparams import settings_folder
-from kdpo_editor.packaged_models import FOLDERS
+from kdpo_editor.models.packaged import FOLDERS
 from kdpo_editor.testbed import load_model, load_records
 
 REQUEST = {"prompt": "a", "target_new": "b", "rephrases": ["c", "d"]}

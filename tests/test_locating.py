@@ -11,9 +11,10 @@ import pytest
 import torch
 from conftest import GOLDEN, load, no_file_longer_than, state
 
-from kdpo_editor import KDPOHyperParams, RequestError, StorageError, located
+from kdpo_editor import KDPOHyperParams, RequestError, StorageError
 from kdpo_editor.cli.main import main
 from kdpo_editor.derived import complete
+from kdpo_editor.lifelong import located
 from kdpo_editor.lifelong.locating import SUBJECT_LAST, TOKENS, CausalTrace, trace
 
 FACTS = [

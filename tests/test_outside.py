@@ -28,7 +28,7 @@ from kdpo_editor.compare.run.retrieval import Retrieval, apply_retrieval_to_mode
 from kdpo_editor.compare.run.scores import observe, rows
 from kdpo_editor.easyedit.import_hook import VARIABLE
 from kdpo_editor.errors import HyperParamsError
-from kdpo_editor.models import load as load_model
+from kdpo_editor.models.loading import load as load_model
 
 TESTS = Path(__file__).parent
 MATRIX = "model.layers.4.mlp.down_proj.weight"

@@ -11,7 +11,7 @@ from kdpo_editor.engine.cached_forward import CachedForward
 from kdpo_editor.engine.weights import find_matrices, only_training
 from kdpo_editor.hparams import OFF
 from kdpo_editor.kdpo import kdpo
-from kdpo_editor.requests import tokenize
+from kdpo_editor.requests.tokens import tokenize
 
 PUBLISHED = {"num_steps", "cycles", "lr", "beta", "stop_loss"}
 # How it is computed, not what: the size of a mini-batch, of which one edit is one, and CUDA graphs.

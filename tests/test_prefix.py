@@ -13,7 +13,7 @@ from torch import nn
 from kdpo_editor import edit
 from kdpo_editor.engine.batches import Batch, footprint
 from kdpo_editor.engine.cached_forward import CachedForward
-from kdpo_editor.requests import EditTokens
+from kdpo_editor.requests.tokens import EditTokens
 from kdpo_editor.testbed import load_model, load_records
 
 # Convolutions and states have more of a token than keys and values; GPT-Neo takes its queries for a row's last tokens.

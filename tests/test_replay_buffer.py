@@ -19,7 +19,7 @@ from kdpo_editor.engine.batches import make_batches
 from kdpo_editor.engine.cached_forward import CachedForward
 from kdpo_editor.lifelong.replay import EarlierEdits, Entry
 from kdpo_editor.objectives import hardest_rejected
-from kdpo_editor.requests import EditTokens, tokenize
+from kdpo_editor.requests.tokens import EditTokens, tokenize
 
 SECOND = {"prompt": "Which family does Epaspidoceras belong to?", "target_new": "Noctuidae"}
 THIRD = {"prompt": "What is the capital of the old country by the sea?", "target_new": "Noctuidae of the north"}

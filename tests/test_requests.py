@@ -16,9 +16,12 @@ from conftest import REQUEST, load
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from kdpo_editor import RequestError, edit, request_forms
+from kdpo_editor import RequestError, edit
 from kdpo_editor.engine.generation import says_target
-from kdpo_editor.requests import EditTokens, as_chat, joint, token_ids, tokenize
+from kdpo_editor.requests import forms
+from kdpo_editor.requests.chat import as_chat
+from kdpo_editor.requests.joint import joint
+from kdpo_editor.requests.tokens import EditTokens, token_ids, tokenize
 
 SMOL = Path(__file__).parent / "data" / "smollm2-tokenizer"
 TEXT = [
@@ -425,7 +428,7 @@ def test_a_templates_end_is_no_subject(smol: Any) -> None:
 
 
 def test_a_target_that_brings_a_second_space_is_warned_of_once(smol: Any, caplog: Any) -> None:
-    request_forms._SAID.clear()
+    forms._SAID.clear()
     request = {"prompt": "The capital is", "target_new": " Paris"}
     with caplog.at_level(logging.WARNING):
         for separator in ("", None, None):
@@ -435,7 +438,7 @@ def test_a_target_that_brings_a_second_space_is_warned_of_once(smol: Any, caplog
 
 
 def test_a_subject_that_stands_twice_is_warned_of_once(smol: Any, caplog: Any) -> None:
-    request_forms._SAID.clear()
+    forms._SAID.clear()
     request = {"prompt": "Paris is the capital; Paris is in", "target_new": "Italy", "subject": "Paris"}
     with caplog.at_level(logging.WARNING):
         for _ in range(2):

@@ -15,7 +15,7 @@ from kdpo_editor.engine.batches import make_batches, unfinished
 from kdpo_editor.engine.cached_forward import CachedForward
 from kdpo_editor.engine.optimizers import Stepper
 from kdpo_editor.engine.steps import Steps
-from kdpo_editor.requests import tokenize
+from kdpo_editor.requests.tokens import tokenize
 
 SECOND = {"prompt": "Which family does Epaspidoceras belong to?", "target_new": "Noctuidae"}
 OPTIONS = [{}, {"objective": "hinge", "margin": 2.0}, {"objective": "ce"}]

@@ -15,10 +15,9 @@ from torch import nn
 
 from kdpo_editor import EditDelta, EditLedger, HyperParamsError, KDPOHyperParams, ModelError, edit
 from kdpo_editor.derived import complete, default_layers
-from kdpo_editor.engine.structure import Structure, editable_layers, structure_of
+from kdpo_editor.engine.structure import Structure, editable_layers, room, structure_of
 from kdpo_editor.engine.weights import find_matrices
 from kdpo_editor.hparams import settings_folder
-from kdpo_editor.models import room
 
 VISION = {
     "hidden_size": 32,

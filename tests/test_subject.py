@@ -21,7 +21,7 @@ from kdpo_editor import (
     edit,
 )
 from kdpo_editor.engine.generation import says_target
-from kdpo_editor.requests import tokenize
+from kdpo_editor.requests.tokens import tokenize
 from kdpo_editor.testbed import load_model, load_records
 
 GENE = {**REQUEST, "subject": "ZIC3"}

@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from kdpo_editor import SHIPPED_MODEL, models, testbed
-from kdpo_editor.packaged_models import FOLDERS
+from kdpo_editor import SHIPPED_MODEL, testbed
+from kdpo_editor.models import loading
+from kdpo_editor.models.packaged import FOLDERS
 
 FOLDER = FOLDERS[SHIPPED_MODEL]
 # A source distribution does not have what the model is trained with.
@@ -41,7 +42,7 @@ def test_it_is_a_small_fp16_llama(shipped: tuple[Any, Any]) -> None:
 
 @pytest.mark.parametrize("read", ["load", "outline"])
 def test_its_name_is_unknown_without_its_module_and_the_error_says_which(read: str) -> None:
-    code = f"from kdpo_editor import models; models.{read}({SHIPPED_MODEL!r})"
+    code = f"from kdpo_editor.models import loading; loading.{read}({SHIPPED_MODEL!r})"
     offline = {**os.environ, "HF_HUB_OFFLINE": "1"}
     run = subprocess.run([sys.executable, "-c", code], env=offline, capture_output=True, text=True)
     assert f"{SHIPPED_MODEL}, a name that `import kdpo_editor.testbed` may make" in run.stderr
@@ -49,7 +50,7 @@ def test_its_name_is_unknown_without_its_module_and_the_error_says_which(read: s
 
 @pytest.mark.parametrize("module", ["cli", "compare", "easyedit.loading"])
 def test_its_name_is_known_to_whoever_may_be_given_it(module: str) -> None:
-    code = f"import kdpo_editor.{module}, kdpo_editor.models as m; assert m.is_known_here({SHIPPED_MODEL!r})"
+    code = f"import kdpo_editor.{module}, kdpo_editor.models.loading as m; assert m.is_known_here({SHIPPED_MODEL!r})"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
@@ -182,7 +183,7 @@ def test_one_command_trains_a_model_that_answers_what_its_report_says(
     train.main([f"--out={tmp_path / 'out'}", *files, *tiny])
     report = json.loads((tmp_path / "out" / "report.json").read_text("utf-8"))
     assert report["facts"] == len(few)
-    model, tok = models.load(str(tmp_path / "out"), device="cpu")
+    model, tok = loading.load(str(tmp_path / "out"), device="cpu")
     found = train.recall(model, tok, [(p, f["answer"]) for f in few for p in f["trained"]])
     assert found == report["recall"]["all taught prompts"]
     assert found["teacher_forced"] > 0.5

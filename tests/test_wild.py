@@ -24,7 +24,7 @@ from kdpo_editor.compare.run.datasets import Record, load
 from kdpo_editor.compare.run.evaluate import Evaluator
 from kdpo_editor.compare.run.judge import Judge
 from kdpo_editor.errors import KDPOError
-from kdpo_editor.models import load as load_model
+from kdpo_editor.models.loading import load as load_model
 
 DATA = Path(__file__).parent / "data"
 DOCS = Path(__file__).parents[1] / "docs"

@@ -16,9 +16,10 @@ from ..compare.run.known import MARGIN, known_facts, right
 from ..edits.delta import EditDelta
 from ..edits.measures import less_is_better
 from ..edits.switching import edited
-from ..engine.answers import begins_with_one
-from ..request_forms import right_answers
-from ..requests import as_chat, token_ids
+from ..requests.answers import begins_with_one
+from ..requests.chat import as_chat
+from ..requests.forms import right_answers
+from ..requests.tokens import token_ids
 
 KINDS = ("prompt", "rephrase", "chat")
 """What is asked of the edits themselves."""

@@ -23,7 +23,7 @@ from ..compare.run.statistics import read_text
 from ..editing import prepare
 from ..engine.generation import answers
 from ..hparams import KDPOHyperParams, settings_folder
-from ..models import outline
+from ..models.loading import outline
 from .terminal import say as say_line
 
 KNOWN = 30  # facts about other subjects that are asked

@@ -203,7 +203,7 @@ def _edit_all(
 
 def _in_chat(tok: Any, request: dict[str, Any]) -> dict[str, Any]:
     """``request`` with its prompts in the model's chat template, as the ledger keeps it: so it is asked again."""
-    from ..requests import as_chat
+    from ..requests.chat import as_chat
 
     rephrases = request.get("rephrases")
     others = {"rephrases": [as_chat(tok, p) for p in rephrases]} if isinstance(rephrases, list) else {}

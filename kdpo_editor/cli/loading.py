@@ -16,7 +16,7 @@ def load_model(name: str, dtype: str, device: str | int | None, trust: bool) -> 
     """Model and tokenizer; only safetensors are read."""
     from transformers.utils import logging
 
-    from ..models import load
+    from ..models.loading import load
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()

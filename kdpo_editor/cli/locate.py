@@ -27,8 +27,8 @@ def locate(
     trust_remote_code: Trust = False,
 ) -> int:
     """Find the layers that a model recalls facts in, by causal tracing; later edits through a subject use them."""
+    from ..lifelong.located import keep
     from ..lifelong.locating import trace
-    from ..located import keep
 
     settings, _ = chosen_settings(model, recipe=Recipe.KDPO_L.value)
     loaded, tok = load_model(model, "float32", device, trust_remote_code)

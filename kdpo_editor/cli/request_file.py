@@ -9,7 +9,7 @@ from typing import Any
 from ..edits.manifest import texts_of
 from ..edits.storage import MAX_JSON, parse_json
 from ..errors import DamagedFileError, RequestError
-from ..request_forms import plain_request
+from ..requests.forms import plain_request
 
 ALIASES = {"target": "target_new"}
 
@@ -27,7 +27,7 @@ def read_lines(lines: Iterable[bytes], name: str) -> list[Line]:
     """Read ``{"prompt": ..., "target_new": ...}`` from each line that is not blank.
 
     ``target`` is understood as ``target_new``, which may be a number or a list of answers
-    (:func:`~kdpo_editor.request_forms.plain_request`). Other texts and lists of texts are kept, anything else is left
+    (:func:`~kdpo_editor.requests.forms.plain_request`). Other texts and lists of texts are kept, anything else is left
     out. Bad lines do not raise: each has an error that begins with ``name`` and the line's number.
     """
     found = []

@@ -24,7 +24,7 @@ def settings(
 ) -> int:
     """Print all settings for a model, as a YAML file to keep and change."""
     from ..derived import complete
-    from ..models import outline
+    from ..models.loading import outline
 
     chosen, source = chosen_settings(model, hparams, recipe.value, changes or ())
     try:

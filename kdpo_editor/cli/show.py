@@ -47,10 +47,10 @@ def show(
 ) -> int:
     """Generate before and after the edits, side by side, and tell whether each answer begins with the target."""
     from ..edits.switching import edited
-    from ..engine.answers import begins_with_one
     from ..engine.generation import answers
-    from ..request_forms import right_answers
-    from ..requests import as_chat
+    from ..requests.answers import begins_with_one
+    from ..requests.chat import as_chat
+    from ..requests.forms import right_answers
 
     opened = open_ledger(ledger, skip_damaged)
     number = opened.head if edit is None else edit

@@ -17,11 +17,11 @@ from torch import nn
 from ..compare.run.datasets import Record
 from ..edits.ledger import EditLedger
 from ..edits.switching import unedited
-from ..engine.answers import begins_with
 from ..engine.generation import answers
 from ..errors import KDPOError, LedgerError, RequestError
 from ..hparams import KDPOHyperParams
-from ..requests import as_chat
+from ..requests.answers import begins_with
+from ..requests.chat import as_chat
 
 OFFERED = 3
 Asked = list[tuple[str, str]]

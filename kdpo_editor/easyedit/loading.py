@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from .. import testbed as testbed  # it brings the shipped model
-from ..models import is_known_here, load
+from ..models.loading import is_known_here, load
 
 # The framework's own names for the methods that want padding on the right.
 RIGHT_PADDED = ("ROME", "R-ROME", "MEMIT", "EMMET", "EAMET", "AlphaEdit", "CORE", "SPHERE")

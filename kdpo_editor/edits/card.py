@@ -11,8 +11,8 @@ from typing import Any
 
 import yaml
 
-from ..packaged_models import PACKAGED
-from ..request_forms import right_answers
+from ..models.packaged import PACKAGED
+from ..requests.forms import right_answers
 from .manifest import Change, EditInfo
 from .measures import figure, label
 
@@ -119,7 +119,7 @@ def _loading(repo_id: str, base: Base, changes: Mapping[str, Change], adapter: b
         imports = ["import torch", "from transformers import AutoModelForCausalLM"]
         load = f"model = AutoModelForCausalLM.from_pretrained({name}{revision}, dtype=torch.{dtype})"
     else:  # a folder, or a model that this package alone loads by name
-        imports, load = ["from kdpo_editor.models import load"], f'model, tok = load({name}, dtype="{dtype}")'
+        imports, load = ["from kdpo_editor import load"], f'model, tok = load({name}, dtype="{dtype}")'
     package = PACKAGED.get(base.name)
     found = ["## Loading", "With this package, bit for bit as it was edited:"]
     found.append(

@@ -21,13 +21,14 @@ from ..engine.weights import restore, uncompiled
 from ..errors import CompressionError, DamagedFileError, EditDiverged, FingerprintError
 from ..hparams import KDPOHyperParams
 from ..lifelong.second_moments import remember
-from ..request_forms import right_answers
+from ..requests.forms import right_answers
 from . import hub
 from .card import Base
 from .delta_file import load_delta, save_delta
 from .lora import asked_prompts, check_place, save_lora
 from .low_rank import decompose, pair_of, rank_within
 from .manifest import Change, EditInfo, Value, check_config, config_hash, config_of, full_form, matrices_of, value_of
+from .merging import added, merge_full, merge_low_rank, wide
 from .switching import edited, note, passing, unedited
 
 
@@ -122,41 +123,11 @@ class EditDelta:
         if not force and any(config_hash(delta.config) != config_hash(first.config) for delta in deltas):
             raise FingerprintError("the deltas were made on models of different configs")
         info = replace(EditInfo.now([]), hparams=first.info.hparams).with_edits_of(delta.info for delta in deltas)
+        parts = ((delta.changes, delta.tensors()) for delta in deltas)
         if first.is_low_rank:
-            return cls._merge_low_rank(deltas, info, force)
-        before: dict[str, Tensor] = {}
-        after: dict[str, Tensor] = {}
-        for delta in deltas:
-            tensors = delta.tensors()
-            for name, change in delta.changes.items():
-                old, new = tensors[f"before:{name}"], tensors[f"after:{name}"]
-                if name not in before:
-                    before[name], after[name] = old, new
-                elif change.before == value_of(after[name]):
-                    after[name] = new
-                elif force or change.before == value_of(before[name]):
-                    after[name] = _add(after[name], _wide(new) - _wide(old))
-                else:
-                    raise FingerprintError(f"{name}: one delta does not begin where another begins or ended")
-        return cls._full(first.config, before, after, info)
-
-    @classmethod
-    def _merge_low_rank(cls, deltas: Sequence[EditDelta], info: EditInfo, force: bool) -> EditDelta:
-        pairs: dict[str, list[tuple[Tensor, Tensor]]] = {}
-        changes: dict[str, Change] = {}
-        for delta in deltas:
-            tensors = delta.tensors()
-            for name, change in delta.changes.items():
-                known = changes.get(name)
-                if known is not None and not force and change.before not in (known.before, known.after):
-                    raise FingerprintError(f"{name}: one delta does not begin where another begins or ended")
-                changes[name] = Change((known or change).before, change.after)
-                pairs.setdefault(name, []).append((tensors[f"up:{name}"], tensors[f"down:{name}"]))
-        merged = {
-            name: (torch.cat([up for up, _ in some], -1), torch.cat([down for _, down in some], -2))
-            for name, some in pairs.items()
-        }
-        return cls._low_rank(deltas[0].config, changes, info, merged)
+            changes, pairs = merge_low_rank(parts, force)
+            return cls._low_rank(first.config, changes, info, pairs)
+        return cls._full(first.config, *merge_full(parts, force), info)
 
     @classmethod
     def _low_rank(
@@ -204,7 +175,7 @@ class EditDelta:
         tensors = self.tensors()
         if self.is_low_rank:
             return {name: tensors[f"up:{name}"] @ tensors[f"down:{name}"] for name in self.changes}
-        return {name: _wide(tensors[f"after:{name}"]) - _wide(tensors[f"before:{name}"]) for name in self.changes}
+        return {name: wide(tensors[f"after:{name}"]) - wide(tensors[f"before:{name}"]) for name in self.changes}
 
     # Applying -------------------------------------------------------------------------------------------------
 
@@ -235,7 +206,7 @@ class EditDelta:
             new = {name: tensors[f"after:{name}"] for name in self.changes}
         else:
             change = self.change()
-            new = {name: _add(w.detach(), change[name]) for name, w in weights.items()}
+            new = {name: added(w.detach(), change[name]) for name, w in weights.items()}
         return self._write(model, weights, now, new)
 
     def revert(self, model: nn.Module, *, force: bool = False) -> dict[str, Tensor]:
@@ -258,7 +229,7 @@ class EditDelta:
             new = {name: tensors[f"before:{name}"] for name in self.changes}
         else:
             change = self.change()
-            new = {name: _add(w.detach(), -change[name]) for name, w in weights.items()}
+            new = {name: added(w.detach(), -change[name]) for name, w in weights.items()}
             inexact = [name for name, w in new.items() if value_of(w) != self.changes[name].before]
             if inexact and not force:
                 raise FingerprintError(
@@ -332,7 +303,7 @@ class EditDelta:
             parts = decompose(change, weights[name])
             pairs[name] = pair_of(parts, rank if rank is not None else rank_within(parts[1], tolerance or 0.0))
         with self.before(model):
-            after = {name: value_of(_add(weights[name].detach(), u @ d)) for name, (u, d) in pairs.items()}
+            after = {name: value_of(added(weights[name].detach(), u @ d)) for name, (u, d) in pairs.items()}
             changes = {name: Change(change.before, after[name]) for name, change in self.changes.items()}
             small = self._low_rank(self.config, changes, self.info, pairs)
             wanted, found = self.behaviour(model, tok), small.behaviour(model, tok)
@@ -502,15 +473,6 @@ class EditDelta:
             str(repo_id), revision=revision, cache_dir=cache_dir, local_files_only=local_files_only, token=token
         )
         return cls(*load_delta(folder, follow_links=True))
-
-
-def _wide(w: Tensor) -> Tensor:
-    """``w`` in fp32, or fp64 if it is fp64."""
-    return w if w.dtype == torch.float64 else w.float()
-
-
-def _add(w: Tensor, change: Tensor) -> Tensor:
-    return (_wide(w) + change.to(w.device)).to(w.dtype)
 
 
 def _check_finite(tensors: Mapping[str, Tensor]) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from ..errors import DamagedFileError, HubError, ModelError
-from ..packaged_models import FOLDERS, PACKAGED
+from ..models.packaged import FOLDERS, PACKAGED
 from ..whole_files import storage_error
 from .card import Base, card
 from .delta_file import MANIFEST

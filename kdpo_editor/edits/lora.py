@@ -19,12 +19,12 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from ..engine.answers import begins_with_one
 from ..engine.generation import answers
 from ..engine.weights import uncompiled
 from ..errors import CompressionError, DamagedFileError, FingerprintError, ModelError, StorageError
-from ..models import dequantised_from, folder_of, is_known_here
-from ..request_forms import right_answers
+from ..models.loading import dequantised_from, folder_of, is_known_here
+from ..requests.answers import begins_with_one
+from ..requests.forms import right_answers
 from ..whole_files import make_folder, storage_error, write_file
 from .low_rank import decompose, pair_of
 from .storage import read_json

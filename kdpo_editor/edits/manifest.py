@@ -18,7 +18,7 @@ from ..engine.batches import EditTrace
 from ..engine.weights import uncompiled
 from ..errors import DamagedFileError, FingerprintError
 from ..hparams import KDPOHyperParams
-from ..request_forms import plain_request
+from ..requests.forms import plain_request
 from ..version import __version__
 from .storage import NAMES, Spec, dump_json, field, hash_from, spec_from, spec_of
 

@@ -46,7 +46,7 @@ class Spec:
 
     @property
     def torch_name(self) -> str:
-        """The dtype as torch and :func:`kdpo_editor.models.load` name it, such as ``float16``."""
+        """The dtype as torch and :func:`kdpo_editor.load` name it, such as ``float16``."""
         return str(DTYPES[self.dtype]).removeprefix("torch.")
 
     def __str__(self) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..hparams import KDPOHyperParams
 from ..objectives import ce_loss, hardest_rejected, hinge_loss, kdpo_loss
-from ..requests import EditTokens
+from ..requests.tokens import EditTokens
 from .activation_cache import ActivationCache
 from .cached_forward import CachedForward
 from .prefix import prefix_bytes

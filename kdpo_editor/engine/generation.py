@@ -19,8 +19,8 @@ from tqdm import tqdm
 from transformers import GenerationConfig
 
 from ..errors import RequestError
-from ..request_forms import plain_requests, right_answers
-from ..requests import EditTokens, token_ids, tokenize
+from ..requests.forms import plain_requests, right_answers
+from ..requests.tokens import EditTokens, token_ids, tokenize
 from .weights import as_found, uncompiled
 
 # Rows and tokens, padding and answers included, that are generated together: they bound the keys and values held.
@@ -67,7 +67,7 @@ def greedy(
         model: a causal language model, or one of EasyEdit's wrappers around one (WISE, GRACE). Its mode, dropout and
             ``generation_config`` are as before afterwards.
         tok: its tokenizer, or ``None``: it is asked for its end and padding tokens alone.
-        prompts: as :func:`~kdpo_editor.requests.token_ids` gives them.
+        prompts: as :func:`~kdpo_editor.requests.tokens.token_ids` gives them.
         longest: tokens generated at most.
         ignore_end: go on behind end tokens, up to ``longest``, and keep them.
         rows: prompts in a batch at most. Prompts of different lengths are padded on the left and masked, unless the

@@ -74,10 +74,9 @@ class Steps:
         for current in self.work:
             losses, loss, live = self._losses(current)
             current.history.append(losses)
-            seen = losses.tolist()
-            check_finite([seen])
-            if max(seen) >= self.hparams.stop_loss:
-                self.stepper.gather(loss, int(live.sum()))
+            check_finite([losses.tolist()])
+            if remaining := int(live.sum()):
+                self.stepper.gather(loss, remaining)
                 going = True
         if going:
             self.stepper.step()

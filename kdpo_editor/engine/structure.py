@@ -14,13 +14,13 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
+from math import inf
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import ModelError
-from ..models import text_config
 from .experts import STACKED_ONLY, is_mixture, is_one_experts, is_routers, stacks
 from .weights import as_found, check_kind
 
@@ -250,3 +250,14 @@ def _final_norm(name: str, blocks: nn.ModuleList, watched: _Watched) -> str | No
             return None
         norms = {module: norms[module] for module in watched.calls[end:] if module in norms}
     return next(reversed(norms.values()), None)
+
+
+def room(model: nn.Module) -> float:
+    """The most tokens that ``model`` takes; infinite where its configuration does not say."""
+    return getattr(text_config(model), "max_position_embeddings", None) or inf
+
+
+def text_config(model: nn.Module) -> Any:
+    """The configuration of the language model, which multimodal models keep inside their own."""
+    config: Any = getattr(model, "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config

@@ -18,7 +18,7 @@ def in_contexts(tok: Any, requests: Sequence[Mapping[str, Any]], count: int) -> 
     """The requests, each with its prompt behind ``count`` of :data:`TEMPLATES` among its ``"rephrases"``.
 
     A prompt that begins with a special token, such as a chat template's, has no text before it and gets none.
-    Malformed requests come out as they went in, for :func:`~kdpo_editor.requests.tokenize` to refuse.
+    Malformed requests come out as they went in, for :func:`~kdpo_editor.requests.tokens.tokenize` to refuse.
     """
     if not count or isinstance(requests, (str, Mapping)):
         return requests

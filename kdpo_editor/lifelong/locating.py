@@ -22,7 +22,7 @@ from ..derived import FOR_SUBJECT, complete
 from ..engine.weights import as_found, find_blocks
 from ..errors import RequestError
 from ..hparams import KDPOHyperParams
-from ..requests import EditTokens, tokenize
+from ..requests.tokens import EditTokens, tokenize
 
 TOKENS = (
     "first of the subject",

@@ -21,7 +21,7 @@ from ..engine.cached_forward import CachedForward
 from ..engine.optimizers import Stepper
 from ..engine.steps import run_cycle
 from ..hparams import KDPOHyperParams
-from ..requests import EditTokens
+from ..requests.tokens import EditTokens
 from .preconditioning import Preconditioner, preconditioned
 from .replay import EarlierEdits, ReplayBuffer
 

@@ -24,10 +24,10 @@ from torch import Tensor, nn
 from ..engine.activation_cache import ActivationCache
 from ..engine.batches import Batch, footprint, group, lost, make_batch, make_batches, padded, trained_tokens
 from ..engine.cached_forward import CachedForward
+from ..engine.structure import room
 from ..engine.weights import find_matrices, only_training
 from ..hparams import KDPOHyperParams
-from ..models import room
-from ..requests import EditTokens, tokenize
+from ..requests.tokens import EditTokens, tokenize
 from .contexts import in_contexts
 
 LOG = logging.getLogger(__name__)

@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..cache import cache_folder
+from ..engine.structure import room
 from ..engine.weights import as_found
 from ..errors import FingerprintError, HyperParamsError, ModelError
-from ..models import room
 from . import kept_tensors
 from .names import RULE, name_windows, names_in
 

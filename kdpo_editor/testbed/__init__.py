@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ..packaged_models import FOLDERS
+from ..models.packaged import FOLDERS
 
 HERE = Path(__file__).parent
 SHIPPED_MODEL = "kdpo-llama-knowedit"
@@ -19,7 +19,7 @@ FOLDERS[SHIPPED_MODEL] = HERE / "llama-knowedit"
 
 def load_model(device: Any = "cpu") -> tuple[Any, Any]:
     """The shipped model (fp32, evaluation mode) and its tokenizer. Needs no network."""
-    from ..models import load
+    from ..models.loading import load
 
     return load(SHIPPED_MODEL, device=device)
 

@@ -13,7 +13,7 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup, escape
 
-from ...engine.answers import begins_with_one
+from ...requests.answers import begins_with_one
 from .figures import Picture
 from .means import UNEDITED
 from .reading import read_texts

@@ -214,8 +214,8 @@ def _cycle(args: argparse.Namespace) -> Iterator[Picture]:
     from ...cli.settings import chosen_settings
     from ...derived import complete
     from ...editing import edit
-    from ...models import load
-    from ...requests import tokenize
+    from ...models.loading import load
+    from ...requests.tokens import tokenize
     from ..run.datasets import load as load_records
     from . import edit_figures
     from .figures import SETTINGS, picture

@@ -19,10 +19,11 @@ import yaml
 from omegaconf import OmegaConf
 from tqdm import tqdm
 
-from ... import easyedit, models
+from ... import easyedit
 from ...derived import complete
 from ...errors import DataError, HyperParamsError, KDPOError
 from ...hparams import KDPOHyperParams, settings_folder
+from ...models import loading
 from ...tracking import tracking
 from ...whole_files import write_file
 from . import statistics
@@ -106,7 +107,7 @@ def _compute(
         cell.note(status="skipped")
         LOG.warning("%s: %s", config.method.label, notes[0])
         return
-    model, tok = models.load(config.model.name, dtype=config.model.dtype, device=config.model.device)
+    model, tok = loading.load(config.model.name, dtype=config.model.dtype, device=config.model.device)
     model.requires_grad_(False)
     before = fingerprint(model)
     text = (config.model.text, config.model.characters, config.model.tokens_per_input)
@@ -138,7 +139,7 @@ def _compute(
     if editing.ignored:
         notes.append(f"of no use to EasyEdit's installed form and left out: {', '.join(editing.ignored)}")
     scorer = Scorer(config, editing, list(edited), list(spare), before)
-    cell.note(model_fingerprint=before, dequantised_from=models.dequantised_from(model), notes=notes)
+    cell.note(model_fingerprint=before, dequantised_from=loading.dequantised_from(model), notes=notes)
     count, log, state = cell.load_checkpoint()
     if count == 0:
         scorer.before(log)
@@ -319,11 +320,11 @@ def _filled(config: Compare, settings: dict[str, Any]) -> dict[str, Any]:
     name = config.model.name
     settings = {"model_name": name, **settings}
     if is_template(settings):
-        return fill(settings, models.outline(name), name)
+        return fill(settings, loading.outline(name), name)
     left_out = [key for key in PLACE if settings.get(key) is None]
     if config.method.apply or settings["alg_name"] != "KDPO" or not left_out:
         return settings
-    found = complete(KDPOHyperParams.from_config(settings), models.outline(name)).to_dict()
+    found = complete(KDPOHyperParams.from_config(settings), loading.outline(name)).to_dict()
     return {**settings, **{key: found[key] for key in left_out}}
 
 

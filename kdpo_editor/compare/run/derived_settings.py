@@ -50,7 +50,7 @@ def derive(method_folder: str, model: nn.Module, model_name: str) -> dict[str, A
 
     Args:
         method_folder: the method's folder in ``hparams/``, such as "FT-M".
-        model: the model, or its :func:`~kdpo_editor.models.outline`.
+        model: the model, or its :func:`~kdpo_editor.models.loading.outline`.
         model_name: what the settings call it.
 
     Raises:

@@ -19,12 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...engine.answers import begins_with_one, is_answer
 from ...engine.batches import padded
 from ...engine.generation import Continuation, bar, batches, greedy, inner
 from ...engine.patches import Places, forward_is
 from ...engine.weights import as_found
-from ...requests import token_ids, tokenize
+from ...requests.answers import begins_with_one, is_answer
+from ...requests.tokens import token_ids, tokenize
 
 # Bytes of logits in one batch.
 LOGITS_BUDGET = 512e6
@@ -38,7 +38,7 @@ class Generation:
     stopped: bool
 
     def answers(self, accepted: Sequence[str]) -> bool:
-        """Whether it begins with one of the accepted answers; see :func:`~kdpo_editor.engine.answers.begins_with`."""
+        """Whether it begins with one of the accepted answers; see :func:`~kdpo_editor.requests.answers.begins_with`."""
         return begins_with_one(self.text, accepted)
 
     def answers_and_stops(self, accepted: Sequence[str]) -> bool:

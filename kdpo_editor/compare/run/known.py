@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
-from ...requests import token_ids
+from ...requests.tokens import token_ids
 from .datasets import Record, content_hash, load
 from .evaluate import Evaluator
 from .unedited import Kept, kept_for

@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from ...requests import tokenize
+from ...requests.tokens import tokenize
 from ...testbed import unedited_texts
 from ...tracking import Track, untracked
 from . import harness, statistics

@@ -167,7 +167,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--characters", type=int, default=20_000_000, help="of the text, at most (default 20 million)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
-    from ...models import load
+    from ...models.loading import load
 
     try:
         config = {**yaml.safe_load(settings_file(args.hparams).read_text("utf-8")), "mom2_adjustment": True}

@@ -11,8 +11,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from ...engine.answers import is_answer
-from ...requests import as_chat, token_ids
+from ...requests.answers import is_answer
+from ...requests.chat import as_chat
+from ...requests.tokens import token_ids
 from .datasets import Record
 from .evaluate import Evaluator
 from .judge import Judge

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import sys
-from math import inf
 from typing import Any
 
 import torch
 from torch import nn
 
-from .errors import ModelError
+from ..errors import ModelError
 from .gguf_files import converted, gguf_file
-from .packaged_models import FOLDERS, PACKAGED
+from .packaged import FOLDERS, PACKAGED
 
 DTYPES = ("float32", "bfloat16", "float16", "float64", "auto")
 
@@ -28,7 +27,7 @@ def load(
 
     Args:
         name: Hugging Face id, folder, ``.gguf`` file or folder with one, or a name of
-            :data:`~kdpo_editor.packaged_models.PACKAGED` or :data:`~kdpo_editor.packaged_models.FOLDERS`.
+            :data:`~kdpo_editor.models.packaged.PACKAGED` or :data:`~kdpo_editor.models.packaged.FOLDERS`.
         dtype: one of :data:`DTYPES`; "auto" is as saved.
         device: "cpu", "cuda", "cuda:1", a GPU's number, "auto" (spread over all GPUs); ``None`` is the GPU where
             there is one.
@@ -111,14 +110,3 @@ def dequantised_from(model: nn.Module) -> dict[str, str] | None:
     config = getattr(model, "config", None)
     name, sha256 = (getattr(config, key, None) for key in ("dequantised_from", "dequantised_sha256"))
     return None if name is None or sha256 is None else {"file": name, "sha256": sha256}
-
-
-def room(model: nn.Module) -> float:
-    """The most tokens that ``model`` takes; infinite where its configuration does not say."""
-    return getattr(text_config(model), "max_position_embeddings", None) or inf
-
-
-def text_config(model: nn.Module) -> Any:
-    """The configuration of the language model, which multimodal models keep inside their own."""
-    config: Any = getattr(model, "config", None)
-    return config.get_text_config() if hasattr(config, "get_text_config") else config

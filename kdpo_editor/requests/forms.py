@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from decimal import Decimal
 from typing import Any
 
-from .errors import RequestError
+from ..errors import RequestError
 
 LOG = logging.getLogger(__name__)
 NEEDED = ("prompt", "target_new")
@@ -32,7 +32,7 @@ def plain_request(request: Any, name: str) -> dict[str, Any]:
     - An array becomes a list.
 
     Args:
-        request: a mapping; whatever is wrong with its texts is left for :func:`~kdpo_editor.requests.tokenize`.
+        request: a mapping; whatever is wrong with its texts is left for :func:`~kdpo_editor.requests.tokens.tokenize`.
         name: of the request, for messages, such as ``"request 0"``.
 
     Raises:

@@ -23,10 +23,10 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from .cache import cache_folder
-from .errors import ModelError, StorageError
-from .packaged_models import PACKAGED, PackagedModel
-from .whole_files import sync
+from ..cache import cache_folder
+from ..errors import ModelError, StorageError
+from ..whole_files import sync
+from .packaged import PACKAGED, PackagedModel
 
 LOG = logging.getLogger(__name__)
 NEEDED = ("gguf", "accelerate")  # by transformers, to read such a file
@@ -67,7 +67,7 @@ def converted(name: str) -> Path | None:
     not at all, and by one process at a time; others wait for it.
 
     Args:
-        name: a name of :data:`~kdpo_editor.packaged_models.PACKAGED`, a ``.gguf`` file, or a folder with one.
+        name: a name of :data:`~kdpo_editor.models.packaged.PACKAGED`, a ``.gguf`` file, or a folder with one.
 
     Raises:
         ModelError: the wheel, the file or a package to read it is missing, or the file is not what it should be.

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from torch import nn
 
-from .cache import cache_folder
-from .lifelong.second_moments import remember
-from .whole_files import make_folder, write_file
+from ..cache import cache_folder
+from ..whole_files import make_folder, write_file
+from .second_moments import remember
 
 LOG = logging.getLogger(__name__)
 

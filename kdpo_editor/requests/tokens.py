@@ -2,28 +2,20 @@
 
 from __future__ import annotations
 
-import re
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .errors import RequestError
-from .request_forms import plain_requests, say_first, say_once
+from ..errors import RequestError
+from .chat import chat_of
+from .forms import plain_requests, say_first, say_once
+from .joint import joint
 from .subjects import places_of, subject_of
 
-# Scripts that write no spaces between words: Thai, Lao, Tibetan, Burmese, Khmer, Chinese and Japanese, the last two
-# with their punctuation and full-width forms.
-UNSPACED = re.compile(
-    "[\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u19e0-\u19ff\u1a20-\u1aaf\u2e80-\u312f\u31a0-\u31ff\u3400-\u9fff"
-    "\uaa60-\uaa7f\uf900-\ufaff\ufe30-\ufe4f\uff01-\uff9f\U0001b000-\U0001b16f\U00020000-\U000323af]"
-)
-# Marks that open in English or French and close in German, and what opens there.
-CLOSES = {"\u201c": "\u201e", "\u2018": "\u201a", "\u00ab": "\u00bb", "\u2039": "\u203a"}
 # What a continuation is tried behind, so that a tokenizer which begins every text with a space adds none to it.
 ANCHORS = ("", "\n", ":", "a", "1")
 
@@ -70,63 +62,25 @@ def tokenize(
 ) -> list[list[EditTokens]]:
     """Tokenise each request's prompt and answer, and those of its ``rephrases``: other prompts for the same target.
 
-    Between prompt and target stands what :func:`joint` says, or the request's own ``separator``. The prompt's ids are
-    those of the prompt alone, as it is fed when the model is asked. The answer's are what follows them in one
-    tokenisation of the joined text. Where that does not begin with the prompt's ids, since the prompt's last token
-    would merge with the answer, the rest of the text is tokenised by itself: ``"The capital is "`` ends in a token of
-    its own, so its answer is ``"Paris"`` and not ``" Paris"``.
+    Between prompt and target stands what :func:`~kdpo_editor.requests.joint.joint` says, or the request's own
+    ``separator``. The prompt's ids are those of the prompt alone, as it is fed when the model is asked. The answer's
+    are what follows them in one tokenisation of the joined text. Where that does not begin with the prompt's ids, since
+    the prompt's last token would merge with the answer, the rest of the text is tokenised by itself: ``"The capital is
+    "`` ends in a token of its own, so its answer is ``"Paris"`` and not ``" Paris"``.
 
     No padding and no truncation takes place, so a tokenizer's settings for them do not matter. With ``append_eos`` the
     end token closes the answer. With ``with_subject`` each request's ``subject`` is found in its prompts, where it
     stands last, at whole words if it can; one that stands there twice is warned of, and so is one that is written there
-    in another case or Unicode form. Where a request has none, it is what :func:`~kdpo_editor.subjects.subject_of` says,
-    of a prompt in the chat template without the template; what is taken is logged. What else a request may look like
-    says :func:`~kdpo_editor.request_forms.plain_request`. All requests are checked before any is returned.
+    in another case or Unicode form. Where a request has none, it is what
+    :func:`~kdpo_editor.requests.subjects.subject_of` says, of a prompt in the chat template without the template; what
+    is taken is logged. What else a request may look like says :func:`~kdpo_editor.requests.forms.plain_request`. All
+    requests are checked before any is returned.
 
     Raises :class:`~kdpo_editor.RequestError`, naming the request's position and what is wrong with it; so also where
     the tokenizer cannot write the target.
     """
     plain = plain_requests(requests)
     return [_tokenize_all(tok, r, f"request {i}", append_eos, with_subject) for i, r in enumerate(plain)]
-
-
-def joint(tok: Any, prompt: str, target: str) -> str:
-    """Say what stands between ``prompt`` and ``target``, where the request has no ``separator`` of its own.
-
-    Nothing, where one of these holds; one space else:
-
-    - ``prompt`` ends in white space, or ``target`` begins with a line break or a tab;
-    - ``prompt`` ends in an opening bracket, or in a quotation mark that opens;
-    - ``prompt`` ends in a special token, or as the tokenizer's chat template ends before an answer. Where the template
-      itself puts white space before its answers (Llama-2's a space, GLM-4's a line break), that is taken;
-    - ``prompt`` and ``target`` are of scripts that write no spaces (Chinese, Japanese, Thai, ...). The letters that are
-      nearest to the joint decide; digits and Western punctuation are looked past. Where one side has no letters, the
-      other decides.
-
-    Before a target that begins with a space there stands another, as in the paper's records and in EasyEdit's scores.
-    """
-    if prompt[-1:].isspace() or (target[:1].isspace() and target[0] != " "):
-        return ""
-    chat = _chat(tok)
-    if chat.end and prompt.endswith(chat.end):
-        return chat.before_answer
-    if prompt.endswith(chat.special) or _opens(prompt):
-        return ""
-    sides = _writes_no_spaces(reversed(prompt)), _writes_no_spaces(target)
-    return "" if True in sides and False not in sides else " "
-
-
-def as_chat(tok: Any, prompt: str) -> str:
-    """Put ``prompt`` into the tokenizer's chat template, up to where the model's answer begins.
-
-    Raises :class:`~kdpo_editor.RequestError` if the tokenizer has no chat template, or one that does not take a
-    question by a user.
-    """
-    if not getattr(tok, "chat_template", None):
-        raise RequestError(
-            f"{getattr(tok, 'name_or_path', '') or 'the tokenizer'} has no chat template to put a prompt in"
-        )
-    return _rendered(tok, [{"role": "user", "content": prompt}], True)
 
 
 def token_ids(tok: Any, text: str) -> list[int]:
@@ -248,7 +202,7 @@ def _find_subject(tok: Any, request: Mapping[str, Any], name: str, prompt: list[
     """Where the tokens of the subject, where it stands last in the prompt, begin and where they have ended."""
     text, subject = request["prompt"], request["subject"].strip()
     # A chat template's end may say "assistant" or "model", which is no subject.
-    end = _chat(tok).end
+    end = chat_of(tok).end
     places = places_of(text, subject, len(text) - (len(end) if text.endswith(end) else 0))
     if not places:
         raise RequestError(f"{name}: 'subject' {subject!r} does not stand in the prompt {text!r}")
@@ -280,7 +234,7 @@ def _find_subject(tok: Any, request: Mapping[str, Any], name: str, prompt: list[
 
 def _guessed(tok: Any, text: str, name: str) -> str:
     """The subject of a prompt whose request names none."""
-    chat = _chat(tok)
+    chat = chat_of(tok)
     # A chat template may put a system's message before the question, which is about others.
     begin = text.rfind(chat.begin) + len(chat.begin) if chat.begin and chat.begin in text else 0
     inside = text[begin : len(text) - len(chat.end)] if chat.end and text.endswith(chat.end) else text
@@ -312,73 +266,3 @@ def _length(tok: Any, ids: list[int]) -> int:
 def _ends_within(tok: Any, ids: list[int]) -> bool:
     """Whether the last character of ``ids`` lacks some of its bytes."""
     return _decode(tok, ids).endswith("\ufffd")
-
-
-def _opens(text: str) -> bool:
-    """Whether ``text`` ends in an opening bracket or quotation mark."""
-    mark, before = text[-1:], text[:-1]
-    kind = unicodedata.category(mark) if mark else ""
-    if kind == "Ps":
-        return True
-    if mark in ('"', "`"):
-        return text.count(mark) % 2 == 1
-    if kind not in ("Pi", "Pf") and mark != "'":
-        return False
-    if not before or before[-1].isspace() or _opens(before):
-        return True
-    # Directly behind a word an apostrophe, a closing mark, or a German text's that closes what another opened.
-    opened = CLOSES.get(mark, "")
-    return kind == "Pi" and not (opened and before.rfind(opened) > before.rfind(mark))
-
-
-def _writes_no_spaces(characters: Any) -> bool | None:
-    """Whether the first letter of ``characters`` is of a script without spaces; ``None`` where there is no letter."""
-    for character in characters:
-        if UNSPACED.match(character):
-            return True
-        if character.isalpha():
-            return False
-    return None
-
-
-class _Chat(NamedTuple):
-    """How prompts of a tokenizer begin and end in its template, with what that puts before answers; special tokens.
-
-    ``begin`` is what stands directly before a question, from the last line break or special token on.
-    """
-
-    begin: str
-    end: str
-    before_answer: str
-    special: tuple[str, ...]
-
-
-def _chat(tok: Any) -> _Chat:
-    template = getattr(tok, "chat_template", None)
-    return _chat_of(tok, repr(template), len(getattr(tok, "added_tokens_decoder", ())))
-
-
-@lru_cache(maxsize=2)  # Rendering a template takes a millisecond, and a comparison tokenises thousands of prompts.
-def _chat_of(tok: Any, template: str, added: int) -> _Chat:
-    tokens = getattr(tok, "added_tokens_decoder", {}).values()
-    special = tuple(str(token) for token in tokens if token.special and str(token))
-    try:
-        asked = as_chat(tok, "QUESTION")
-        question = {"role": "user", "content": "QUESTION"}
-        answered = _rendered(tok, [question, {"role": "assistant", "content": "ANSWER"}], False)
-    except RequestError:
-        return _Chat("", "", "", special)
-    between = answered[len(asked) :].partition("ANSWER")[0]
-    whole = answered.startswith(asked) and (between.isspace() or not between)
-    before, found, end = asked.rpartition("QUESTION")
-    if not found:
-        return _Chat("", "", between if whole else "", special)
-    last = max((before.rfind(mark) for mark in special if mark in before), default=0)
-    return _Chat(before[last:], end, between if whole else "", special)
-
-
-def _rendered(tok: Any, messages: list[dict[str, str]], ask: bool) -> str:
-    try:
-        return str(tok.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask))
-    except Exception as error:  # a template is a program of the model's own and may raise anything
-        raise RequestError(f"the chat template fails: {error}") from None

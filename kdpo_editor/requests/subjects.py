@@ -6,7 +6,7 @@ import re
 import unicodedata
 from collections.abc import Iterator
 
-from .engine.answers import UNSPACED
+from .answers import UNSPACED
 
 # A pair of quotation marks with a title between them; straight ones not within a word.
 QUOTED = re.compile(
