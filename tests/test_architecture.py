@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Collection
 from functools import cache
 from graphlib import TopologicalSorter
@@ -79,6 +80,13 @@ def test_the_core_imports_nothing_that_is_built_on_it() -> None:
 
 def test_every_module_is_of_the_core_or_built_on_it() -> None:
     assert {folder_of(name) for name in imports()} <= {*CORE, *BUILT_ON_IT, "version", ""}
+
+
+def test_a_contributor_is_told_where_each_thing_is() -> None:
+    page = (ROOT.parent / "CONTRIBUTING.md").read_text("utf-8")
+    table = page.partition("## Where things are")[2].partition("\n## ")[0]
+    named = {name.removesuffix("/").removesuffix(".py") for name in re.findall(r"`([a-z_]+(?:/|\.py))`", table)}
+    assert named >= {*CORE, *BUILT_ON_IT, "version"}
 
 
 def test_no_chain_of_imports_is_longer_than_it_was() -> None:
