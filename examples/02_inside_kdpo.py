@@ -44,7 +44,7 @@ BLUE, RED, GREY = *COLOURS[:2], "#777777"
 # %%
 MODEL = "smollm2-135m"
 SUBJECT = "Giorgione"
-FACTS = 6  # looked at in the last section
+FACTS = 4  # looked at in the last section
 
 # %%
 model, tok = load(MODEL)

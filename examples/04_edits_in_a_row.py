@@ -1,8 +1,8 @@
 # %% [markdown]
-# # Edits in a row: what is kept after ten and after twenty
+# # Edits in a row: what is kept after six and after twelve
 #
 # One edit is easy. After many, are the first ones still there, and is the rest of the model? Methods differ most here.
-# We edit twenty facts of CounterFact in SmolLM2-135M, one after another. That is what a few minutes on two cores
+# We edit twelve facts of CounterFact in SmolLM2-135M, one after another. That is what a few minutes on two cores
 # allow; the command at the end makes a hundred.
 #
 # - **KDPO**: the paper's settings for single edits.
@@ -39,7 +39,7 @@ logging.getLogger("kdpo_editor").setLevel(logging.ERROR)  # edits that miss thei
 
 # %%
 MODEL = "smollm2-135m"
-CHECKPOINTS = (1, 10, 20)
+CHECKPOINTS = (1, 6, 12)
 KNOWN = 30  # facts that the model knows and nobody edits
 DOCUMENTS = 4  # of held-out text
 
@@ -108,7 +108,7 @@ def score(done):
 print(f"before any edit: perplexity {perplexity_before:.2f}, {len(known)} known facts")
 
 # %% [markdown]
-# ## Twenty edits with each
+# ## Twelve edits with each
 #
 # The model is put back before the next method begins.
 
