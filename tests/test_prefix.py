@@ -13,6 +13,7 @@ from torch import nn
 from kdpo_editor import edit
 from kdpo_editor.engine.batches import Batch, footprint
 from kdpo_editor.engine.cached_forward import CachedForward
+from kdpo_editor.engine.prefix import prefix_bytes
 from kdpo_editor.requests.tokens import EditTokens
 from kdpo_editor.testbed import load_model, load_records
 
@@ -101,6 +102,18 @@ def test_frozen_anew_it_is_exact_again(name: str) -> None:
     read = BEGIN[:, None] <= POSITIONS
     for hidden in (again[1], forward.from_cache(again[0])):
         torch.testing.assert_close(forward.logits(hidden)[read], expected[read], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("begin", [2, 6])
+def test_keys_and_values_are_kept_of_no_more_than_what_is_before(begin: int) -> None:
+    model, forward, _ = trained_forward("llama")
+    trained = torch.arange(12)[None] == begin
+    _, frozen, _ = forward.capture_frozen(IDS[:1], POSITIONS[:1], trained)
+    assert frozen is not None
+    config = model.config
+    head = config.hidden_size // config.num_attention_heads
+    a_token = 2 * len(frozen.arguments) * config.num_key_value_heads * head * 4  # bytes, of keys and of values
+    assert prefix_bytes(frozen) == begin * a_token
 
 
 @pytest.mark.parametrize("name", sorted(WHOLE))

@@ -222,7 +222,7 @@ def make_batches(
     With a single mini-batch, of which the graphs may be held, the hidden states carry that of the first step, unless
     what is before each row's first trained token is frozen.
     """
-    size = None if len(edits) == 1 else footprint(forward, edits[0]).within(hparams.memory_budget, edits)
+    size = None if len(edits) == 1 else footprint(forward, edits[0]).within(hparams.memory_budget, edits, forward)
     groups, light = group(forward, edits, hparams.memory_budget, size, smallest)
 
     def capture(members: list[int]) -> Batch:
@@ -319,20 +319,25 @@ def group(
     weight = next(p for p in forward.module.parameters() if p.ndim > 1)
     vocabulary = forward.model.get_output_embeddings().weight.shape[0]  # type: ignore[operator]
     size = size or Footprint()
-    # Twice: rows that are not won yet are copied out of the rest.
-    a_token = 2 * (sum(weight.shape[-2:]) * weight.element_size() + size.prefix)
+    a_token = sum(weight.shape[-2:]) * weight.element_size()
     lengths = [edit.length for edit in edits]
+    before = [first_trained(edit, forward) if size.frozen else 0 for edit in edits]
     groups: list[list[int]] = []
+    longest = 0  # of what is before the first trained token, among those of the last group
     for i in sorted(range(len(edits)), key=lengths.__getitem__):
-        # Of those taken so far, shortest first, this one is the longest.
-        if groups and (len(groups[-1]) + 1) * lengths[i] * a_token <= budget / 2:
+        # Of those taken so far, shortest first, this one is the longest. Twice, since rows that are not won yet are
+        # copied out of the rest.
+        a_row = 2 * (lengths[i] * a_token + max(longest, before[i]) * size.prefix)
+        if groups and (len(groups[-1]) + 1) * a_row <= budget / 2:
             groups[-1].append(i)
+            longest = max(longest, before[i])
         else:
             groups.append([i])
+            longest = before[i]
 
     def steps(i: int) -> float:
         """The bytes of one edit's graph."""
-        return size.graph * (lengths[i] - (first_trained(edits[i], forward) if size.frozen else 0))
+        return size.graph * (lengths[i] - before[i])
 
     def most(members: Sequence[int]) -> float:
         logits = max(len(edits[i].chosen) for i in members) * vocabulary * 8
@@ -386,7 +391,7 @@ def first_trained(edit: EditTokens, forward: CachedForward) -> int:
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes for each token: of the ``graph`` of a step, and of the ``prefix``'s keys and values.
+    """Bytes for each token: of the ``graph`` of a step, and of the keys and values of the ``prefix``.
 
     ``frozen``: whether steps run each row from its first trained token on alone.
     """
@@ -395,9 +400,9 @@ class Footprint:
     prefix: float = 0.0
     frozen: bool = False
 
-    def within(self, budget: float, edits: Sequence[EditTokens]) -> Footprint:
+    def within(self, budget: float, edits: Sequence[EditTokens], forward: CachedForward) -> Footprint:
         """This, or without keys and values where those of ``edits``, twice, take more than half of ``budget`` bytes."""
-        fits = 2 * self.prefix * sum(edit.length for edit in edits) <= budget / 2
+        fits = 2 * self.prefix * sum(first_trained(edit, forward) for edit in edits) <= budget / 2
         return self if fits else Footprint(self.graph)
 
 
@@ -422,6 +427,7 @@ def footprint(forward: CachedForward, edit: EditTokens) -> Footprint:
             hidden = forward.from_cache(begun)
         del hidden
         kept = 0 if frozen is None else prefix_bytes(frozen)
-        return [sum(sizes.values()) / begun.hidden.shape[1], kept / edit.length, frozen is not None]
+        before = max(1, first_trained(edit, forward))
+        return [sum(sizes.values()) / begun.hidden.shape[1], kept / before, frozen is not None]
 
     return Footprint(*forward.findings.once(f"footprint {forward.module_name} {forward.fact_token}", find))

@@ -45,23 +45,26 @@ class Recorder(DynamicCache):  # type: ignore[misc]
 
 @dataclass(eq=False)
 class Prefix:
-    """Keys and values of whole rows, of which those from ``at`` on are put in anew.
+    """Keys and values of the tokens before those that are run, to which these are put in their places.
 
+    ``kept``: of the first ``P`` tokens of each row, ``[B, H, P, D]``; ``P`` is the most that any row has before them.
     ``at``: ``[B, S]`` int64, where the tokens stand that are run; ``L``, one beyond the row, for those that pad it.
+    ``length``: ``L``.
     """
 
     kept: Kept
     at: Tensor
+    length: int
 
     def update(self, keys: Tensor, values: Tensor, layer: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """``keys`` and ``values`` ``[B, H, S, D]`` in their places among those of whole rows, ``[B, H, L, D]``."""
-        whole_keys, whole_values = self.kept[layer]
-        return self._put(whole_keys, keys), self._put(whole_values, values)
+        keys_before, values_before = self.kept[layer]
+        return self._put(keys_before, keys), self._put(values_before, values)
 
-    def _put(self, whole: Tensor, new: Tensor) -> Tensor:
-        length = whole.shape[2]
+    def _put(self, before: Tensor, new: Tensor) -> Tensor:
         at = self.at.to(new.device)[:, None, :, None].expand(-1, new.shape[1], -1, new.shape[3])
-        return nn.functional.pad(whole.to(new.device), (0, 0, 0, 1)).scatter(2, at, new)[:, :, :length]
+        room = (0, 0, 0, self.length + 1 - before.shape[2])
+        return nn.functional.pad(before.to(new.device), room).scatter(2, at, new)[:, :, : self.length]
 
     def rows(self, chosen: Tensor) -> Prefix:
         """Those rows of the batch whose indices are in ``chosen``, ``[N]`` int64."""
@@ -69,7 +72,7 @@ class Prefix:
             layer: (keys[chosen.to(keys.device)], values[chosen.to(values.device)])
             for layer, (keys, values) in self.kept.items()
         }
-        return Prefix(kept, self.at[chosen.to(self.at.device)])
+        return Prefix(kept, self.at[chosen.to(self.at.device)], self.length)
 
 
 def cache_name(holder: nn.Module) -> str | None:
@@ -103,7 +106,10 @@ def without_prefix(cache: ActivationCache, kept: Kept, blocks: Sequence[nn.Modul
     at = begin + torch.arange(count, device=begin.device)
     inside = at.clamp(max=length - 1)
     causal = torch.arange(length, device=at.device) <= inside.unsqueeze(-1)
-    prefix = Prefix(kept, at.clamp(max=length))
+    before = int(begin.max())
+    # Copied, so that the rest is given back.
+    kept = {layer: (k[:, :, :before].clone(), v[:, :, :before].clone()) for layer, (k, v) in kept.items()}
+    prefix = Prefix(kept, at.clamp(max=length), length)
     made: dict[int, Any] = {}  # blocks share most of what they are called with
 
     def taken(values: Tensor, dimension: int) -> Tensor:
@@ -139,10 +145,10 @@ def without_prefix(cache: ActivationCache, kept: Kept, blocks: Sequence[nn.Modul
         return tuple(argument(name, value) for name, value in named), {k: argument(k, v) for k, v in kwargs.items()}
 
     short = [arguments(block, given) for block, given in zip(blocks, cache.arguments, strict=True)]
-    before, after = tree_flatten(cache.arguments)[0], tree_flatten(short)[0]
+    old_leaves, new_leaves = tree_flatten(cache.arguments)[0], tree_flatten(short)[0]
     per_row = tuple(
         count if leaf is old else int(isinstance(leaf, Tensor))
-        for leaf, old, count in zip(after, before, cache.per_row, strict=True)
+        for leaf, old, count in zip(new_leaves, old_leaves, cache.per_row, strict=True)
     )
     return replace(
         cache,

@@ -186,7 +186,7 @@ class ReplayBuffer:
             return replace(made, whole=cache if frozen else None, light=light)
 
         some = [entries[number].tokens for number in numbers]
-        size = footprint(forward, some[0]).within(hparams.memory_budget, some) if trained and some else None
+        size = footprint(forward, some[0]).within(hparams.memory_budget, some, forward) if trained and some else None
         groups, light = group(forward, some, hparams.memory_budget, size)
         return [[batch(part) for part in parts] for parts in groups]
 
