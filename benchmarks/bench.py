@@ -47,7 +47,7 @@ from kdpo_editor.compare.run import statistics
 from kdpo_editor.compare.run.datasets import Record, load
 from kdpo_editor.compare.run.derived_settings import derive
 from kdpo_editor.compare.run.editing import Editing
-from kdpo_editor.compare.run.memory import high_water
+from kdpo_editor.compare.run.memory import high_water, wait_for
 from kdpo_editor.derived import complete
 from kdpo_editor.editing import check, prepare
 from kdpo_editor.hparams import settings_folder
@@ -163,13 +163,12 @@ def requests(records: Sequence[Record]) -> list[dict[str, str]]:
 
 def timed(call: Callable[[], Any]) -> tuple[float, float]:
     """Seconds of a call, and by how many MB its memory rose."""
-    with high_water() as peak:
-        if CUDA:
-            torch.cuda.synchronize()
+    gpus = [torch.device("cuda", torch.cuda.current_device())] if CUDA else []
+    with high_water(gpus) as peak:
+        wait_for(gpus)
         start = time.perf_counter()
         call()
-        if CUDA:
-            torch.cuda.synchronize()
+        wait_for(gpus)
         seconds = time.perf_counter() - start
     return seconds, (peak.bytes or 0) / 1e6
 

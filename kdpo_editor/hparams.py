@@ -20,6 +20,8 @@ OBJECTIVES = ("kdpo", "hinge", "ce", "dpo")
 OPTIMIZERS = ("adam", "polyak")
 SCHEDULES = ("depth_first", "breadth_first")
 FACT_TOKENS = ("all", "subject", "subject_last")
+# So many sentences are in lifelong/contexts.py.
+MOST_CONTEXTS = 3
 # What the paper does not have, switched off.
 OFF = {
     "optimizer": "adam",
@@ -85,7 +87,7 @@ class KDPOHyperParams:
     """Through which of the prompt's tokens matrices are trained: "all", those of the request's "subject", or
     "subject_last", its last one alone. But for "all", a request should name its ``subject``; else one is guessed."""
     context_templates: int = 0
-    """Each request is also trained behind so many sentences (:mod:`kdpo_editor.lifelong.contexts`)."""
+    """Each request is also trained behind so many sentences, three at most (:mod:`kdpo_editor.lifelong.contexts`)."""
     schedule: str = "depth_first"
     """"depth_first" edits several requests of one call one after the other, "breadth_first" all at once."""
     memory_budget: float = 2e9
@@ -139,8 +141,9 @@ class KDPOHyperParams:
             self._check(key, getattr(self, key) >= 1, "at least 1")
         for key in ("lr", "beta", "memory_budget", "replay_budget"):
             self._check(key, getattr(self, key) > 0, "more than 0")
-        for key in ("stop_loss", "margin", "context_templates", "mom2_weight"):
+        for key in ("stop_loss", "margin", "mom2_weight"):
             self._check(key, getattr(self, key) >= 0, "0 or more")
+        self._check("context_templates", 0 <= self.context_templates <= MOST_CONTEXTS, f"0 to {MOST_CONTEXTS}")
         if isinstance(self.device, int):
             self._check("device", self.device >= 0, 'a CUDA index, "cpu", "cuda:1" or null')
         self._check("objective", self.objective in OBJECTIVES, f"one of {', '.join(OBJECTIVES)}")

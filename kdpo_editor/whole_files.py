@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from threading import get_native_id
+from secrets import token_hex
 
 from .errors import StorageError
 
@@ -33,7 +33,7 @@ def appearing(path: Path, synced: bool = True) -> Iterator[Path]:
     Raises:
         StorageError: it cannot be written; names the file and why.
     """
-    part = path.with_name(f"{path.name}.{get_native_id()}.part")  # no two threads write to the same
+    part = path.with_name(f"{path.name}.{token_hex(8)}.part")  # no two writers, of whatever machine, have the same
     try:
         try:
             yield part

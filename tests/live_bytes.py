@@ -41,7 +41,7 @@ class LiveBytes(TorchDispatchMode):
 def peak_bytes(call: Callable[[], Any]) -> int:
     """Memory of tensors above what was held before, at its highest: exact to the byte, but ``call`` takes longer."""
     if torch.cuda.is_available():
-        with high_water() as peak:
+        with high_water([torch.device("cuda", torch.cuda.current_device())]) as peak:
             call()
         return peak.bytes or 0
     with LiveBytes() as live:

@@ -100,6 +100,11 @@ def test_what_is_no_answer_is_refused(other: Any) -> None:
         plain(target_new=other)
 
 
+def test_a_number_of_any_size_is_understood() -> None:
+    request = plain_request({"prompt": "a", "target_new": 10**400, "other": 10**400}, "request 0")
+    assert request["target_new"] == str(10**400)
+
+
 def test_numbers_are_spoken_of_once(caplog: pytest.LogCaptureFixture, smol: Any) -> None:  # noqa: F811
     with caplog.at_level(logging.INFO, "kdpo_editor"):
         for _ in range(2):

@@ -18,6 +18,7 @@ from conftest import GOLDEN, assert_same, state
 from small import make
 
 from kdpo_editor import SHIPPED_MODEL, EditDelta, EditLedger, KDPOHyperParams
+from kdpo_editor.cli.edit import _not_done
 from kdpo_editor.cli.main import EXAMPLES, main
 from kdpo_editor.derived import complete
 from kdpo_editor.engine.generation import generate
@@ -238,6 +239,15 @@ def test_keep_going_skips_bad_lines_and_says_so(tmp_path: Path, capsys: Any) -> 
     assert code == 1
     assert [line["prompt"] for line in out] == [FACTS[0]["prompt"], FACTS[1]["prompt"]]
     assert "line 2 is not JSON" in err
+
+
+def test_what_is_left_may_lie_between_what_is_there() -> None:
+    """As after a run in which one edit failed and the others went on."""
+    wanted = [(f"line {i}", {"prompt": p, "target_new": "x"}) for i, p in enumerate("abcab", 1)]
+    done = [{"prompt": p, "target_new": "x"} for p in "acb"]
+    assert [where for where, _ in _not_done(wanted, done)] == ["line 4", "line 5"]
+    assert [where for where, _ in _not_done(wanted, done[:2])] == ["line 2", "line 4", "line 5"]
+    assert _not_done(wanted, []) == wanted
 
 
 def test_resuming_leaves_out_what_is_there(tmp_path: Path, capsys: Any, edits: Path) -> None:

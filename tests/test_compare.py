@@ -377,6 +377,30 @@ def test_the_real_models_experiment_composes(tmp_path: Path) -> None:
     assert not config.protocol.stops
 
 
+def test_a_rate_is_multiplied_also_where_another_method_stands_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kdpo_editor.compare.run import cell
+
+    monkeypatch.setattr(cell, "available", lambda settings: False)
+    rates = []
+    for factor in (1, 0.5):
+        config = composed(tmp_path, "method=lora", f"method.rate_factor={factor}", f"model.name={SHIPPED_MODEL}")
+        settings, (note,) = cell._settings(config)
+        assert "knows AdaLoRA instead" in note
+        assert settings is not None
+        rates.append(settings["lr"])
+    assert rates[1] == pytest.approx(rates[0] / 2)
+
+
+def test_a_method_without_a_rate_has_none_to_multiply(tmp_path: Path) -> None:
+    from kdpo_editor.compare.run.cell import _settings
+
+    config = composed(tmp_path, "method=retrieval", "method.rate_factor=0.5", f"model.name={SHIPPED_MODEL}")
+    with pytest.raises(HyperParamsError, match=r"method\.rate_factor: retrieval has none of lr"):
+        _settings(config)
+
+
 def test_make_compare_has_ten_methods_in_either_form_of_easyedit(tmp_path: Path) -> None:
     """The form decides that alone, so the shipped model, which need not be converted, stands in for the real one."""
     from kdpo_editor.compare.run.cell import _settings

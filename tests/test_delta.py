@@ -205,6 +205,12 @@ def test_original_of_given_weights(llama: Any, settings: Any) -> None:
 def test_original_says_when_it_does_not_know() -> None:
     with pytest.raises(FingerprintError, match="nothing is known of this model"), original(Small()):
         pass
+    delta, model = made()[1], Small()
+    with edited(model, delta):  # after which nothing more is known of it than before
+        pass
+    change(model, 5)
+    with pytest.raises(FingerprintError, match="nothing is known of this model"), original(model):
+        pass
     model, _ = made()
     change(model, 5)
     after = state(model)

@@ -44,6 +44,17 @@ def test_an_edit_makes_the_model_answer_with_the_target(llama: Any, settings: An
     assert list(originals) == [PARAMETER]
 
 
+def test_an_edit_computes_its_own_gradients(llama: Any, settings: Any) -> None:
+    """Whoever only asks a model turns them off, and so do notebooks, for good."""
+    model, tok = llama
+    other, _ = load("llama")
+    apply_kdpo_to_model(model, tok, [REQUEST], settings())
+    with torch.no_grad():
+        apply_kdpo_to_model(other, tok, [REQUEST], settings())
+        assert not torch.is_grad_enabled()
+    assert_same(other, state(model))
+
+
 def test_only_the_edited_matrix_changes(llama: Any, settings: Any) -> None:
     model, tok = llama
     before = state(model)

@@ -23,7 +23,7 @@ from kdpo_editor.compare.run import statistics
 from kdpo_editor.compare.run.datasets import load as load_facts
 from kdpo_editor.compare.run.evaluate import Evaluator, Generation, accuracy, fingerprint, ngram_entropy
 from kdpo_editor.compare.run.known import known_facts, right
-from kdpo_editor.compare.run.memory import high_water
+from kdpo_editor.compare.run.memory import gpus_of, high_water, wait_for
 from kdpo_editor.errors import DataError, ModelError
 from kdpo_editor.models.loading import load
 from kdpo_editor.testbed import load_records
@@ -279,10 +279,22 @@ def test_peak_memory_counts_what_is_alive_at_once() -> None:
         assert peak_bytes(call) == 4 * 3000
 
 
+def test_memory_and_time_are_of_the_gpus_that_the_model_is_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu, asked = torch.device("cuda", 1), []
+    for name, answer in (("memory_allocated", 5), ("max_memory_allocated", 8)):
+        monkeypatch.setattr(torch.cuda, name, lambda device, answer=answer: asked.append(device) or answer)
+    for name in ("reset_peak_memory_stats", "synchronize"):
+        monkeypatch.setattr(torch.cuda, name, asked.append)
+    with high_water([gpu]) as peak:
+        wait_for([gpu])
+    assert (peak.bytes, peak.total, asked) == (3, 8, [gpu] * 4)
+    assert gpus_of(torch.nn.Linear(1, 1)) == set()
+
+
 @pytest.mark.skipif(torch.cuda.is_available() or sys.platform != "linux", reason="the process's memory, on Linux")
 def test_the_highest_memory_of_each_call_is_its_own() -> None:
     def call(mebibytes: int) -> int:
-        with high_water() as peak:
+        with high_water([]) as peak:
             kept = torch.ones(mebibytes << 18)
             del kept
         assert peak.bytes is not None

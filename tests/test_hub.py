@@ -32,8 +32,8 @@ from kdpo_editor import (
 )
 from kdpo_editor.cli.push import push
 from kdpo_editor.edits.card import Base
-from kdpo_editor.edits.hub import base_of
-from kdpo_editor.edits.manifest import state_hash
+from kdpo_editor.edits.hub import base_of, without_paths
+from kdpo_editor.edits.manifest import EditInfo, state_hash
 from kdpo_editor.engine.generation import generate
 from kdpo_editor.hparams import settings_folder
 from kdpo_editor.models.packaged import FOLDERS
@@ -54,6 +54,16 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[StandIn]:
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         monkeypatch.setenv("HF_TOKEN", TOKEN)
         yield server
+
+
+def test_a_folder_here_is_no_repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "llama").mkdir(parents=True)
+    assert Base("them/llama").on_hub
+    assert not Base("models/llama").on_hub
+    info = without_paths(replace(EditInfo.now([]), hparams={"model_name": "models/llama", "objective": "kdpo"}))
+    assert info.hparams == {"model_name": "llama", "objective": "kdpo"}
+    assert base_of(info).name == "llama"
 
 
 def small_delta(seed: int = 1) -> EditDelta:

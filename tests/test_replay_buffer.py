@@ -89,6 +89,20 @@ def test_rephrases_are_remembered_too(llama: Any, settings: Any) -> None:
     assert hold(model, tok, SECOND, {**SECOND, "prompt": other}, *REQUESTS[2:])
 
 
+def test_an_earlier_edit_that_has_no_subject_is_left_out_and_said(
+    llama: Any, settings: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It was made through all tokens, where a subject need not stand in the prompt."""
+    model, tok = llama
+    requests = [{**REQUEST, "subject": "elsewhere"}, {**SECOND, "subject": "Epaspidoceras"}]
+    apply_kdpo_to_model(model, tok, requests[1:], settings(**MARGIN))
+    hparams = settings(**MARGIN, replay=True, fact_token="subject")
+    ReplayBuffer.rebuild(model, tok, requests, hparams)
+    (kept,) = ReplayBuffer.of(model, named(model, 4)).entries
+    assert "Epaspidoceras" in kept.tokens.text
+    assert "cannot be trained again: request 0: 'subject' 'elsewhere' does not stand" in caplog.text
+
+
 def test_a_few_edits_are_checked_the_weakest_always() -> None:
     earlier, answer, nothing = ReplayBuffer(), torch.tensor([1]), torch.zeros(1, 1)
     for i in range(100):

@@ -191,6 +191,18 @@ def test_best_values_are_marked_and_the_unedited_model_does_not_compete(cell: Wr
     assert best["edits"] == best["seeds"] == []
 
 
+@pytest.mark.parametrize(
+    ("metric", "best"),
+    [("tasks.wikitext.word_perplexity", "FT"), ("tasks.wikitext.bits_per_byte", "FT"), ("tasks.arc.acc", "KDPO")],
+)
+def test_of_a_tasks_figures_the_better_one_is_marked(cell: WriteCell, metric: str, best: str) -> None:
+    for name, label, value in (("a", "KDPO", 0.9), ("b", "FT", 0.5)):
+        folder = cell(name, [*TWO_EDITS, (-1, 2, "checkpoint", metric, value)], method=name, label=label).parent
+    (table,) = [t for t in tables(tidy(read_cells(folder)[0])) if t.made == 2 and metric in t.columns]
+    column = table.columns.index(metric)
+    assert [label for label, row in zip(table.labels, table.rows, strict=True) if row[column].best] == [best]
+
+
 def test_equal_values_are_best_together(cell: WriteCell) -> None:
     cell("a")
     folder = cell("b", method="ft", label="FT").parent

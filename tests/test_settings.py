@@ -8,7 +8,8 @@ import pytest
 import yaml
 
 from kdpo_editor import SHIPPED_MODEL, KDPOHyperParams
-from kdpo_editor.hparams import settings_folder
+from kdpo_editor.hparams import MOST_CONTEXTS, settings_folder
+from kdpo_editor.lifelong.contexts import TEMPLATES
 
 FOLDER = Path(__file__).parents[1] / "hparams"
 FILES = sorted(file for kind in ("KDPO", "KDPO-DPO", "KDPO-L", "FT-BF") for file in (FOLDER / kind).glob("*.yaml"))
@@ -65,3 +66,7 @@ def test_files_leave_nothing_to_defaults_but_the_options() -> None:
 
 def test_the_installed_package_finds_its_settings() -> None:
     assert (settings_folder() / "KDPO" / f"{SHIPPED_MODEL}.yaml").is_file()
+
+
+def test_there_are_as_many_contexts_as_may_be_asked_for() -> None:
+    assert len(TEMPLATES) == MOST_CONTEXTS

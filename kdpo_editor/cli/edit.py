@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -135,7 +135,7 @@ def apply(
         loaded, _ = load_model(model, wanted, device, trust_remote_code)
         ledger.restore(loaded)
         for path, one in zip(delta, deltas, strict=True):
-            ledger.apply(loaded, one, force=force)
+            ledger.apply(loaded, one, force=force, model_name=model)
             put({"edit": ledger.head, "delta": str(path), "requests": len(one.info.requests), "bytes": one.nbytes})
     return 0
 
@@ -211,12 +211,16 @@ def _in_chat(tok: Any, request: dict[str, Any]) -> dict[str, Any]:
 
 
 def _not_done(wanted: Requests, done: list[dict[str, Any]]) -> Requests:
-    """Those of ``wanted`` that are left, ``done`` being a ledger's requests in order."""
-    rest: Iterator[dict[str, Any]] = iter(done)
-    for i, (_, request) in enumerate(wanted):
-        if not any(_named(other) == _named(request) for other in rest):
-            return wanted[i:]
-    return []
+    """Those of ``wanted`` that are left, ``done`` being a ledger's requests; what is there once counts once."""
+    made = Counter(tuple(_named(request).values()) for request in done)
+    left = []
+    for where, request in wanted:
+        key = tuple(_named(request).values())
+        if made[key]:
+            made[key] -= 1
+        else:
+            left.append((where, request))
+    return left
 
 
 def _named(request: dict[str, Any]) -> dict[str, str]:

@@ -28,10 +28,11 @@ def locate(
 ) -> int:
     """Find the layers that a model recalls facts in, by causal tracing; later edits through a subject use them."""
     from ..lifelong.located import keep
-    from ..lifelong.locating import trace
+    from ..lifelong.locating import trace, traced_modules
 
     settings, _ = chosen_settings(model, recipe=Recipe.KDPO_L.value)
     loaded, tok = load_model(model, "float32", device, trust_remote_code)
+    traced_modules(loaded, settings)  # said before anything is asked
     known = _known(loaded, tok, facts)
     found = trace(loaded, tok, known, settings)
     _print(found)

@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from ..models.loading import is_hub_id
 from ..models.packaged import PACKAGED
 from ..requests.forms import right_answers
 from .manifest import Change, EditInfo
@@ -30,8 +31,8 @@ class Base:
 
     @property
     def on_hub(self) -> bool:
-        """Whether the name is that of a repository."""
-        return re.fullmatch(r"[\w.-]+/[\w.-]+", self.name) is not None
+        """Whether the name is that of a repository, and of no folder here."""
+        return is_hub_id(self.name)
 
 
 def card(

@@ -39,7 +39,10 @@ def without_paths(info: EditInfo) -> EditInfo:
 def _without_path(value: Any) -> Any:
     if isinstance(value, list):
         return [_without_path(each) for each in value]
-    if isinstance(value, str) and (value.startswith(("/", "~", "./", "../")) or re.match(r"[A-Za-z]:\\", value)):
+    if not isinstance(value, str):
+        return value
+    is_path = value.startswith(("/", "~", "./", "../")) or re.match(r"[A-Za-z]:\\", value)
+    if is_path or ("/" in value and Path(value).exists()):
         return re.split(r"[/\\]", value.rstrip("/\\"))[-1]
     return value
 
@@ -62,7 +65,7 @@ def revision_in_cache(name: str) -> str | None:
     """The commit of the model ``name`` that was loaded last from the hub; ``None`` where there is none."""
     from huggingface_hub import try_to_load_from_cache
 
-    if not Base(name).on_hub or Path(name).exists():
+    if not Base(name).on_hub:
         return None
     found = try_to_load_from_cache(name, "config.json")
     return Path(found).parent.name if isinstance(found, str) else None
@@ -81,7 +84,7 @@ def _licence_of(name: str, token: str | None) -> str | None:
         found = HfApi(token=token).model_info(name).card_data
     except Exception:  # a name that is no repository, no connection: then it is not known
         return None
-    return found.get("license") if found else None
+    return _as_licence(found.get("license") if found else None)
 
 
 def _licence_in(readme: Path) -> str | None:
@@ -90,8 +93,11 @@ def _licence_in(readme: Path) -> str | None:
         found = yaml.safe_load(head[1]) if head else None
     except (OSError, ValueError, yaml.YAMLError):
         return None
-    licence = found.get("license") if isinstance(found, dict) else None
-    return licence if isinstance(licence, str) else None
+    return _as_licence(found.get("license") if isinstance(found, dict) else None)
+
+
+def _as_licence(value: Any) -> str | None:
+    return value if isinstance(value, str) else None
 
 
 def check_push(repo_id: str, changes: Mapping[str, Change], measured: Mapping[str, Any] | None) -> None:

@@ -60,7 +60,7 @@ class EditLedger(History):
         edits: every :class:`LedgerEdit`, by number, whether on the current branch or undone.
         head: the number of the edit that stands, 0 for none.
         damaged: what was wrong with the lines left out.
-        model_name: the ``model_name`` of the settings of its first edit, or ``None``.
+        model_name: what the model was called when the first edit was made, or ``None``.
 
     Raises:
         LedgerLocked: another process writes to it; names its process id.
@@ -182,17 +182,18 @@ class EditLedger(History):
             raise
         return edited if copy else given, originals, traces
 
-    def apply(self, model: nn.Module, delta: EditDelta, *, force: bool = False) -> None:
+    def apply(self, model: nn.Module, delta: EditDelta, *, force: bool = False, model_name: str | None = None) -> None:
         """Apply a delta to ``model``, which must be at the head, and journal it as one edit.
 
-        Errors as those of :meth:`EditDelta.apply`; the model is as before the call then.
+        ``model_name``: of the model, where the ledger is new; by default the one in the delta's settings. Errors as
+        those of :meth:`EditDelta.apply`; the model is as before the call then.
         """
         self._check_writable()
         model = uncompiled(model)
         self.follow(model)
         originals = delta.apply(model, force=force)
         try:
-            self.record(model, originals, delta.info)
+            self.record(model, originals, delta.info, model_name or (delta.info.hparams or {}).get("model_name"))
         except BaseException:
             restore(dict(model.named_parameters()), originals)
             raise
@@ -316,6 +317,7 @@ class EditLedger(History):
         lines += [one.to_json() for one in kept]
         named = {value.sha256 for one in kept for values in (one.state, one.base) for value in values.values()}
         freed = self._journal.replace(lines if self._config is not None else [])
+        self._read()  # at once: whatever happens below, the journal is this one
         for file in self.folder.iterdir():
             if (file.suffix == ".safetensors" and file.stem not in named) or file.suffix == ".part":
                 try:
@@ -323,7 +325,6 @@ class EditLedger(History):
                     file.unlink()
                 except OSError as error:
                     raise storage_error("remove", file, error) from error
-        self._read()
         return freed
 
     # The journal ----------------------------------------------------------------------------------------------

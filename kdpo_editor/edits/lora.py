@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ..engine.generation import answers
 from ..engine.weights import uncompiled
 from ..errors import CompressionError, DamagedFileError, FingerprintError, ModelError, StorageError
-from ..models.loading import dequantised_from, folder_of, is_known_here
+from ..models.loading import dequantised_from, folder_of, is_hub_id, is_known_here
 from ..requests.answers import begins_with_one
 from ..requests.forms import right_answers
 from ..whole_files import make_folder, storage_error, write_file
@@ -235,7 +235,7 @@ def _card(model: nn.Module, rank: int, of_experts: bool) -> str:
     """The README beside an adapter. No server was seen to load one of routed experts."""
     name, base, kind = _name_of(model) or "", _base_of(model) or "BASE", type(model).__name__
     source, served = dequantised_from(model), f"--enable-lora --max-lora-rank {served_rank(rank)}"
-    lines = ["---", "library_name: peft", *([f"base_model: {name}"] if _is_hub_id(name) else []), "---", ""]
+    lines = ["---", "library_name: peft", *([f"base_model: {name}"] if is_hub_id(name) else []), "---", ""]
     lines += [f"# An edit of {name or 'a model'}, as a LoRA adapter", "", f"Rank {rank}, of a `{kind}`.", ""]
     if of_experts:
         lines += [
@@ -266,10 +266,6 @@ def _card(model: nn.Module, rank: int, of_experts: bool) -> str:
         "",
     ]
     return "\n".join(lines)
-
-
-def _is_hub_id(name: str) -> bool:
-    return name.count("/") == 1 and not is_known_here(name) and not Path(name).exists()
 
 
 @contextmanager

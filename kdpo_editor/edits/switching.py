@@ -56,7 +56,10 @@ def passing(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        _APPLIED[inner] = known
+        if known:
+            _APPLIED[inner] = known
+        else:
+            _APPLIED.pop(inner, None)
 
 
 class _Delta(Protocol):

@@ -236,7 +236,7 @@ def make_batches(
         batch = make_batch(forward, members, frozen or cache, hidden, answers, mask, hparams.margin)
         return replace(batch, whole=cache if frozen else None, light=light)
 
-    with torch.set_grad_enabled(len(groups) == 1 and light):
+    with torch.set_grad_enabled(torch.is_grad_enabled() and len(groups) == 1 and light):
         return [[capture(members) for members in parts] for parts in groups]
 
 

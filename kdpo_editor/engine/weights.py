@@ -127,7 +127,7 @@ def as_found(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def only_training(model: nn.Module, weights: dict[str, nn.Parameter], originals: dict[str, Tensor]) -> Iterator[None]:
-    """Inside, the model is in evaluation mode and only ``weights`` require gradients.
+    """Inside, the model is in evaluation mode, gradients are computed, and only ``weights`` require them.
 
     Afterwards ``requires_grad`` and ``.grad`` of every parameter, the mode of every module and torch's random
     states are as they were, also on exceptions. If one is raised, ``weights`` get the values of ``originals`` back too.
@@ -135,7 +135,7 @@ def only_training(model: nn.Module, weights: dict[str, nn.Parameter], originals:
     flags = [(p, p.requires_grad, p.grad) for p in model.parameters()]
     devices = {w.device for w in weights.values() if w.device.type == "cuda"}
     edited = {id(w) for w in weights.values()}
-    with torch.random.fork_rng(devices=sorted(d.index for d in devices)), as_found(model):
+    with torch.random.fork_rng(devices=sorted(d.index for d in devices)), as_found(model), torch.enable_grad():
         try:
             for p, required, _ in flags:
                 if required is not (id(p) in edited):

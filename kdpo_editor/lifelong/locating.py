@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from ..derived import FOR_SUBJECT, complete
 from ..engine.weights import as_found, find_blocks
-from ..errors import RequestError
+from ..errors import ModelError, RequestError
 from ..hparams import KDPOHyperParams
 from ..requests.tokens import EditTokens, tokenize
 
@@ -82,12 +82,12 @@ def trace(model: nn.Module, tok: Any, facts: Sequence[dict[str, str]], hparams: 
 
     Raises:
         RequestError: there are no facts, or one does not hold its subject.
+        ModelError: as :func:`traced_modules`.
     """
     if not facts:
         raise RequestError("there are no facts to trace")
     hparams = complete(hparams, model)
-    depth = len(find_blocks(model, hparams))
-    modules = [model.get_submodule(hparams.place[1].format(i).removesuffix(".weight")) for i in range(depth)]
+    modules = traced_modules(model, hparams)
     tokens = [phrasings[0] for phrasings in tokenize(tok, facts, with_subject=True)]
     embeddings = model.get_input_embeddings()  # type: ignore[operator]
     noise = NOISE * embeddings.weight.float().std().item()
@@ -100,6 +100,20 @@ def trace(model: nn.Module, tok: Any, facts: Sequence[dict[str, str]], hparams: 
             clean.append(before)
             corrupted.append(after)
     return CausalTrace(torch.stack(found).nanmean(0), fmean(clean), fmean(corrupted), len(tokens), hparams.place[1])
+
+
+def traced_modules(model: nn.Module, hparams: KDPOHyperParams) -> list[nn.Module]:
+    """Find the module of ``hparams.rewrite_module_tmp`` in each block of ``model``.
+
+    Raises :class:`~kdpo_editor.ModelError` where a block has none, as in mixtures of experts and hybrid models.
+    """
+    hparams = complete(hparams, model)
+    names = [hparams.place[1].format(i).removesuffix(".weight") for i in range(len(find_blocks(model, hparams)))]
+    known = dict(model.named_modules())
+    missing = next((name for name in names if name not in known), None)
+    if missing is not None:
+        raise ModelError(f"there is no module {missing}; only models that have one in each block can be traced")
+    return [known[name] for name in names]
 
 
 def _trace_one(

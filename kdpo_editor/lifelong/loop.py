@@ -94,7 +94,7 @@ def kdpo_l(
     for i in range(len(edits)):
         traces[i].converged = i not in missed
     if earlier is not None:
-        earlier.close(own, bool(violated))
+        earlier.close(own, bool(violated) or rounded)
     return [traces[i] for i in range(len(edits))]
 
 

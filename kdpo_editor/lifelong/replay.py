@@ -26,6 +26,7 @@ from ..engine.batches import Batch, footprint, group, lost, make_batch, make_bat
 from ..engine.cached_forward import CachedForward
 from ..engine.structure import room
 from ..engine.weights import find_matrices, only_training
+from ..errors import RequestError
 from ..hparams import KDPOHyperParams
 from ..requests.tokens import EditTokens, tokenize
 from .contexts import in_contexts
@@ -117,8 +118,12 @@ class ReplayBuffer:
             return
         latest = {request["prompt"]: request for request in requests}
         done = [request for request in requests if latest[request["prompt"]] is request]
-        done = in_contexts(tok, done, hparams.context_templates)  # type: ignore[assignment]
-        edits = tokenize(tok, done, append_eos=hparams.append_eos, with_subject=hparams.needs_subject)
+        edits = []
+        for request in in_contexts(tok, done, hparams.context_templates):
+            try:
+                edits += tokenize(tok, [request], append_eos=hparams.append_eos, with_subject=hparams.needs_subject)
+            except RequestError as error:  # it was made with other settings
+                LOG.warning("the earlier edit %r cannot be trained again: %s", request["prompt"], error)
         originals = {name: w.detach().clone() for name, w in weights.items()}
         with only_training(model, weights, originals), torch.no_grad():
             forward = CachedForward.above(model, weights, hparams)

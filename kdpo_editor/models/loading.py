@@ -1,8 +1,10 @@
-"""Models and their tokenizers, loaded alike wherever one is needed, and how much text they take."""
+"""Models and their tokenizers, loaded alike wherever one is needed."""
 
 from __future__ import annotations
 
+import re
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,6 +40,7 @@ def load(
         ModelError: ``dtype`` is unknown, ``name`` cannot be loaded, or ``device`` is not there.
         StorageError: the model is in a ``.gguf`` file and the cache cannot be written.
     """
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
@@ -57,7 +60,7 @@ def load(
             trust_remote_code=trust_remote_code,
             use_safetensors=safetensors_only or None,
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise ModelError(f"cannot load the model {name}{_hint(name)}: {error}") from error
     if device != "auto":
         try:
@@ -95,6 +98,11 @@ def is_known_here(name: str) -> bool:
 def _hint(name: str) -> str:
     """Said of a name that looks like one of this package's and is not known."""
     return ", a name that `import kdpo_editor.testbed` may make known" if name.startswith("kdpo-") else ""
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether ``name`` looks like a repository of the hub, and is nothing that is known or lies here."""
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not is_known_here(name) and not Path(name).exists()
 
 
 def folder_of(name: str) -> str:

@@ -7,10 +7,10 @@ with others beside it. Nothing of this needs a tokenizer.
 from __future__ import annotations
 
 import logging
-import math
 import numbers
 from collections.abc import Iterable, Mapping, Sequence
 from decimal import Decimal
+from math import inf
 from typing import Any
 
 from ..errors import RequestError
@@ -116,17 +116,17 @@ def listed(value: Any) -> Any:
 def _is_absent(value: Any) -> bool:
     if value is None or type(value).__name__ in ("NAType", "NaTType"):  # pandas', without importing it
         return True
-    return isinstance(value, (numbers.Real, Decimal)) and math.isnan(value)
+    return isinstance(value, (numbers.Real, Decimal)) and value != value  # NaN
 
 
 def _text(value: Any, key: str, name: str) -> str:
     """``value`` as text, or :class:`RequestError`."""
     if isinstance(value, str):
         return value
-    if isinstance(value, bool) or not isinstance(value, (numbers.Real, Decimal)) or math.isinf(value):
+    if isinstance(value, bool) or not isinstance(value, (numbers.Real, Decimal)) or abs(value) == inf:
         raise RequestError(f"{name}: {key!r} is a {type(value).__name__}; it must be text, a number or a list of them")
     text = str(value)
-    if not isinstance(value, Decimal) and float(value).is_integer():
-        text = str(int(float(value)) if isinstance(value, float) else int(value))  # type: ignore[call-overload]
+    if not isinstance(value, Decimal) and not _is_absent(value) and int(value) == value:  # type: ignore[call-overload]
+        text = str(int(value))  # type: ignore[call-overload]
     say_first("a number", f"the number {text} as {key!r} is taken as text", name)
     return text

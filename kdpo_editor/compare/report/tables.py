@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
+from ...edits.measures import less_is_better
 from .means import COST, GROUP, MEMORY, UNEDITED
 
 # EasyEdit's names, in the order of the main table; whatever else was measured stands in the second one.
@@ -39,7 +40,6 @@ MAIN = [
     ("total_memory", "checkpoint"),
 ]
 TRIED = "settings tried"
-LOWER_IS_BETTER = ("perplexity", *COST)
 HIGHER_IS_BETTER = re.compile(
     r".+_acc|.+_gen|.+_gen_stop|.+\.ngram_entropy|counterfact\..+|wild\..+|tasks\..+|known|agreement"
 )
@@ -126,8 +126,9 @@ def _table(group: tuple[Any, ...], frame: pd.DataFrame, columns: list[tuple[str,
             if row and math.isfinite(row.mean) and row.label not in unedited
         ]
         best = ""
-        if len(rivals) > 1 and (metric in LOWER_IS_BETTER or HIGHER_IS_BETTER.fullmatch(metric)):
-            best = (min if metric in LOWER_IS_BETTER else max)(rivals)[1]
+        lower = metric in COST or less_is_better(metric)
+        if len(rivals) > 1 and (lower or HIGHER_IS_BETTER.fullmatch(metric)):
+            best = (min if lower else max)(rivals)[1]
         by_column.append(
             [
                 _entry(metric, row, text, best=text == best and row.label not in unedited) if row else Entry()
@@ -158,7 +159,7 @@ def _number(metric: str, value: float, like: float | None = None) -> str:
     like = value if like is None else like
     if metric in MEMORY:
         value, like = value / 2**20, like / 2**20
-    if metric not in LOWER_IS_BETTER:
+    if metric not in COST and not less_is_better(metric):
         return f"{value:.{2 if 'entropy' in metric else 3}f}"
     if like >= 1e5:
         return f"{value:.2e}"

@@ -33,7 +33,7 @@ from .datasets import Record, content_hash, in_validation, load, whole_cases
 from .derived_settings import TEMPLATE, fill, is_template
 from .editing import Editing, available
 from .evaluate import fingerprint
-from .memory import high_water
+from .memory import gpus_of, high_water, wait_for
 from .outside import editor
 from .results import Cell, Log, folder_name, versions
 from .scorer import Scorer
@@ -211,21 +211,17 @@ def _calls(total: int, size: int, stops: Sequence[int]) -> list[tuple[int, int]]
 
 def _edit(editing: Editing, records: Sequence[Record]) -> list[tuple[str, float]]:
     """Make the edits in one call; its seconds, for each of them, and its memory, for all of them together."""
-    with high_water() as peak:
-        start = _now()
+    gpus = gpus_of(editing.model)
+    with high_water(gpus) as peak:
+        wait_for(gpus)
+        start = time.perf_counter()
         editing.edit(records)
-        seconds = _now() - start
+        wait_for(gpus)
+        seconds = time.perf_counter() - start
     costs: list[tuple[str, float]] = [("seconds", seconds / len(records))]
     if peak.bytes is not None and peak.total is not None and editing.config:
         costs += [("peak_memory", peak.bytes), ("total_memory", peak.total)]
     return costs
-
-
-def _now() -> float:
-    """Seconds of a clock, once the GPU has done what it was told."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 def _records(config: Compare) -> tuple[list[Record], list[Record]]:
@@ -295,10 +291,7 @@ def _cell(config: Compare, edited: Sequence[Record], settings: dict[str, Any] | 
 
 def _settings(config: Compare) -> tuple[dict[str, Any] | None, list[str]]:
     """The method's settings, or what stands in for it, or ``None`` for none; and what is to be said about it."""
-    settings = config.method.hparams
-    if settings is not None and config.method.rate_factor != 1:
-        rate = next(key for key in RATES if key in settings)
-        settings = {**settings, rate: settings[rate] * config.method.rate_factor}
+    settings = None if config.method.hparams is None else _scaled(config, config.method.hparams)
     if settings is None or config.method.apply or available(settings):
         return settings, []
     form, without = easyedit.form(), config.method.without
@@ -310,9 +303,20 @@ def _settings(config: Compare) -> tuple[dict[str, Any] | None, list[str]]:
         own |= {"alg_name": "KDPO", "objective": "ce", "cycles": 1, "stop_loss": 1e-2}
         return own, [f"EasyEdit's {form} form lacks FT-M: this package's cross-entropy over the whole target stands in"]
     if other is not None:
-        taken = _filled(config, yaml.safe_load(other.read_text("utf-8")))
+        taken = _filled(config, _scaled(config, yaml.safe_load(other.read_text("utf-8"))))
         return taken, [f"EasyEdit's {form} form knows {without} instead; settings are those of hparams/{without}"]
     return None, [f"EasyEdit's {form} form does not have this method"]
+
+
+def _scaled(config: Compare, settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings with their rate times ``method.rate_factor``."""
+    factor = config.method.rate_factor
+    if factor == 1:
+        return settings
+    rate = next((key for key in RATES if key in settings), None)
+    if rate is None:
+        raise HyperParamsError(f"method.rate_factor: {config.method.name} has none of {', '.join(RATES)} to multiply")
+    return {**settings, rate: settings[rate] * factor}
 
 
 def _filled(config: Compare, settings: dict[str, Any]) -> dict[str, Any]:

@@ -36,7 +36,7 @@ def measure(evaluator: Evaluator, tasks: Sequence[str], limit: int | None, seed:
         from lm_eval.tasks import TaskManager  # type: ignore[import-not-found]
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            f"protocol.tasks needs {error.name}: pip install 'kdpo-editor[harness]'", name=error.name
+            f"tasks need {error.name}: pip install 'kdpo-editor[harness]'", name=error.name
         ) from error
     if evaluator.alike:
         LOG.warning("the harness cannot tell this method where prompts end; its tasks are left out")
@@ -46,7 +46,7 @@ def measure(evaluator: Evaluator, tasks: Sequence[str], limit: int | None, seed:
     manager = TaskManager(include_path=[str(folder) for folder in folders], include_defaults=not set(names) <= own)
     if unknown := set(names) - set(manager.all_tasks):
         raise HyperParamsError(
-            f"protocol.tasks: {min(unknown)!r} is no task of the harness, nor the path of a task file; "
+            f"{min(unknown)!r} is no task of the harness, nor the path of a task file; "
             f"the package's own are {', '.join(sorted(_names(TASKS)))}"
         )
     base = inner(evaluator.model)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 # Linux: writing "5" to the first puts the second's VmHWM, the process's highest memory, back to what it is now.
 RESET, STATUS = "/proc/self/clear_refs", "/proc/self/status"
@@ -24,19 +25,31 @@ class Peak:
     total: int | None = None
 
 
+def gpus_of(model: nn.Module) -> set[torch.device]:
+    """The GPUs that parameters of ``model`` are on."""
+    return {p.device for p in model.parameters() if p.device.type == "cuda"}
+
+
+def wait_for(gpus: Collection[torch.device]) -> None:
+    """Wait until ``gpus`` have done what they were told."""
+    for gpu in gpus:
+        torch.cuda.synchronize(gpu)
+
+
 @contextmanager
-def high_water() -> Iterator[Peak]:
-    """Measure what is done inside, at no cost to its speed: the GPU's memory, or else the process's.
+def high_water(gpus: Collection[torch.device]) -> Iterator[Peak]:
+    """Measure what is done inside, at no cost to its speed: the memory of ``gpus``; of the process if there are none.
 
     The process's memory is what the system counts of it (Linux): all of its pages, not tensors alone. What its
     allocator had kept of memory that was freed before is given back first.
     """
     peak = Peak()
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+    if gpus:
+        for gpu in gpus:
+            torch.cuda.reset_peak_memory_stats(gpu)
+        before = sum(torch.cuda.memory_allocated(gpu) for gpu in gpus)
         yield peak
-        peak.total = int(torch.cuda.max_memory_allocated())
+        peak.total = sum(int(torch.cuda.max_memory_allocated(gpu)) for gpu in gpus)
         peak.bytes = peak.total - before
         return
     with suppress(OSError, AttributeError):

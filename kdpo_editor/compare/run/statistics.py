@@ -28,6 +28,7 @@ from ...hparams import settings_file
 from ...lifelong.second_moments import GENERAL_TEXT, UNCOUNTED, second_moments
 from ...testbed import known_texts
 from ...whole_files import appearing, make_folder
+from .derived_settings import fill, is_template
 
 OPENERS: dict[str, Any] = {".xz": lzma.open, ".gz": gzip.open, ".bz2": bz2.open}
 WINDOW = 256
@@ -161,7 +162,7 @@ def main(argv: list[str] | None = None) -> int:
     """The command ``kdpo-statistics``."""
     parser = argparse.ArgumentParser(prog="kdpo-statistics", description=__doc__.partition("\n")[0])
     parser.add_argument("--model", required=True, help="Hugging Face id, folder, .gguf file, or like smollm2-135m")
-    parser.add_argument("--text", required=True, help='a text file (plain, .xz, .gz, .bz2), or "shipped"')
+    parser.add_argument("--text", required=True, help='a text file (plain, .xz, .gz, .bz2), "general" or "shipped"')
     parser.add_argument("--hparams", required=True, help="a MEMIT, AlphaEdit or ROME settings file: layers and names")
     parser.add_argument("--out", default="data/stats", help="the stats_dir of those settings (default data/stats)")
     parser.add_argument("--characters", type=int, default=20_000_000, help="of the text, at most (default 20 million)")
@@ -172,6 +173,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         config = {**yaml.safe_load(settings_file(args.hparams).read_text("utf-8")), "mom2_adjustment": True}
         model, tok = load(args.model, device=args.device)
+        if is_template(config):
+            config = fill(config, model, args.model)
         fresh = ensure(model, tok, config, args.text, args.characters, Path(args.out))
     except (OSError, KeyError, KDPOError) as error:
         sys.stderr.write(f"kdpo-statistics: {explained(error)}\n")
