@@ -48,7 +48,7 @@ def complete(hparams: KDPOHyperParams, model: nn.Module) -> KDPOHyperParams:
     if layers is None:
         depth = len(find_blocks(model, replace(hparams, rewrite_module_tmp=template)))
         whole = hparams.fact_token == "all"
-        known = _published_layers(hparams.model_name, template, depth) if whole else layers_of(model, template)
+        known = (_published_layers if whole else _located_layers)(hparams.model_name, template, depth)
         layers = known or default_layers(depth, editable_layers(model, template) or range(depth), whole)
         derived["layers"] = str(layers)
     said = f"{hparams.model_name}: derived {', '.join(f'{key}: {value}' for key, value in sorted(derived.items()))}"
@@ -72,6 +72,12 @@ def default_layers(depth: int, editable: Sequence[int], all_tokens: bool = True)
         # Never the last: a subject's tokens there reach no answer.
         wanted = [min(round(place * depth), max(0, depth - 2)) for place in FOR_SUBJECT]
     return sorted({min(editable, key=lambda layer: abs(layer - one)) for one in wanted})
+
+
+def _located_layers(model_name: str, template: str, depth: int) -> list[int] | None:
+    """The layers that were located for a model of this name, if it is deep enough for them."""
+    layers = layers_of(model_name, template)
+    return layers if layers and max(layers) < depth else None
 
 
 def _published_layers(model_name: str, template: str, depth: int) -> list[int] | None:

@@ -16,12 +16,14 @@ from kdpo_editor.cli.main import main
 from kdpo_editor.derived import complete
 from kdpo_editor.lifelong import located
 from kdpo_editor.lifelong.locating import SUBJECT_LAST, TOKENS, CausalTrace, trace
+from kdpo_editor.models.loading import outline
 
 FACTS = [
     {"prompt": "What species is ZIC3 specific to?", "subject": "ZIC3", "target_new": "male"},
     {"prompt": "Which family does Epaspidoceras belong to?", "subject": "Epaspidoceras", "target_new": "Noctuidae"},
 ]
-SETTINGS = KDPOHyperParams(model_name="llama-mini", fact_token="subject_last", margin=1.0)
+NAME = "llama-mini"
+SETTINGS = KDPOHyperParams(model_name=NAME, fact_token="subject_last", margin=1.0)
 
 
 def test_only_a_layer_that_writes_has_an_effect(llama: tuple[Any, Any]) -> None:
@@ -93,32 +95,47 @@ def test_a_fact_without_its_subject_is_refused(llama: tuple[Any, Any]) -> None:
         trace(model, tok, [], SETTINGS)
 
 
-def test_what_was_located_is_what_is_edited_also_in_a_model_edited_since(llama: tuple[Any, Any]) -> None:
+def test_what_was_located_is_what_is_edited_in_whatever_form_the_model_is(llama: tuple[Any, Any]) -> None:
+    """Edited since, in half precision, or without its weights, as the comparison and ``kdpo settings`` look at it."""
     model, _ = llama
     matrix = complete(SETTINGS, model).place[1]
     assert complete(SETTINGS, model).layers != [0, 3]
-    located.keep(model, matrix, [0, 3])
+    located.keep(NAME, matrix, [0, 3])
     assert complete(SETTINGS, model).layers == [0, 3]
     with torch.no_grad():
         model.model.layers[3].mlp.down_proj.weight.add_(0.01)
-    assert complete(SETTINGS, model).layers == [0, 3]
-    other, _ = load("gpt2")
-    assert located.layers_of(other, matrix) is None
+    for form in (model, model.bfloat16(), outline(str(GOLDEN / NAME))):
+        assert complete(SETTINGS, form).layers == [0, 3]
+    assert complete(replace(SETTINGS, model_name="gpt2-mini"), model).layers != [0, 3]
+
+
+def test_a_folder_is_the_same_by_whatever_path_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    located.keep(str(GOLDEN / NAME), "h.{}.mlp", [1])
+    monkeypatch.chdir(GOLDEN)
+    assert located.layers_of(f"./{NAME}", "h.{}.mlp") == [1]
+    assert located.layers_of("gpt2-mini", "h.{}.mlp") is None
+
+
+def test_layers_that_a_model_of_this_name_does_not_have_are_passed_over(llama: tuple[Any, Any]) -> None:
+    model, _ = llama
+    wanted = complete(SETTINGS, model)
+    located.keep(NAME, wanted.place[1], [0, 99])
+    assert complete(SETTINGS, model).layers == wanted.layers
 
 
 def test_layers_that_cannot_be_kept_leave_those_kept_before(llama: tuple[Any, Any]) -> None:
     model, _ = llama
     matrix = complete(SETTINGS, model).place[1]
-    located.keep(model, matrix, [0, 3])
+    located.keep(NAME, matrix, [0, 3])
     with no_file_longer_than(5), pytest.raises(StorageError, match="cannot write"):
-        located.keep(model, matrix, [1])
-    assert located.layers_of(model, matrix) == [0, 3]
+        located.keep(NAME, matrix, [1])
+    assert located.layers_of(NAME, matrix) == [0, 3]
 
 
 def test_a_damaged_file_is_said_and_passed_over(llama: tuple[Any, Any], caplog: pytest.LogCaptureFixture) -> None:
     model, _ = llama
     matrix = complete(SETTINGS, model).place[1]
-    located.keep(model, matrix, [0]).write_text("{", "utf-8")
+    located.keep(NAME, matrix, [0]).write_text("{", "utf-8")
     with caplog.at_level(logging.WARNING):
         assert complete(SETTINGS, model).layers != [0]
     assert "damaged" in caplog.text

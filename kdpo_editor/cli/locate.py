@@ -40,7 +40,7 @@ def locate(
         _draw(found, model, picture)
         say(f"The map is in {picture}.")
     layers = found.layers
-    keep(loaded, found.matrix, layers)
+    keep(settings.model_name, found.matrix, layers)
     say(f"Layers {', '.join(map(str, layers))}. Edits of this model through a subject's tokens use them from now on.")
     if to is not None:
         values = {**settings.to_dict(), "layers": layers, "rewrite_module_tmp": found.matrix}

@@ -7,31 +7,27 @@ import json
 import logging
 from pathlib import Path
 
-from torch import nn
-
 from ..cache import cache_folder
 from ..whole_files import make_folder, write_file
-from .second_moments import remember
 
 LOG = logging.getLogger(__name__)
 
 
-def keep(model: nn.Module, matrix: str, layers: list[int]) -> Path:
-    """Keep ``layers`` for ``model``, as it was before any edit, and ``matrix``, a ``rewrite_module_tmp``.
+def keep(model_name: str, matrix: str, layers: list[int]) -> Path:
+    """Keep ``layers`` for the model of this name and ``matrix``, a ``rewrite_module_tmp``.
 
-    Returns the file, in the package's cache. Raises :class:`~kdpo_editor.StorageError`; what was kept before stays.
+    A folder goes by its whole path. Returns the file, in the package's cache. Raises
+    :class:`~kdpo_editor.StorageError`; what was kept before stays.
     """
-    file = _file(model, matrix)
+    file = _file(model_name, matrix)
     make_folder(file.parent)
     write_file(file, json.dumps({"layers": layers}).encode())
     return file
 
 
-def layers_of(model: nn.Module, matrix: str) -> list[int] | None:
-    """The layers kept for ``model`` and ``matrix``; ``None`` where there are none."""
-    if not _folder().is_dir():  # most have never located anything, and a fingerprint takes a pass over the weights
-        return None
-    file = _file(model, matrix)
+def layers_of(model_name: str, matrix: str) -> list[int] | None:
+    """The layers kept for the model of this name and ``matrix``; ``None`` where there are none."""
+    file = _file(model_name, matrix)
     try:
         layers = json.loads(file.read_text("utf-8"))["layers"]
         return [int(layer) for layer in layers]
@@ -42,10 +38,7 @@ def layers_of(model: nn.Module, matrix: str) -> list[int] | None:
         return None
 
 
-def _folder() -> Path:
-    return cache_folder() / "located"
-
-
-def _file(model: nn.Module, matrix: str) -> Path:
-    key = hashlib.blake2b(f"{remember(model)[0]} {matrix}".encode(), digest_size=16)
-    return _folder() / f"{key.hexdigest()}.json"
+def _file(model_name: str, matrix: str) -> Path:
+    name = str(Path(model_name).resolve()) if Path(model_name).exists() else model_name
+    key = hashlib.blake2b(f"{name} {matrix}".encode(), digest_size=16)
+    return cache_folder() / "located" / f"{key.hexdigest()}.json"
