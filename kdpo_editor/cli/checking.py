@@ -17,7 +17,7 @@ from ..edits.delta import EditDelta
 from ..edits.measures import less_is_better
 from ..edits.switching import edited
 from ..requests.answers import begins_with_one
-from ..requests.chat import as_chat
+from ..requests.chat import as_chat, chat_of
 from ..requests.forms import right_answers
 from ..requests.tokens import token_ids
 
@@ -192,7 +192,7 @@ def _rephrasings(request: dict[str, Any]) -> list[str]:
 
 def _is_chat(tok: Any, prompt: str) -> bool:
     """Whether ``prompt`` is in the chat template already, as ``kdpo edit --chat`` records it."""
-    end = as_chat(tok, "QUESTION").rpartition("QUESTION")[2]
+    end = chat_of(tok).end
     return bool(end.strip()) and prompt.endswith(end)
 
 

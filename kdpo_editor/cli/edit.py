@@ -127,10 +127,11 @@ def apply(
 ) -> int:
     """Apply saved deltas to a model's ledger."""
     from ..edits.delta import EditDelta
+    from ..edits.manifest import dtype_of
 
     deltas = [EditDelta.load(path) for path in delta]
     with writable_ledger(out, wait, skip_damaged, made=True) as ledger:
-        stored = next((c.before.spec.torch_name for one in deltas for c in one.changes.values()), "float32")
+        stored = next(filter(None, (dtype_of(one.changes) for one in deltas)), "float32")
         wanted = dtype.value if dtype else stored_dtype(ledger) or stored
         loaded, _ = load_model(model, wanted, device, trust_remote_code)
         ledger.restore(loaded)

@@ -9,7 +9,7 @@ from typing import Any
 from ..edits.manifest import texts_of
 from ..edits.storage import MAX_JSON, parse_json
 from ..errors import DamagedFileError, RequestError
-from ..requests.forms import plain_request
+from ..requests.forms import check_texts, plain_request
 
 ALIASES = {"target": "target_new"}
 
@@ -46,12 +46,5 @@ def _request(record: Any, what: str) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise RequestError(f'{what} is a {type(record).__name__}; it must be {{"prompt": ..., "target_new": ...}}')
     record = plain_request({ALIASES.get(key, key): value for key, value in record.items()}, what)
-    for key in ("prompt", "target_new"):
-        if key not in record:
-            keys = ", ".join(map(repr, record))[:200]
-            raise RequestError(f"{what} has no {key!r}; it has {keys or 'nothing'}")
-        if not isinstance(record[key], str):
-            raise RequestError(f"{what}: {key!r} is a {type(record[key]).__name__}; it must be text")
-        if not record[key].strip():
-            raise RequestError(f"{what}: {key!r} is empty")
+    check_texts(record, what)
     return texts_of(record)

@@ -28,8 +28,9 @@ class Edits:
 
     def load(self, name: str | None, device: str | int | None, trust: bool) -> tuple[Any, Any]:
         """The model as it was before the edits, and its tokenizer; see :func:`~.loading.unedited_model`."""
-        dtype = next((change.before.spec.torch_name for change in self.delta.changes.values()), None)
-        return unedited_model(self.source, self.model_name, dtype, name, device, trust)
+        from ..edits.manifest import dtype_of
+
+        return unedited_model(self.source, self.model_name, dtype_of(self.delta.changes), name, device, trust)
 
 
 def read_edits(source: Path, *, edit: int | None = None, skip_damaged: bool = False) -> Edits:

@@ -1,5 +1,5 @@
-"""Everything it takes to run beside EasyEdit, in both its forms. Nothing else in this package knows of it, but for
-the import hook that calls this.
+"""Everything it takes to run beside EasyEdit, in both its forms. Of the rest of the package only the comparison, the
+demo and the package itself, which installs the import hook, know of it.
 
 *PyPI* is ``easyeditor==0.0.1.dev0`` (2023); *upstream* is a checkout of ``zjunlp/EasyEdit``, on the path already or
 named by the environment variable ``KDPO_EASYEDIT``. The framework's files are never changed. Pieces, what each is

@@ -23,7 +23,10 @@ def apply_for_pypi(*args: Any, keep_original_weight: bool = False, **kwargs: Any
 
 
 def register() -> None:
-    """Add KDPO to the framework's methods, and wrap its editor for shipped models and devices. Once only."""
+    """Add KDPO to the framework's methods, wrap its editor for models, devices and ledgers, and mend its methods.
+
+    Once only.
+    """
     methods = importlib.import_module("easyeditor.util.alg_dict").ALG_DICT
     if "KDPO" in methods:
         return

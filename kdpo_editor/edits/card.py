@@ -14,7 +14,7 @@ import yaml
 from ..models.loading import is_hub_id
 from ..models.packaged import PACKAGED
 from ..requests.forms import right_answers
-from .manifest import Change, EditInfo
+from .manifest import Change, EditInfo, dtype_of
 from .measures import figure, label
 
 ROWS = 1000
@@ -113,7 +113,7 @@ def _measured(info: EditInfo, measured: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _loading(repo_id: str, base: Base, changes: Mapping[str, Change], adapter: bool) -> str:
-    dtype = next((change.before.spec.torch_name for change in changes.values()), "float32")
+    dtype = dtype_of(changes) or "float32"
     revision = f', revision="{base.revision}"' if base.revision else ""
     name = json.dumps(base.name, ensure_ascii=False)
     if base.on_hub:

@@ -174,6 +174,11 @@ def config_hash(config: dict[str, Any]) -> str:
     return hashlib.sha256(dump_json(config)).hexdigest()
 
 
+def dtype_of(changes: Mapping[str, Change]) -> str | None:
+    """The dtype of the first of the matrices, as torch names it; ``None`` where there are none."""
+    return next((change.before.spec.torch_name for change in changes.values()), None)
+
+
 def state_hash(changes: Mapping[str, Change]) -> str:
     """SHA-256 of the values that ``changes`` leave behind, by which edits are known again."""
     return config_hash({name: change.after.sha256 for name, change in changes.items()})

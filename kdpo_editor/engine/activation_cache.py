@@ -68,10 +68,6 @@ class ActivationCache:
             hidden, some(self.inner), tree_unflatten(leaves, tree), positions, some(self.trained), self.per_row
         )
 
-    def of(self, hidden: Tensor, inner: Tensor | None, positions: Tensor, trained: Tensor | None) -> ActivationCache:
-        """A capture of other tokens of the same number and length; shapes as above."""
-        return ActivationCache(hidden, inner, self.arguments, positions, trained, self.per_row)
-
 
 def _rows(values: Tensor, count: int, kept: Tensor) -> Tensor:
     """Of a batch with ``count`` entries for each row (ALiBi has one for each head), those of the rows ``kept``."""

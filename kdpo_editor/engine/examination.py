@@ -93,10 +93,8 @@ def _begin(part: UpperPart, ids: Tensor) -> Examined | None:
             handle.remove()
         if not torch.isfinite(full).all():
             return None
-        half = next(part.model.parameters()).dtype in (torch.float16, torch.bfloat16)
-        # What rounding may cost: a share of the change, and of the numbers themselves.
         change = (full - part.logits(before[swapped.to(before.device)]).to(full.device)).norm()
-        allowed = (0.05 if half else 1e-3) * change + (2e-2 if half else 1e-5) * full.norm()
+        allowed = _allowed(part, change, full.norm())
         difference = (full - replayed).norm()
         if some is not None:
             difference = torch.maximum(difference, (full.gather(-1, pair.to(full.device)) - some).norm())
@@ -222,6 +220,11 @@ def _freezes(part: UpperPart, ids: Tensor, inside: bool) -> bool:
         difference = (part.from_cache(short).float() - whole).norm()
     finally:
         handle.remove()
-    half = next(part.model.parameters()).dtype in (torch.float16, torch.bfloat16)
     change = (whole - before[swapped.to(before.device)].float()).norm()
-    return bool(difference <= (0.05 if half else 1e-3) * change + (2e-2 if half else 1e-5) * whole.norm())
+    return bool(difference <= _allowed(part, change, whole.norm()))
+
+
+def _allowed(part: UpperPart, change: Tensor, size: Tensor) -> Tensor:
+    """What rounding may cost, a scalar: a share of the norm of a change, and of that of the numbers themselves."""
+    half = next(part.model.parameters()).dtype in (torch.float16, torch.bfloat16)
+    return (0.05 if half else 1e-3) * change + (2e-2 if half else 1e-5) * size

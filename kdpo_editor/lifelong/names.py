@@ -24,14 +24,14 @@ MOST = 3000  # names
 RULE = f"{NAME.pattern} {MOST} {TEMPLATES}"
 
 
-def names_in(lines: Iterable[str], most: int = MOST) -> list[str]:
-    """The first ``most`` different names in ``lines``."""
+def names_in(lines: Iterable[str]) -> list[str]:
+    """The first different names in ``lines``, :data:`MOST` of them."""
     found: dict[str, None] = {}
     for line in lines:
         found.update(dict.fromkeys(NAME.findall(line)))
-        if len(found) >= most:
+        if len(found) >= MOST:
             break
-    return list(found)[:most]
+    return list(found)[:MOST]
 
 
 def name_windows(tok: Any, names: Sequence[str], longest: int) -> list[Tensor]:

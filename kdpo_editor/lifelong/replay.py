@@ -210,10 +210,11 @@ class ReplayBuffer:
             return torch.stack([nn.functional.pad(r.to(forward.place), (0, 0, 0, length - len(r))) for r in rows])
 
         blank = self._blank[key].rows(torch.zeros(len(entries), dtype=torch.int64))
-        inner = [entry.inner for entry in entries if entry.inner is not None]
+        captured = [entry.inner for entry in entries if entry.inner is not None]
         hidden = stack([entry.hidden for entry in entries])
         trained = trained_tokens([entry.tokens for entry in entries], forward, length)
-        return blank.of(hidden, stack(inner) if inner else None, positions, trained)
+        inner = stack(captured) if captured else None
+        return replace(blank, hidden=hidden, inner=inner, positions=positions, trained=trained)
 
 
 def entries_of(edits: Sequence[EditTokens], batches: Sequence[Sequence[Batch]]) -> list[Entry]:

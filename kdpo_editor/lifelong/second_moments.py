@@ -12,7 +12,7 @@ import hashlib
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..cache import cache_folder
+from ..engine.generation import batches
 from ..engine.structure import room
 from ..engine.weights import as_found
 from ..errors import FingerprintError, HyperParamsError, ModelError
@@ -274,10 +275,11 @@ def _squares(values: Tensor, counted: Tensor) -> Tensor:
     return (rows.T @ rows).double()
 
 
-def _padded(model: nn.Module, windows: Iterable[Tensor], last: bool = False) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def _padded(model: nn.Module, windows: Sequence[Tensor], last: bool = False) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Token ids and attention mask ``[B, L]`` on the model's device, and which tokens count, ``[B, L]`` bool."""
     device = model.get_input_embeddings().weight.device  # type: ignore[operator]
-    for group in _groups(windows):
+    for members in batches([len(window) for window in windows], len(windows), TOGETHER):
+        group = [windows[i] for i in members]
         ids = nn.utils.rnn.pad_sequence(group, batch_first=True).to(device)
         real = nn.utils.rnn.pad_sequence([torch.ones_like(g) for g in group], batch_first=True).bool()
         mask = real.to(ids)
@@ -285,20 +287,6 @@ def _padded(model: nn.Module, windows: Iterable[Tensor], last: bool = False) -> 
         if last:
             real[:, :-1] &= ~real[:, 1:]
         yield ids, mask, real
-
-
-def _groups(windows: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-    """Windows in their order, as many at a time as may be read together."""
-    group: list[Tensor] = []
-    longest = 0
-    for ids in windows:
-        longest = max(longest, len(ids))
-        if group and (len(group) + 1) * longest > TOGETHER:
-            yield group
-            group, longest = [], len(ids)
-        group.append(ids)
-    if group:
-        yield group
 
 
 def _place(base: str, name: str, lines: Sequence[str], tokens: int) -> Path:

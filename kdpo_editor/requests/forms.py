@@ -89,6 +89,17 @@ def same_request(request: Mapping[str, Any]) -> tuple[Any, ...]:
     return tuple(tuple(value) if isinstance(value := request.get(key), list) else value for key in keys)
 
 
+def check_texts(request: Mapping[str, Any], name: str, keys: Iterable[str] = NEEDED) -> None:
+    """Raise :class:`~kdpo_editor.RequestError` where one of ``keys`` is missing, no text or empty."""
+    for key in keys:
+        if key not in request:
+            raise RequestError(f"{name} has no {key!r}; it has {', '.join(map(repr, request))[:200] or 'nothing'}")
+        if not isinstance(request[key], str):
+            raise RequestError(f"{name}: {key!r} is a {type(request[key]).__name__}; it must be text")
+        if not request[key].strip():
+            raise RequestError(f"{name}: {key!r} is empty")
+
+
 def say_once(text: str, name: str, level: int = logging.WARNING, more: str = "") -> None:
     """Log ``text``, behind ``name``, unless that was said before; ``more`` behind it does not count."""
     if text not in _SAID:

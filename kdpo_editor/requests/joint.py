@@ -10,7 +10,7 @@ from .chat import chat_of
 
 # Scripts that write no spaces between words: Thai, Lao, Tibetan, Burmese, Khmer, Chinese and Japanese, the last two
 # with their punctuation and full-width forms.
-UNSPACED = re.compile(
+WITHOUT_SPACES = re.compile(
     "[\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u19e0-\u19ff\u1a20-\u1aaf\u2e80-\u312f\u31a0-\u31ff\u3400-\u9fff"
     "\uaa60-\uaa7f\uf900-\ufaff\ufe30-\ufe4f\uff01-\uff9f\U0001b000-\U0001b16f\U00020000-\U000323af]"
 )
@@ -64,7 +64,7 @@ def _opens(text: str) -> bool:
 def _writes_no_spaces(characters: Any) -> bool | None:
     """Whether the first letter of ``characters`` is of a script without spaces; ``None`` where there is no letter."""
     for character in characters:
-        if UNSPACED.match(character):
+        if WITHOUT_SPACES.match(character):
             return True
         if character.isalpha():
             return False

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..errors import RequestError
 from .chat import chat_of
-from .forms import plain_requests, say_first, say_once
+from .forms import NEEDED, check_texts, plain_requests, say_first, say_once
 from .joint import joint
 from .subjects import places_of, subject_of
 
@@ -111,8 +111,8 @@ def _without_end(tok: Any, ids: list[int]) -> list[int]:
 def _tokenize_all(
     tok: Any, request: Mapping[str, Any], name: str, append_eos: bool, with_subject: bool
 ) -> list[EditTokens]:
-    _check_texts(request, name, with_subject)
-    rephrases = _prompts(request, "rephrases", name)
+    check_texts(request, name, (*NEEDED, *(("subject",) if with_subject and "subject" in request else ())))
+    rephrases = _rephrases(request, name)
     guessed = with_subject and "subject" not in request
     if guessed:
         request = {**request, "subject": _guessed(tok, request["prompt"], name)}
@@ -126,21 +126,11 @@ def _tokenize_all(
     return [first, *(replace(other, request=first.prompt_ids) for other in others)]
 
 
-def _prompts(request: Mapping[str, Any], key: str, name: str) -> Sequence[str]:
-    prompts = request.get(key) or ()
+def _rephrases(request: Mapping[str, Any], name: str) -> Sequence[str]:
+    prompts = request.get("rephrases") or ()
     if not isinstance(prompts, (list, tuple)) or not all(isinstance(p, str) and p.strip() for p in prompts):
-        raise RequestError(f"{name}: {key!r} is {prompts!r}; it must be a list of prompts")
+        raise RequestError(f"{name}: 'rephrases' is {prompts!r}; it must be a list of prompts")
     return prompts
-
-
-def _check_texts(request: Mapping[str, Any], name: str, with_subject: bool) -> None:
-    for key in ("prompt", "target_new", *(("subject",) if with_subject and "subject" in request else ())):
-        if key not in request:
-            raise RequestError(f"{name} has no {key!r}; it has {', '.join(map(repr, request)) or 'nothing'}")
-        if not isinstance(request[key], str):
-            raise RequestError(f"{name}: {key!r} is a {type(request[key]).__name__}; it must be text")
-        if not request[key].strip():
-            raise RequestError(f"{name}: {key!r} is empty")
 
 
 def _tokenize(tok: Any, request: Mapping[str, Any], name: str, append_eos: bool, with_subject: bool) -> EditTokens:
