@@ -211,7 +211,7 @@ def _calls(total: int, size: int, stops: Sequence[int]) -> list[tuple[int, int]]
 
 def _edit(editing: Editing, records: Sequence[Record]) -> list[tuple[str, float]]:
     """Make the edits in one call; its seconds, for each of them, and its memory, for all of them together."""
-    gpus = gpus_of(editing.model)
+    gpus = gpus_of(editing.base)
     with high_water(gpus) as peak:
         wait_for(gpus)
         start = time.perf_counter()
