@@ -93,13 +93,13 @@ class Bounds:
     among them is held to ``perplexity``.
     """
 
-    prompt: float = 1.0
-    rephrase: float = 1.0
-    chat: float = 1.0
-    known: float = 0.9
-    perplexity: float = 1.05
-    agreement: float = 0.9
-    tasks: float = 0.02
+    prompt: float
+    rephrase: float
+    chat: float
+    known: float
+    perplexity: float
+    agreement: float
+    tasks: float
 
 
 @dataclass(frozen=True)

@@ -16,19 +16,18 @@ import pyarrow.parquet as pq
 import yaml
 
 from ...errors import ResultsError
+from ..result_format import IDENTITY, SCHEMA
 from .means import cell_means, complete_checkpoints
 from .result_folder import ResultFolder
 
-SCHEMA = 1
 TEXTS = ("hash", "status", "method", "label", "model", "dataset", "protocol")
 NUMBERS = ("seed", "n_edits")
-SAME_IN_ROWS = ("method", "label", "model", "dataset", "protocol", "seed", "n_edits")
 COLUMNS = {"edit": pa.int64(), "checkpoint": pa.int64(), "when": pa.string(), "metric": pa.string()}
 WHEN = {"pre", "right_after", "checkpoint"}
 TEXT_KEYS = {"edit", "checkpoint", "when", "kind", "prompt", "wanted", "text", "stopped"}
 # Where and with which seed a cell ran does not make it another variant of its method.
 NOT_A_SETTING = (
-    "seed", "device", "dir", "stats_dir", "folder", "path", "root", "out", "output", "cache",
+    "seed", "device", "dir", "folder", "path", "root", "out", "output", "cache",
     "overwrite", "threads", "report", "experiment", "trials",
 )  # fmt: skip
 
@@ -162,11 +161,11 @@ def _read_rows(path: Path, manifest: dict[str, Any]) -> pd.DataFrame:
     try:
         # Not read_table: that takes "seed=0" in a folder's name for a column.
         with pq.ParquetFile(path) as file:
-            lacking = {*COLUMNS, *SAME_IN_ROWS, "value"} - set(file.schema_arrow.names)
+            lacking = {*COLUMNS, *IDENTITY, "value"} - set(file.schema_arrow.names)
             if lacking:
                 raise ResultsError(f"rows.parquet lacks {', '.join(sorted(lacking))}")
-            table = file.read(columns=[*COLUMNS, *SAME_IN_ROWS, "value"])
-        for key in SAME_IN_ROWS:
+            table = file.read(columns=[*COLUMNS, *IDENTITY, "value"])
+        for key in IDENTITY:
             found = [_line(v) if isinstance(v, str) else v for v in table[key].unique().to_pylist()]
             if found not in ([], [manifest[key]]):
                 raise ResultsError(f"rows.parquet is of {key} {found}, manifest.json of {manifest[key]!r}")

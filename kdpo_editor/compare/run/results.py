@@ -30,10 +30,9 @@ from ... import easyedit
 from ...edits.journal import lock
 from ...errors import CellBusy, LedgerLocked, ResultsError
 from ...whole_files import appearing, write_file
+from ..result_format import IDENTITY, SCHEMA
 
-SCHEMA = 1
 LOCK = ".lock"
-IDENTITY = ("method", "label", "model", "dataset", "protocol", "seed", "n_edits")
 MEASURED = ("edit", "checkpoint", "when", "metric", "value")
 PACKAGES = ("kdpo-editor", "torch", "transformers", "peft", "hydra-core", "omegaconf", "numpy", "lm_eval")
 
