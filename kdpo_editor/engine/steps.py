@@ -27,7 +27,7 @@ from .optimizers import Stepper
 MATH_ATTENTION_FROM = 8
 
 
-class Work(Protocol):
+class Trainable(Protocol):
     """What steps are taken on: a batch of preference pairs, or the ablation's pair of a free answer."""
 
     history: list[Tensor]
@@ -44,7 +44,7 @@ class Work(Protocol):
         """The loss of each edit, ``[B]``."""
 
 
-def run_cycle(minibatches: Sequence[Sequence[Work]], stepper: Stepper, hparams: KDPOHyperParams) -> None:
+def run_cycle(minibatches: Sequence[Sequence[Trainable]], stepper: Stepper, hparams: KDPOHyperParams) -> None:
     """Take up to ``num_steps`` steps on each mini-batch, in turn; their losses are added to each ``history``.
 
     A mini-batch is over before a step for which every loss is below ``stop_loss``.
@@ -58,7 +58,7 @@ def run_cycle(minibatches: Sequence[Sequence[Work]], stepper: Stepper, hparams: 
 class Steps:
     """Of ``work``, which shares each step; an edit whose loss is below ``stop_loss`` has no part in it."""
 
-    def __init__(self, work: Sequence[Work], stepper: Stepper, hparams: KDPOHyperParams) -> None:
+    def __init__(self, work: Sequence[Trainable], stepper: Stepper, hparams: KDPOHyperParams) -> None:
         self.work, self.stepper, self.hparams = work, stepper, hparams
         forward = work[0].forward
         self.waits = host_waits(forward.device, hparams.optimizer)
@@ -92,7 +92,7 @@ class Steps:
         self.stepper.step(skip=~torch.cat(lives).any())
         return found
 
-    def _losses(self, current: Work) -> tuple[Tensor, Tensor, Tensor]:
+    def _losses(self, current: Trainable) -> tuple[Tensor, Tensor, Tensor]:
         """Those of one batch, ``[B]`` without graph; what is minimised; and which of its edits have a part in it.
 
         Batches are gone through one by one, so that the graph of one is all that is held.
@@ -185,7 +185,7 @@ def check_finite(losses: Iterable[Iterable[float]]) -> None:
             raise EditDiverged(f"the loss became {loss}")
 
 
-def _attention(work: Sequence[Work]) -> AbstractContextManager[None]:
+def _attention(work: Sequence[Trainable]) -> AbstractContextManager[None]:
     """Torch's fused attention takes four times as long backwards as its plain one on a CPU in half precision.
 
     For a few edits that is not much. A refresh is left to the model's own.
