@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,12 +12,12 @@ import pytest
 import torch
 from conftest import GOLDEN, load, no_file_longer_than, state
 
-from kdpo_editor import KDPOHyperParams, ModelError, RequestError, StorageError
+from kdpo_editor import SHIPPED_MODEL, KDPOHyperParams, ModelError, RequestError, StorageError
 from kdpo_editor.cli.main import main
 from kdpo_editor.derived import complete
 from kdpo_editor.lifelong import located
 from kdpo_editor.lifelong.locating import SUBJECT_LAST, TOKENS, CausalTrace, trace
-from kdpo_editor.models.loading import outline
+from kdpo_editor.models.loading import outline, whole_name
 
 FACTS = [
     {"prompt": "What species is ZIC3 specific to?", "subject": "ZIC3", "target_new": "male"},
@@ -109,11 +110,14 @@ def test_what_was_located_is_what_is_edited_in_whatever_form_the_model_is(llama:
     assert complete(replace(SETTINGS, model_name="gpt2-mini"), model).layers != [0, 3]
 
 
-def test_a_folder_is_the_same_by_whatever_path_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_is_the_same_by_whatever_path_it_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     located.keep(str(GOLDEN / NAME), "h.{}.mlp", [1])
     monkeypatch.chdir(GOLDEN)
     assert located.layers_of(f"./{NAME}", "h.{}.mlp") == [1]
     assert located.layers_of("gpt2-mini", "h.{}.mlp") is None
+    (tmp_path / SHIPPED_MODEL).mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert whole_name(SHIPPED_MODEL) == SHIPPED_MODEL, "a folder of that name is not what is loaded"
 
 
 def test_layers_that_a_model_of_this_name_does_not_have_are_passed_over(llama: tuple[Any, Any]) -> None:

@@ -7,7 +7,6 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -24,7 +23,7 @@ from ..compare.run.statistics import read_text
 from ..editing import prepare
 from ..engine.generation import answers
 from ..hparams import KDPOHyperParams, settings_folder
-from ..models.loading import is_known_here, outline
+from ..models.loading import outline, whole_name
 from .terminal import say as say_line
 
 KNOWN = 30  # facts about other subjects that are asked
@@ -48,8 +47,7 @@ def run(model: str, edits: int, show: int, device: str | int) -> None:
     Raises ``ModuleNotFoundError`` where EasyEdit is not installed.
     """
     easyedit.require()
-    if not is_known_here(model) and Path(model).exists():
-        model = str(Path(model).absolute())  # the framework loads it from another folder
+    model = whole_name(model)  # the framework loads it from another folder
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     records = load("counterfact", seed=0)[:edits]
     form = "upstream checkout" if easyedit.is_upstream() else "PyPI release"

@@ -8,6 +8,7 @@ import logging
 from pathlib import Path
 
 from ..cache import cache_folder
+from ..models.loading import whole_name
 from ..whole_files import make_folder, write_file
 
 LOG = logging.getLogger(__name__)
@@ -39,6 +40,5 @@ def layers_of(model_name: str, matrix: str) -> list[int] | None:
 
 
 def _file(model_name: str, matrix: str) -> Path:
-    name = str(Path(model_name).resolve()) if Path(model_name).exists() else model_name
-    key = hashlib.blake2b(f"{name} {matrix}".encode(), digest_size=16)
+    key = hashlib.blake2b(f"{whole_name(model_name)} {matrix}".encode(), digest_size=16)
     return cache_folder() / "located" / f"{key.hexdigest()}.json"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from pathlib import Path
@@ -98,6 +99,11 @@ def is_known_here(name: str) -> bool:
 def _hint(name: str) -> str:
     """Said of a name that looks like one of this package's and is not known."""
     return ", a name that `import kdpo_editor.testbed` may make known" if name.startswith("kdpo-") else ""
+
+
+def whole_name(name: str) -> str:
+    """``name`` as it is understood from any folder: the whole path of what lies here and is not known by name."""
+    return name if is_known_here(name) or not Path(name).exists() else os.path.abspath(name)
 
 
 def is_hub_id(name: str) -> bool:

@@ -126,9 +126,8 @@ def _table(group: tuple[Any, ...], frame: pd.DataFrame, columns: list[tuple[str,
             if row and math.isfinite(row.mean) and row.label not in unedited
         ]
         best = ""
-        lower = metric in COST or less_is_better(metric)
-        if len(rivals) > 1 and (lower or HIGHER_IS_BETTER.fullmatch(metric)):
-            best = (min if lower else max)(rivals)[1]
+        if len(rivals) > 1 and (_lower_is_better(metric) or HIGHER_IS_BETTER.fullmatch(metric)):
+            best = (min if _lower_is_better(metric) else max)(rivals)[1]
         by_column.append(
             [
                 _entry(metric, row, text, best=text == best and row.label not in unedited) if row else Entry()
@@ -154,12 +153,16 @@ def _header(metric: str, when: str) -> str:
     return metric + unit + ("" if when == "checkpoint" else f" ({when.replace('_', ' ')})")
 
 
+def _lower_is_better(metric: str) -> bool:
+    return metric in COST or less_is_better(metric)
+
+
 def _number(metric: str, value: float, like: float | None = None) -> str:
     """``value`` with as many decimals as suit the metric and, for a cost, the size of ``like`` (default: itself)."""
     like = value if like is None else like
     if metric in MEMORY:
         value, like = value / 2**20, like / 2**20
-    if metric not in COST and not less_is_better(metric):
+    if not _lower_is_better(metric):
         return f"{value:.{2 if 'entropy' in metric else 3}f}"
     if like >= 1e5:
         return f"{value:.2e}"
