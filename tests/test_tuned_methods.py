@@ -18,7 +18,7 @@ MODEL = "smollm2-135m"
 DEPTH = 30
 MEASURED = ("rewrite", "rephrase", "locality", "harmonic_mean")
 # By method, the folder of its settings in hparams.
-FOLDERS = {"kdpo": "KDPO", "ft_bf": "FT-BF", "ft_m": "FT-M", "ultraedit": "UltraEdit"}
+FOLDERS = {"kdpo": "KDPO", "ft_bf": "FT-BF", "ft_m": "FT-M", "memit": "MEMIT", "ultraedit": "UltraEdit"}
 
 
 def test_every_tuned_method_is_looked_at() -> None:

@@ -3,14 +3,16 @@
 An update ``D`` of a matrix changes its output for an input ``k`` by ``D k``, for the edited fact and for every other
 text alike. With the second moments ``C = E[k k^T]`` of the inputs over ordinary text, steps are taken on ``D`` in
 
-    W = W_0 + D P,    P = (I + mom2_weight * C / mean eigenvalue of C)^(-1/2)
+    W = W_0 + D P,    P = share * (I + mom2_weight * C / mean eigenvalue of C)^(-1/2)
 
 so that what an update does to common inputs is damped and what it does to rare ones, such as an edited subject's, is
-not. ``D`` is trained in the matrix's place, with ``P k`` for input, and what ``W_0`` makes of ``k`` is added. For the
-first edited matrix both are known before the first step, so steps cost what they cost without.
+not. Of several matrices each has a share, so that a step goes where it harms least for what it gains. ``D`` is trained
+in the matrix's place, with ``P k`` for input, and what ``W_0`` makes of ``k`` is added. For the first edited matrix
+both are known before the first step, so steps cost what they cost without.
 
-It is the input side of a Kronecker-factored natural gradient (Martens and Grosse 2015), for the purpose that MEMIT's
-``C_0`` (Meng et al. 2023, eq. 14) and AlphaEdit's projection (Fang et al. 2025) serve in closed form.
+``P`` is the input side of a Kronecker-factored natural gradient (Martens and Grosse 2015), for the purpose that MEMIT's
+``C_0`` (Meng et al. 2023, eq. 14) and AlphaEdit's projection (Fang et al. 2025) serve in closed form. The shares are
+what of its output side differs most, see :mod:`.sensitivity`.
 """
 
 from __future__ import annotations
@@ -52,10 +54,26 @@ def preconditioners(
             )
     found = spectra(model, tok, list(weights), hparams.mom2_dataset, hparams.mom2_n_samples)
     made = []
-    for name, weight in weights.items():
+    for (name, weight), share in zip(weights.items(), shares([found[name] for name in weights]), strict=True):
         transposed = isinstance(model.get_submodule(name.rpartition(".")[0]), Conv1D)
-        made.append(Preconditioner(damping(found[name], hparams.mom2_weight, weight), transposed))
+        made.append(Preconditioner(damping(found[name], hparams.mom2_weight, weight, share), transposed))
     return made
+
+
+def shares(spectra: Sequence[Spectrum]) -> list[float]:
+    """How far a step goes in each of several matrices, for the same gradient; their geometric mean is 1.
+
+    What damping leaves of common inputs is alike in all directions and in proportion to their mean eigenvalue. So a
+    step of length 1 harms by that times the sensitivity, and a step's share is the inverse of the harm's root: taken
+    twice, by the gradient and by the update, it makes the steps' lengths inverse to the harm.
+    """
+    harms = torch.stack([(spectrum.mean * spectrum.sensitivity).double().cpu() for spectrum in spectra])
+    logs = harms.clamp_min(max(LEAST * harms.max().item(), torch.finfo(harms.dtype).tiny)).log()
+    return ((logs.mean() - logs) / 2).exp().tolist()  # type: ignore[no-any-return]
+
+
+# No matrix counts as harming less than this share of the one that harms most.
+LEAST = 1e-6
 
 
 @dataclass(frozen=True)
@@ -71,21 +89,21 @@ class Damping:
         return rows @ self.left if self.right is None else self.rest * rows + (rows @ self.left) @ self.right
 
 
-def damping(spectrum: Spectrum, strength: float, weight: Tensor) -> Damping:
-    """``(I + strength * C / mean)^(-1/2)`` of ``spectrum``, in the dtype and place of ``weight``, of any shape.
+def damping(spectrum: Spectrum, strength: float, weight: Tensor, share: float = 1.0) -> Damping:
+    """``share * (I + strength * C / mean)^(-1/2)`` of ``spectrum``, in the dtype and place of ``weight``, of any shape.
 
     It is kept with the spectrum, since every edit of a model asks for the same, and a matrix also beside its file: to
     make it takes as long as an edit.
     """
-    key = strength, weight.dtype, weight.device
+    key = strength, share, weight.dtype, weight.device
     if key not in spectrum.made:
         factors = (1 + strength * spectrum.values / spectrum.mean).rsqrt()
         rest = factors[-1].item()
         if 2 * len(factors) < len(spectrum.directions):
-            left = spectrum.directions * (factors[:-1] - rest)
-            spectrum.made[key] = Damping(left.to(weight), spectrum.directions.T.to(weight), rest)
+            left = share * spectrum.directions * (factors[:-1] - rest)
+            spectrum.made[key] = Damping(left.to(weight), spectrum.directions.T.to(weight), share * rest)
         else:
-            spectrum.made[key] = Damping(_whole(spectrum, strength, factors).to(weight), None, 0.0)
+            spectrum.made[key] = Damping((share * _whole(spectrum, strength, factors)).to(weight), None, 0.0)
     made: Damping = spectrum.made[key]
     return made
 

@@ -1,6 +1,7 @@
 """Second moments of what matrices are fed on ordinary text, computed once for each model and kept on disk.
 
-The last tokens of the names in that text count as much as all its tokens together (:mod:`.names`).
+The last tokens of the names in that text count as much as all its tokens together (:mod:`.names`). What the text's
+predictions depend on is found along with them (:mod:`.sensitivity`).
 
 They are kept by the content of the model's weights, the matrix, the text and the number of tokens. An edited model has
 those of the unedited one that it came from: :func:`remember` notes what a model is before something changes it.
@@ -30,12 +31,14 @@ from ..engine.weights import as_found
 from ..errors import FingerprintError, HyperParamsError, ModelError
 from . import kept_tensors
 from .names import RULE, name_windows, names_in
+from .sensitivity import sensitivities
 
 LOG = logging.getLogger(__name__)
 # Paragraphs of the Simple English Wikipedia, one a line; text/LICENSE says which.
 GENERAL_TEXT = Path(__file__).parent / "text" / "simple_wikipedia.txt"
 LONGEST = 256  # tokens that are read of a line
 TOGETHER = 4096  # tokens that are read at a time, padding among them
+SENSED = 2000  # tokens on which it is found what predictions depend on
 # The first token of each line does not count: many models answer to whatever comes first with inputs of another size
 # altogether (Sun et al. 2024, "Massive Activations"), which would make all other inputs look rare.
 UNCOUNTED = 1
@@ -48,15 +51,16 @@ PARTS = 1024
 @dataclass(frozen=True, eq=False)
 class Spectrum:
     """Of second moments ``[F, F]``: their mean eigenvalue, the ``R`` largest and the next ``[R + 1]``, fp32, and the
-    directions ``[F, R]`` of those ``R``. ``made``: what was made of it, see :mod:`.preconditioning`. ``file``: where it
-    is kept.
+    directions ``[F, R]`` of those ``R``. ``sensitivity``: of predictions to the matrix's outputs, see
+    :mod:`.sensitivity`. ``made``: what was made of it, see :mod:`.preconditioning`. ``file``: where it is kept.
     """
 
-    TENSORS: ClassVar = ("mean", "values", "directions")
+    TENSORS: ClassVar = ("mean", "values", "directions", "sensitivity")
 
     mean: Tensor
     values: Tensor
     directions: Tensor
+    sensitivity: Tensor
     made: dict[Any, Any] = field(default_factory=dict)
     file: Path | None = None
 
@@ -64,15 +68,18 @@ class Spectrum:
     def kept(cls, file: Path) -> Spectrum | None:
         """The one in ``file``, if that is there and whole."""
         stored = kept_tensors.load(file, cls.TENSORS)
-        return None if stored is None else cls(stored["mean"], stored["values"], stored["directions"], file=file)
+        if stored is None:
+            return None
+        return cls(stored["mean"], stored["values"], stored["directions"], stored["sensitivity"], file=file)
 
     @classmethod
-    def of(cls, moments: Tensor, rank: int = RANK) -> Spectrum:
+    def of(cls, moments: Tensor, rank: int = RANK, sensitivity: float = 1.0) -> Spectrum:
         """That of sums or means ``[F, F]``, fp32, with at most ``rank`` directions."""
         values, directions = torch.linalg.eigh(moments)
         top = min(rank, len(values) - 1)
         values = values.clamp_min(0).flip(0)[: top + 1]
-        return cls(moments.trace() / len(moments), values, directions.flip(1)[:, :top].contiguous())
+        mean = moments.trace() / len(moments)
+        return cls(mean, values, directions.flip(1)[:, :top].contiguous(), torch.tensor(sensitivity))
 
 
 Unedited = Callable[[nn.Module], AbstractContextManager[Any]]
@@ -110,7 +117,7 @@ def spectra(model: nn.Module, tok: Any, names: Sequence[str], text: str | None, 
                     LOG.warning("second moments are those of an edited model: what it was before is not known")
                 longest = int(min(LONGEST, room(model)))
                 texts = _windows(tok, lines, tokens, longest), name_windows(tok, names_in(lines), longest)
-                found_now = _compute(model, computed, *texts)
+                found_now = _compute(model, computed, *texts, _windows(tok, lines, min(tokens, SENSED), longest))
             seconds = time.perf_counter() - start
             LOG.info("second moments of %d matrices were computed in %.1f s", len(computed), seconds)
             for name, spectrum in found_now.items():
@@ -253,19 +260,26 @@ def _windows(tok: Any, lines: Sequence[str], tokens: int, longest: int = LONGEST
 
 
 def _compute(
-    model: nn.Module, names: Sequence[str], windows: Sequence[Tensor], mentioned: Sequence[Tensor]
+    model: nn.Module,
+    names: Sequence[str],
+    windows: Sequence[Tensor],
+    mentioned: Sequence[Tensor],
+    sensed: Sequence[Tensor],
 ) -> dict[str, Spectrum]:
-    """Of the matrices ``names``, on all tokens of ``windows`` and, as much again, on the last of each ``mentioned``."""
+    """Of the matrices ``names``, on all tokens of ``windows`` and, as much again, on the last of each ``mentioned``;
+    their sensitivities on ``sensed``.
+    """
     modules = {name: name.rpartition(".")[0] for name in names}
     matrices = list(modules.values())
     moments, of_names = second_moments(model, matrices, windows), second_moments(model, matrices, mentioned, last=True)
+    sensitive = sensitivities(model, matrices, sensed)
     found = {}
     for name, module in tqdm(modules.items(), desc="their eigenvalues", delay=1, disable=None, leave=False):
         means = [sums / count for sums, count in (of[module] for of in (moments, of_names) if of)]
         total = torch.stack(means).sum(0).float()
         if not torch.isfinite(total).all() or not total.trace() > 0:
             raise ModelError(f"mom2_weight: the inputs of {name} are zero or not finite on the text")
-        found[name] = Spectrum.of(total)
+        found[name] = Spectrum.of(total, sensitivity=sensitive[module])
     return found
 
 
@@ -290,6 +304,6 @@ def _padded(model: nn.Module, windows: Sequence[Tensor], last: bool = False) -> 
 
 
 def _place(base: str, name: str, lines: Sequence[str], tokens: int) -> Path:
-    told = f"{base} {name} {tokens} {LONGEST} {UNCOUNTED} {RANK} {RULE} "
+    told = f"{base} {name} {tokens} {LONGEST} {UNCOUNTED} {RANK} {SENSED} {RULE} "
     key = hashlib.blake2b((told + "\n".join(lines)).encode(), digest_size=16)
     return cache_folder() / "second_moments" / f"{key.hexdigest()}.safetensors"
