@@ -250,7 +250,7 @@ def test_the_general_text_has_nothing_of_what_perplexity_is_measured_on() -> Non
 def test_of_a_name_only_its_last_token_counts(llama: Any) -> None:
     model, _ = llama
     windows = [torch.arange(9), torch.arange(20, 24), torch.arange(5, 12)]
-    sums, count = second_moments.second_moments(model, [MODULE], windows, last=True)[MODULE]
+    sums, count = second_moments.second_moments(model, [MODULE], windows, "last")[MODULE]
     expected = torch.zeros_like(sums)
     for ids in windows:
         seen: list[torch.Tensor] = []
@@ -261,6 +261,41 @@ def test_of_a_name_only_its_last_token_counts(llama: Any) -> None:
         expected += torch.outer(seen[0][0, -1], seen[0][0, -1]).double()
     assert count == 3
     torch.testing.assert_close(sums, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_first_tokens_are_read_by_themselves(llama: Any) -> None:
+    model, _ = llama
+    windows = [torch.tensor([5]), torch.tensor([20, 7, 9])]
+    sums, count = second_moments.second_moments(model, [MODULE], windows, "first")[MODULE]
+    alone, _ = second_moments.second_moments(model, [MODULE], [torch.tensor([5]), torch.tensor([20])], "first")[MODULE]
+    assert count == 2
+    torch.testing.assert_close(sums, alone, rtol=1e-4, atol=1e-6)
+
+
+def test_first_tokens_are_spared_without_making_others_look_rare() -> None:
+    rare = torch.eye(12)[11]
+    moments, first = torch.diag(torch.tensor([1.0] * 11 + [0.0])), 1e4 * torch.outer(rare, rare)
+    without, found = Spectrum.of(moments), Spectrum.of(moments, first=first)
+    torch.testing.assert_close(found.mean, without.mean)
+    before, after = (damping(spectrum, 3.0, rare) for spectrum in (without, found))
+    torch.testing.assert_close(before(rare), rare)
+    assert after(rare).norm() < 0.01
+    common = torch.eye(12)[:11]
+    torch.testing.assert_close(after(common), before(common))
+
+
+def test_an_edit_spares_the_first_tokens_of_its_text(llama: Any, settings: Any, text: str) -> None:
+    model, tok = llama
+    found = spectra(model, tok, [PARAMETER], text, 500)[PARAMETER]
+    seen: list[torch.Tensor] = []
+    handle = model.get_submodule(MODULE).register_forward_pre_hook(lambda _, args: seen.append(args[0][0, 0]))
+    with torch.no_grad():
+        for line in Path(text).read_text("utf-8").splitlines():
+            model(torch.tensor([tok(line)["input_ids"][:1]]))
+    handle.remove()
+    firsts = torch.stack(seen)
+    damped = damping(found, 100.0, firsts)(firsts)
+    assert (damped.norm(dim=-1) < 0.5 * firsts.norm(dim=-1)).all()
 
 
 def test_names_count_as_much_as_all_other_tokens(llama: Any, tmp_path: Path) -> None:
@@ -276,7 +311,7 @@ def test_names_count_as_much_as_all_other_tokens(llama: Any, tmp_path: Path) -> 
         for sums, count in (
             second_moments.second_moments(model, [MODULE], windows)[MODULE],
             second_moments.second_moments(
-                model, [MODULE], name_windows(tok, names_in(lines), second_moments.LONGEST), last=True
+                model, [MODULE], name_windows(tok, names_in(lines), second_moments.LONGEST), "last"
             )[MODULE],
         )
     ]
@@ -311,10 +346,10 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, torch.Tensor]]:
     states: list[dict[str, torch.Tensor]] = []
     own: Callable[..., Any] = second_moments.second_moments
 
-    def noted(model: Any, *args: Any, last: bool = False) -> Any:
-        if not last:  # that of the names goes with it
+    def noted(model: Any, names: Any, windows: Any, *which: Any) -> Any:
+        if not which:  # those of names and of first tokens go with it
             states.append(state(model))
-        return own(model, *args, last=last)
+        return own(model, names, windows, *which)
 
     monkeypatch.setattr(second_moments, "second_moments", noted)
     return states

@@ -1,7 +1,7 @@
 """Second moments of what matrices are fed on ordinary text, computed once for each model and kept on disk.
 
-The last tokens of the names in that text count as much as all its tokens together (:mod:`.names`). What the text's
-predictions depend on is found along with them (:mod:`.sensitivity`).
+The last tokens of the names in that text count as much as all its tokens together (:mod:`.names`), and so do the first
+tokens of both. What the text's predictions depend on is found along with them (:mod:`.sensitivity`).
 
 They are kept by the content of the model's weights, the matrix, the text and the number of tokens. An edited model has
 those of the unedited one that it came from: :func:`remember` notes what a model is before something changes it.
@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 from weakref import WeakKeyDictionary
 
 import torch
@@ -39,7 +39,7 @@ GENERAL_TEXT = Path(__file__).parent / "text" / "simple_wikipedia.txt"
 LONGEST = 256  # tokens that are read of a line
 TOGETHER = 4096  # tokens that are read at a time, padding among them
 SENSED = 2000  # tokens on which it is found what predictions depend on
-# The first token of each line does not count: many models answer to whatever comes first with inputs of another size
+# The first token of a text counts by itself: many models answer to whatever comes first with inputs of another size
 # altogether (Sun et al. 2024, "Massive Activations"), which would make all other inputs look rare.
 UNCOUNTED = 1
 # Directions that are told apart, those of the largest moments; the rest is damped alike.
@@ -50,9 +50,10 @@ PARTS = 1024
 
 @dataclass(frozen=True, eq=False)
 class Spectrum:
-    """Of second moments ``[F, F]``: their mean eigenvalue, the ``R`` largest and the next ``[R + 1]``, fp32, and the
-    directions ``[F, R]`` of those ``R``. ``sensitivity``: of predictions to the matrix's outputs, see
-    :mod:`.sensitivity`. ``made``: what was made of it, see :mod:`.preconditioning`. ``file``: where it is kept.
+    """Of second moments ``[F, F]``: their mean eigenvalue, first tokens aside, the ``R`` largest and the next
+    ``[R + 1]``, fp32, and the directions ``[F, R]`` of those ``R``. ``sensitivity``: of predictions to the matrix's
+    outputs, see :mod:`.sensitivity`. ``made``: what was made of it, see :mod:`.preconditioning`. ``file``: where it is
+    kept.
     """
 
     TENSORS: ClassVar = ("mean", "values", "directions", "sensitivity")
@@ -73,15 +74,19 @@ class Spectrum:
         return cls(stored["mean"], stored["values"], stored["directions"], stored["sensitivity"], file=file)
 
     @classmethod
-    def of(cls, moments: Tensor, rank: int = RANK, sensitivity: float = 1.0) -> Spectrum:
-        """That of sums or means ``[F, F]``, fp32, with at most ``rank`` directions."""
-        values, directions = torch.linalg.eigh(moments)
+    def of(cls, moments: Tensor, rank: int = RANK, first: Tensor | None = None, sensitivity: float = 1.0) -> Spectrum:
+        """That of sums or means ``[F, F]``, fp32, with at most ``rank`` directions.
+
+        ``first``: those of first tokens, which add to the moments, and not to their mean eigenvalue.
+        """
+        values, directions = torch.linalg.eigh(moments if first is None else moments + first)
         top = min(rank, len(values) - 1)
         values = values.clamp_min(0).flip(0)[: top + 1]
         mean = moments.trace() / len(moments)
         return cls(mean, values, directions.flip(1)[:, :top].contiguous(), torch.tensor(sensitivity))
 
 
+Which = Literal["all but first", "last", "first"]
 Unedited = Callable[[nn.Module], AbstractContextManager[Any]]
 _KNOWN: WeakKeyDictionary[nn.Module, dict[tuple[str, str, int], Spectrum]] = WeakKeyDictionary()
 _BASE: WeakKeyDictionary[nn.Module, tuple[str, Unedited]] = WeakKeyDictionary()
@@ -185,7 +190,7 @@ def fingerprint(model: nn.Module) -> str:
 
 @torch.no_grad()
 def second_moments(
-    model: nn.Module, names: Sequence[str], windows: Sequence[Tensor], last: bool = False
+    model: nn.Module, names: Sequence[str], windows: Sequence[Tensor], which: Which = "all but first"
 ) -> dict[str, tuple[Tensor, int]]:
     """Sum ``k k^T`` over the inputs of each module named, in one pass that ends with the last of them.
 
@@ -194,8 +199,8 @@ def second_moments(
     Args:
         model: a language model. It is left as found.
         names: modules that a pass calls once each.
-        windows: token ids, int64, of any lengths that the model takes. The first token of each does not count.
-        last: of each only the last token counts.
+        windows: token ids, int64, of any lengths that the model takes.
+        which: tokens of each that count.
 
     Returns:
         For each name the sum, ``[F, F]``, fp64, on the module's device, and the number of inputs.
@@ -218,7 +223,7 @@ def second_moments(
     bar = tqdm(total=len(windows), desc="second moments", unit="text", delay=1, disable=None, leave=False)
     try:
         with as_found(model), bar:
-            for ids, mask, counted in _padded(model, windows, last):
+            for ids, mask, counted in _padded(model, windows, which):
                 waiting.update(names)
                 with suppress(_AllSeen):
                     model(input_ids=ids, attention_mask=mask, use_cache=False)
@@ -266,12 +271,13 @@ def _compute(
     mentioned: Sequence[Tensor],
     sensed: Sequence[Tensor],
 ) -> dict[str, Spectrum]:
-    """Of the matrices ``names``, on all tokens of ``windows`` and, as much again, on the last of each ``mentioned``;
-    their sensitivities on ``sensed``.
+    """Of the matrices ``names``: on all tokens of ``windows`` but the first, as much again on the last of each
+    ``mentioned``, and as much on the first of both; their sensitivities on ``sensed``.
     """
     modules = {name: name.rpartition(".")[0] for name in names}
     matrices = list(modules.values())
-    moments, of_names = second_moments(model, matrices, windows), second_moments(model, matrices, mentioned, last=True)
+    moments, of_names = second_moments(model, matrices, windows), second_moments(model, matrices, mentioned, "last")
+    of_first = second_moments(model, matrices, [ids[:1] for ids in (*windows, *mentioned)], "first")
     sensitive = sensitivities(model, matrices, sensed)
     found = {}
     for name, module in tqdm(modules.items(), desc="their eigenvalues", delay=1, disable=None, leave=False):
@@ -279,7 +285,8 @@ def _compute(
         total = torch.stack(means).sum(0).float()
         if not torch.isfinite(total).all() or not total.trace() > 0:
             raise ModelError(f"mom2_weight: the inputs of {name} are zero or not finite on the text")
-        found[name] = Spectrum.of(total, sensitivity=sensitive[module])
+        first, firsts = of_first[module]
+        found[name] = Spectrum.of(total, first=(first / firsts).float(), sensitivity=sensitive[module])
     return found
 
 
@@ -289,7 +296,9 @@ def _squares(values: Tensor, counted: Tensor) -> Tensor:
     return (rows.T @ rows).double()
 
 
-def _padded(model: nn.Module, windows: Sequence[Tensor], last: bool = False) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def _padded(
+    model: nn.Module, windows: Sequence[Tensor], which: Which = "all but first"
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Token ids and attention mask ``[B, L]`` on the model's device, and which tokens count, ``[B, L]`` bool."""
     device = model.get_input_embeddings().weight.device  # type: ignore[operator]
     for members in batches([len(window) for window in windows], len(windows), TOGETHER):
@@ -297,13 +306,16 @@ def _padded(model: nn.Module, windows: Sequence[Tensor], last: bool = False) -> 
         ids = nn.utils.rnn.pad_sequence(group, batch_first=True).to(device)
         real = nn.utils.rnn.pad_sequence([torch.ones_like(g) for g in group], batch_first=True).bool()
         mask = real.to(ids)
-        real[:, :UNCOUNTED] = False
-        if last:
+        if which == "first":
+            real[:, UNCOUNTED:] = False
+        else:
+            real[:, :UNCOUNTED] = False
+        if which == "last":
             real[:, :-1] &= ~real[:, 1:]
         yield ids, mask, real
 
 
 def _place(base: str, name: str, lines: Sequence[str], tokens: int) -> Path:
-    told = f"{base} {name} {tokens} {LONGEST} {UNCOUNTED} {RANK} {SENSED} {RULE} "
+    told = f"{base} {name} {tokens} {LONGEST} {UNCOUNTED} first {RANK} {SENSED} {RULE} "
     key = hashlib.blake2b((told + "\n".join(lines)).encode(), digest_size=16)
     return cache_folder() / "second_moments" / f"{key.hexdigest()}.safetensors"
