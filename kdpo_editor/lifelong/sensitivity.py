@@ -28,7 +28,7 @@ def sensitivities(model: nn.Module, names: Sequence[str], windows: Sequence[Tens
     Args:
         model: a language model. It is left as found.
         names: modules that a pass calls once each.
-        windows: token ids, int64, of any lengths from 2 up that the model takes.
+        windows: token ids ``[S]``, int64, of any lengths from 2 up that the model takes.
 
     Raises:
         ModelError: the gradients are not finite.
