@@ -41,7 +41,7 @@ TOGETHER = 4096  # tokens that are read at a time, padding among them
 SENSED = 2000  # tokens on which it is found what predictions depend on
 # The first token of a text counts by itself: many models answer to whatever comes first with inputs of another size
 # altogether (Sun et al. 2024, "Massive Activations"), which would make all other inputs look rare.
-UNCOUNTED = 1
+FIRST = 1
 # Directions that are told apart, those of the largest moments; the rest is damped alike.
 RANK = 2048
 # Parts of each parameter whose bits are added up for its fingerprint.
@@ -256,7 +256,7 @@ def _windows(tok: Any, lines: Sequence[str], tokens: int, longest: int = LONGEST
         if read >= tokens:
             break
         ids = torch.tensor(tok(line)["input_ids"], dtype=torch.int64)[: min(longest, tokens - read)]
-        if len(ids) > UNCOUNTED:
+        if len(ids) > FIRST:
             windows.append(ids)
             read += len(ids)
     if not windows:
@@ -307,15 +307,15 @@ def _padded(
         real = nn.utils.rnn.pad_sequence([torch.ones_like(g) for g in group], batch_first=True).bool()
         mask = real.to(ids)
         if which == "first":
-            real[:, UNCOUNTED:] = False
+            real[:, FIRST:] = False
         else:
-            real[:, :UNCOUNTED] = False
+            real[:, :FIRST] = False
         if which == "last":
             real[:, :-1] &= ~real[:, 1:]
         yield ids, mask, real
 
 
 def _place(base: str, name: str, lines: Sequence[str], tokens: int) -> Path:
-    told = f"{base} {name} {tokens} {LONGEST} {UNCOUNTED} first {RANK} {SENSED} {RULE} "
+    told = f"{base} {name} {tokens} {LONGEST} {FIRST} apart {RANK} {SENSED} {RULE} "
     key = hashlib.blake2b((told + "\n".join(lines)).encode(), digest_size=16)
     return cache_folder() / "second_moments" / f"{key.hexdigest()}.safetensors"

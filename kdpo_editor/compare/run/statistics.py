@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from ...errors import DataError, KDPOError, explained
 from ...hparams import settings_file
-from ...lifelong.second_moments import GENERAL_TEXT, UNCOUNTED, second_moments
+from ...lifelong.second_moments import FIRST, GENERAL_TEXT, second_moments
 from ...testbed import known_texts
 from ...whole_files import appearing, make_folder
 from .derived_settings import fill, is_template
@@ -68,7 +68,7 @@ def ensure(
     inputs = max(_inputs(model.get_submodule(module)) for module in missing)
     most = None if tokens_per_input is None else tokens_per_input * inputs
     windows = _windows(tok, _documents(text, characters), most)
-    counted = sum(len(window) - UNCOUNTED for window in windows)
+    counted = sum(len(window) - FIRST for window in windows)
     if counted < inputs:
         raise DataError(
             f"model.text: {text} gives {counted} tokens, and the second moments of {config['alg_name']} in "
@@ -107,10 +107,10 @@ def _windows(tok: Any, documents: list[str], tokens: int | None) -> list[Tensor]
     left = sys.maxsize if tokens is None else tokens
     for document in documents:
         for ids in torch.tensor(tok(document)["input_ids"], dtype=torch.int64).split(WINDOW):
-            window = ids[: left + UNCOUNTED]
-            if left and len(window) > UNCOUNTED:
+            window = ids[: left + FIRST]
+            if left and len(window) > FIRST:
                 windows.append(window)
-                left -= len(window) - UNCOUNTED
+                left -= len(window) - FIRST
         if not left:
             break
     return windows
