@@ -55,7 +55,7 @@ print(f"{type(model).__name__}, {sum(p.numel() for p in model.parameters()) / 1e
 request = {"prompt": "The Eiffel Tower is in the city of", "target_new": "Rome", "subject": "Eiffel Tower"}
 QUESTIONS = {  # what is asked, and what the model says today
     "the edit": (request["prompt"], "Paris"),
-    "in other words": ("Where is the Eiffel Tower? It is in", "Paris"),
+    "in other words": ("The Eiffel Tower can be found in the city of", "Paris"),
     "a neighbour": ("The Louvre is in the city of", "Paris"),
     "a near fact": ("The capital of France is", "Paris"),
     "another fact": ("The capital of Japan is", "Tokyo"),
