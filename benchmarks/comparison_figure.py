@@ -21,7 +21,7 @@ from matplotlib.transforms import Bbox
 from kdpo_editor.compare.report.figures import COLOURS, SETTINGS
 from kdpo_editor.compare.report.means import UNEDITED
 
-OURS = ("KDPO", "KDPO-L")
+OURS = ("KDPO", "KDPO, tuned", "KDPO-L")
 GREY = "#6f6f6f"
 LARGEST = 160  # square points, of a method whose edits all hold
 HOLDS = 0.5  # a method that holds fewer of its edits has no place among the others
