@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import PARAMETER, assert_same, state
+from test_cached_forward import ARCHITECTURES, tiny
 
 from kdpo_editor import ModelError
 from kdpo_editor.lifelong.preconditioning import LEAST, damping, preconditioners, shares
@@ -26,12 +27,14 @@ def by_hand(model: Any, name: str) -> float:
     """The gradients of a summand of the module's output, which is zero."""
     squares = []
     for ids in WINDOWS:
-        summand = torch.zeros(1, len(ids), model.config.hidden_size, requires_grad=True)
-        handle = model.get_submodule(name).register_forward_hook(lambda _, __, out, added=summand: out + added)
+        summand = torch.zeros(len(ids), model.config.hidden_size, requires_grad=True)
+        handle = model.get_submodule(name).register_forward_hook(
+            lambda _, __, out, added=summand: out + added.view_as(out)
+        )
         said = model(ids[None]).logits[0].log_softmax(-1)
         handle.remove()
         loss = -sum(said[i, ids[i + 1]] for i in range(len(ids) - 1))
-        squares.append(torch.autograd.grad(loss, summand)[0][0, 1:].square().mean(-1))
+        squares.append(torch.autograd.grad(loss, summand)[0][1:].square().mean(-1))
     return float(torch.cat(squares).mean())
 
 
@@ -41,6 +44,17 @@ def test_they_are_mean_squares_of_the_gradients_at_outputs(llama: Any) -> None:
     assert found.keys() == set(NAMES)
     for name, value in found.items():
         assert value == pytest.approx(by_hand(model, name), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "name", [name for name, (_, _, matrix, _, _) in ARCHITECTURES.items() if "experts." not in matrix]
+)
+def test_they_are_found_in_every_architecture(name: str) -> None:
+    """Falcon adds to a matrix's output in place."""
+    model, blocks, matrix = tiny(name)
+    names = [f"{blocks}.{layer}.{matrix}" for layer in (1, 2)]
+    for module, value in sensitivities(model, names, WINDOWS).items():
+        assert value == pytest.approx(by_hand(model, module), rel=1e-3)
 
 
 def test_the_model_is_left_as_it_was_found(llama: Any) -> None:

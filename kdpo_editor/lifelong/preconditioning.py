@@ -33,6 +33,9 @@ from ..hparams import KDPOHyperParams
 from . import kept_tensors
 from .second_moments import Spectrum, spectra
 
+# No matrix counts as harming less than this share of the one that harms most.
+LEAST = 1e-6
+
 
 def preconditioners(
     model: nn.Module, tok: Any, weights: Mapping[str, Tensor], hparams: KDPOHyperParams
@@ -70,10 +73,6 @@ def shares(spectra: Sequence[Spectrum]) -> list[float]:
     harms = torch.stack([(spectrum.mean * spectrum.sensitivity).double().cpu() for spectrum in spectra])
     logs = harms.clamp_min(max(LEAST * harms.max().item(), torch.finfo(harms.dtype).tiny)).log()
     return ((logs.mean() - logs) / 2).exp().tolist()  # type: ignore[no-any-return]
-
-
-# No matrix counts as harming less than this share of the one that harms most.
-LEAST = 1e-6
 
 
 @dataclass(frozen=True)

@@ -283,10 +283,10 @@ def _compute(
     for name, module in tqdm(modules.items(), desc="their eigenvalues", delay=1, disable=None, leave=False):
         means = [sums / count for sums, count in (of[module] for of in (moments, of_names) if of)]
         total = torch.stack(means).sum(0).float()
-        if not torch.isfinite(total).all() or not total.trace() > 0:
+        first = (of_first[module][0] / of_first[module][1]).float()
+        if not torch.isfinite(total + first).all() or not total.trace() > 0:
             raise ModelError(f"mom2_weight: the inputs of {name} are zero or not finite on the text")
-        first, firsts = of_first[module]
-        found[name] = Spectrum.of(total, first=(first / firsts).float(), sensitivity=sensitive[module])
+        found[name] = Spectrum.of(total, first=first, sensitivity=sensitive[module])
     return found
 
 

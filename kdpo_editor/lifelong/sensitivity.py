@@ -37,8 +37,8 @@ def sensitivities(model: nn.Module, names: Sequence[str], windows: Sequence[Tens
 
     def hook(name: str) -> Any:
         def keep(_: nn.Module, __: Any, output: Tensor) -> Tensor:
-            outputs[name] = output if output.requires_grad else output.requires_grad_()
-            return outputs[name]
+            outputs[name] = output.requires_grad_()
+            return output.clone()  # some models add to it in place
 
         return model.get_submodule(name).register_forward_hook(keep)
 
