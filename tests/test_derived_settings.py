@@ -262,6 +262,16 @@ def test_second_moments_are_of_as_many_tokens_as_asked(tmp_path: Path, text: str
     assert set(counts) == {model.config.intermediate_size}
 
 
+def test_first_tokens_count_as_they_do_in_easyedits_own(tmp_path: Path, text: str) -> None:
+    import numpy as np
+
+    model, tok = load("llama")
+    statistics.ensure(model, tok, derive("MEMIT", model, "any"), text, None, tmp_path)
+    documents = statistics.read_text(text)
+    counts = [int(np.load(file)["mom2.count"]) for file in tmp_path.glob("**/*.npz")]
+    assert set(counts) == {sum(len(tok(document)["input_ids"]) for document in documents)}
+
+
 def test_moments_of_another_text_lie_elsewhere(tmp_path: Path, text: str) -> None:
     other = tmp_path / "other.txt"
     other.write_text(Path(text).read_text("utf-8") + "one more", "utf-8")

@@ -270,6 +270,10 @@ def test_first_tokens_are_read_by_themselves(llama: Any) -> None:
     alone, _ = second_moments.second_moments(model, [MODULE], [torch.tensor([5]), torch.tensor([20])], "first")[MODULE]
     assert count == 2
     torch.testing.assert_close(sums, alone, rtol=1e-4, atol=1e-6)
+    others, _ = second_moments.second_moments(model, [MODULE], windows)[MODULE]
+    every, count = second_moments.second_moments(model, [MODULE], windows, "all")[MODULE]
+    assert count == 4
+    torch.testing.assert_close(every, sums + others, rtol=1e-4, atol=1e-6)
 
 
 def test_first_tokens_are_spared_without_making_others_look_rare() -> None:

@@ -86,7 +86,7 @@ class Spectrum:
         return cls(mean, values, directions.flip(1)[:, :top].contiguous(), torch.tensor(sensitivity))
 
 
-Which = Literal["all but first", "last", "first"]
+Which = Literal["all", "all but first", "last", "first"]
 Unedited = Callable[[nn.Module], AbstractContextManager[Any]]
 _KNOWN: WeakKeyDictionary[nn.Module, dict[tuple[str, str, int], Spectrum]] = WeakKeyDictionary()
 _BASE: WeakKeyDictionary[nn.Module, tuple[str, Unedited]] = WeakKeyDictionary()
@@ -308,7 +308,7 @@ def _padded(
         mask = real.to(ids)
         if which == "first":
             real[:, FIRST:] = False
-        else:
+        elif which != "all":
             real[:, :FIRST] = False
         if which == "last":
             real[:, :-1] &= ~real[:, 1:]

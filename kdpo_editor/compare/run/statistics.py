@@ -4,7 +4,7 @@
 
 EasyEdit computes them from Wikipedia's dump, which it downloads. Here any text serves; the results lie where
 both forms of the framework look and have the form that they read (Meng et al. 2022, MEMIT, section 4.2: the moments
-``C0 = E[k k^T]`` of the inputs ``k``, here over all tokens of the text but the first of each passage).
+``C0 = E[k k^T]`` of the inputs ``k``, over all tokens of the text).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from ...errors import DataError, KDPOError, explained
 from ...hparams import settings_file
-from ...lifelong.second_moments import FIRST, GENERAL_TEXT, second_moments
+from ...lifelong.second_moments import GENERAL_TEXT, second_moments
 from ...testbed import known_texts
 from ...whole_files import appearing, make_folder
 from .derived_settings import fill, is_template
@@ -68,13 +68,13 @@ def ensure(
     inputs = max(_inputs(model.get_submodule(module)) for module in missing)
     most = None if tokens_per_input is None else tokens_per_input * inputs
     windows = _windows(tok, _documents(text, characters), most)
-    counted = sum(len(window) - FIRST for window in windows)
+    counted = sum(map(len, windows))
     if counted < inputs:
         raise DataError(
             f"model.text: {text} gives {counted} tokens, and the second moments of {config['alg_name']} in "
             f"{next(iter(missing))} need at least as many as it has inputs, {inputs}"
         )
-    for name, (moment, count) in second_moments(model, list(missing), windows).items():
+    for name, (moment, count) in second_moments(model, list(missing), windows, "all").items():
         for file in missing[name]:
             _save(file, moment, count, config["mom2_n_samples"])
     return True
@@ -84,7 +84,7 @@ def text_digest(text: str | None, characters: int | None, tokens_per_input: int 
     """Name what second moments are of, by the text's content and by how much of it is taken."""
     file = GENERAL_TEXT if text == "general" else text
     content = b"" if text in (None, "shipped") or not Path(str(file)).is_file() else Path(str(file)).read_bytes()
-    told = f"{text if text in (None, 'shipped') else ''} {characters} {tokens_per_input} ".encode()
+    told = f"{text if text in (None, 'shipped') else ''} {characters} {tokens_per_input} all tokens ".encode()
     return hashlib.sha256(told + content).hexdigest()[:8]
 
 
@@ -97,7 +97,7 @@ def _documents(text: str, characters: int | None) -> list[str]:
 
 
 def _windows(tok: Any, documents: list[str], tokens: int | None) -> list[Tensor]:
-    """Cut ``documents`` into token ids of ``WINDOW`` at most; if ``tokens`` is given, so many that count.
+    """Cut ``documents`` into token ids of ``WINDOW`` at most; so many tokens if that is given.
 
     Those are of shuffled documents, in an order that is always the same.
     """
@@ -107,10 +107,9 @@ def _windows(tok: Any, documents: list[str], tokens: int | None) -> list[Tensor]
     left = sys.maxsize if tokens is None else tokens
     for document in documents:
         for ids in torch.tensor(tok(document)["input_ids"], dtype=torch.int64).split(WINDOW):
-            window = ids[: left + FIRST]
-            if left and len(window) > FIRST:
-                windows.append(window)
-                left -= len(window) - FIRST
+            if left and len(ids):
+                windows.append(ids[:left])
+                left -= len(windows[-1])
         if not left:
             break
     return windows
