@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +13,7 @@ from conftest import GOLDEN, load, no_file_longer_than, state
 
 from kdpo_editor import SHIPPED_MODEL, KDPOHyperParams, ModelError, RequestError, StorageError
 from kdpo_editor.cli.main import main
+from kdpo_editor.compare.run.schemas import Record
 from kdpo_editor.derived import complete
 from kdpo_editor.lifelong import located
 from kdpo_editor.lifelong.locating import SUBJECT_LAST, TOKENS, CausalTrace, trace
@@ -148,7 +148,7 @@ def test_a_damaged_file_is_said_and_passed_over(llama: tuple[Any, Any], caplog: 
 def test_the_command_prints_draws_and_keeps_what_it_found(
     tmp_path: Any, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    facts = [SimpleNamespace(prompt=f["prompt"], subject=f["subject"], ground_truth=f["target_new"]) for f in FACTS]
+    facts = [Record(f["subject"], f["prompt"], "", f["target_new"], (), {}, {}, i) for i, f in enumerate(FACTS)]
     monkeypatch.setattr("kdpo_editor.compare.run.known.known_facts", lambda *_: facts)
     name, picture, settings = str(GOLDEN / "llama-mini"), tmp_path / "map.png", tmp_path / "kept.yaml"
     assert main(["locate", "--model", name, "--picture", str(picture), "--to", str(settings)]) == 0

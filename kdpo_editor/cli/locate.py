@@ -61,7 +61,7 @@ def _known(model: Any, tok: Any, count: int) -> list[dict[str, str]]:
     return [
         {"prompt": fact.prompt, "subject": fact.subject, "target_new": fact.ground_truth}
         for fact in found
-        if fact.subject in fact.prompt
+        if fact.subject_in_prompt
     ]
 
 

@@ -56,7 +56,7 @@ def offer(prompt: str, subject: str, records: Sequence[Record]) -> tuple[str, st
     subject = subject.strip()
     alike: dict[str, list[Record]] = {}
     for record in records:
-        if record.subject and record.subject in record.prompt:
+        if record.subject_in_prompt:
             alike.setdefault(record.prompt.replace(record.subject, "{}"), []).append(record)
     wanted = prompt.replace(subject, "{}") if subject else ""
     found = [r for template in get_close_matches(wanted, alike, n=1, cutoff=0.75) for r in alike[template]]

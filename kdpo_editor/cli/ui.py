@@ -125,7 +125,7 @@ def layout(trial: Trial, records: Sequence[Record], title: str, folder: Path) ->
         said = "Suggested from facts like this one." if any(found) else "No fact that comes along is like this one."
         return f"<p>{said}</p>", *(text or gr.skip() for text in found)
 
-    shown = [r for r in records if r.subject in r.prompt][:EXAMPLES]
+    shown = [r for r in records if r.subject_in_prompt][:EXAMPLES]
     examples = [[r.prompt, r.subject, r.target_new, *offer(r.prompt, r.subject, records)] for r in shown]
     first = dict(zip(("prompt", "subject", "target", "rephrasings", "subjects"), examples[0], strict=True))
     with gr.Blocks(title=f"kdpo: {title}", analytics_enabled=False) as page:
