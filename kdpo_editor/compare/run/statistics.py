@@ -107,9 +107,10 @@ def _windows(tok: Any, documents: list[str], tokens: int | None) -> list[Tensor]
     left = sys.maxsize if tokens is None else tokens
     for document in documents:
         for ids in torch.tensor(tok(document)["input_ids"], dtype=torch.int64).split(WINDOW):
-            if left and len(ids):
-                windows.append(ids[:left])
-                left -= len(windows[-1])
+            window = ids[:left]
+            if len(window):
+                windows.append(window)
+                left -= len(window)
         if not left:
             break
     return windows
