@@ -31,6 +31,7 @@ OFF = {
     "schedule": "depth_first",
     "replay": False,
     "mom2_weight": 0.0,
+    "bf16": False,
 }
 
 
@@ -92,6 +93,9 @@ class KDPOHyperParams:
     """"depth_first" edits several requests of one call one after the other, "breadth_first" all at once."""
     memory_budget: float = 2e9
     """Bytes of captured inputs, keys and values, graphs and logits of a mini-batch of "breadth_first"."""
+    bf16: bool | None = False
+    """Multiply in bfloat16 while steps are taken, where the model is in fp32; what is edited stays in fp32. ``None`` is
+    where a CPU has instructions for it (:mod:`kdpo_editor.engine.half_products`)."""
     cuda_graphs: bool = False
     """Record a cycle's step as a CUDA graph and replay it. On a CPU it does nothing."""
     replay: bool = False

@@ -445,7 +445,7 @@ def test_rows_of_the_results_are_of_settings_that_there_are(row: dict[str, str])
     KDPOHyperParams.from_config({"model_name": row["model"], **{k: yaml.safe_load(v) for k, v in given.items()}})
 
 
-RECIPE = "layers-2-4-6-8-margin-8"  # the row that it was chosen by
+RECIPE = "recipe-100"  # the row that it was chosen by
 
 
 def test_the_recipe_is_the_one_that_was_measured() -> None:

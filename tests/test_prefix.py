@@ -122,7 +122,7 @@ def test_where_keys_and_values_are_not_all_whole_rows_are_run(name: str) -> None
     cache, frozen, _ = forward.capture_frozen(IDS, POSITIONS, TRAINED)
     assert frozen is None
     assert cache.hidden.shape[:2] == IDS.shape
-    assert footprint(forward, EditTokens(IDS[0, :10], IDS[0, 10:], (3, 5))).frozen is False
+    assert footprint(forward, [EditTokens(IDS[0, :10], IDS[0, 10:], (3, 5))]).frozen is False
 
 
 def test_all_tokens_trained_are_all_run() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import chain
@@ -69,7 +69,7 @@ class Batch:
     Logits themselves are not kept.
     ``cache``: what passes begin from. ``whole``: where those run each row from its first trained token on alone, with
     keys and values for what is before it, the cache of all its tokens, from which :meth:`renew` computes them again.
-    ``light``: whether the graphs of its mini-batch may all be held.
+    ``graph``: of the memory that graphs may take, the share that the graph of one row's step takes.
     """
 
     forward: CachedForward
@@ -84,7 +84,7 @@ class Batch:
     rejected: Tensor
     margins: Tensor
     whole: ActivationCache | None = None
-    light: bool = True
+    graph: float = 0.0
 
     def refresh(self) -> None:
         """Bring what is known of the policy up to date with the weights."""
@@ -119,12 +119,18 @@ class Batch:
 
     def remaining(self) -> Batch | None:
         """The edits whose new answer does not win everywhere, as a batch of their own; ``None`` if all do."""
-        lost = self.losing
-        if not lost.any():
+        return self._rows(self.losing)
+
+    def only(self, members: Container[int]) -> Batch | None:
+        """Those edits whose numbers are in ``members``, as a batch of their own; ``None`` if there are none."""
+        return self._rows(torch.tensor([member in members for member in self.members]))
+
+    def _rows(self, chosen: Tensor) -> Batch | None:
+        if not chosen.any():
             return None
-        if lost.all():
+        if chosen.all():
             return self
-        rows = lost.nonzero().flatten()
+        rows = chosen.nonzero().flatten().to(self.mask.device)
         hidden, reference = (states[rows.to(states.device)] for states in (self.hidden, self.reference))
         mask = self.mask[rows]
         return replace(
@@ -222,8 +228,8 @@ def make_batches(
     With a single mini-batch, of which the graphs may be held, the hidden states carry that of the first step, unless
     what is before each row's first trained token is frozen.
     """
-    size = None if len(edits) == 1 else footprint(forward, edits[0]).within(hparams.memory_budget, edits, forward)
-    groups, light = group(forward, edits, hparams.memory_budget, size, smallest)
+    size = None if len(edits) == 1 else footprint(forward, edits).within(hparams.memory_budget, edits, forward)
+    groups, graph = group(forward, edits, hparams.memory_budget, size, smallest)
 
     def capture(members: list[int]) -> Batch:
         chosen = [edits[i] for i in members]
@@ -234,20 +240,22 @@ def make_batches(
         else:
             cache, frozen, hidden = forward.capture_frozen(ids, positions, trained)
         batch = make_batch(forward, members, frozen or cache, hidden, answers, mask, hparams.margin)
-        return replace(batch, whole=cache if frozen else None, light=light)
+        return replace(batch, whole=cache if frozen else None, graph=graph)
 
-    with torch.set_grad_enabled(torch.is_grad_enabled() and len(groups) == 1 and light):
+    with torch.set_grad_enabled(torch.is_grad_enabled() and len(groups) == 1 and graph * len(edits) <= 1):
         return [[capture(members) for members in parts] for parts in groups]
 
 
 def refresh(batches: Sequence[Sequence[Batch]]) -> None:
     """Bring every batch of some mini-batches up to date with the weights.
 
-    A single mini-batch gets a graph for its next step, if it is light. Those of several would all have to be held, and
-    be stale once the first has taken its step.
+    Those of a single mini-batch get a graph for its next step, as far as there is room. Those of several would be stale
+    once the first has taken its step.
     """
-    with torch.set_grad_enabled(len(batches) == 1 and all(batch.light for batch in batches[0])):
-        for batch in chain(*batches):
+    graphs, held = 0.0, torch.is_grad_enabled() and len(batches) == 1
+    for batch in chain(*batches):
+        graphs += batch.graph * len(batch.members)
+        with torch.set_grad_enabled(held and graphs <= 1):
             batch.refresh()
 
 
@@ -297,7 +305,7 @@ def group(
     budget: float,
     size: Footprint | None = None,
     smallest: int = SMALLEST_PART,
-) -> tuple[list[list[list[int]]], bool]:
+) -> tuple[list[list[list[int]]], float]:
     """The positions of ``edits`` in mini-batches that fit into ``budget`` bytes, alike in length; each in its batches.
 
     Half of the budget is for what is held of a mini-batch: captured inputs, in the model's dtype, and keys and values.
@@ -314,7 +322,7 @@ def group(
         smallest: edits that a batch of a divided mini-batch has at least, unless it needs more room than there is.
 
     Returns:
-        The mini-batches, and whether the graphs of all batches together have no more than their share.
+        The mini-batches, and the share of the room for graphs that an edit's graph takes.
     """
     weight = next(p for p in forward.module.parameters() if p.ndim > 1)
     vocabulary = forward.model.get_output_embeddings().weight.shape[0]  # type: ignore[operator]
@@ -322,18 +330,18 @@ def group(
     a_token = sum(weight.shape[-2:]) * weight.element_size()
     lengths = [edit.length for edit in edits]
     before = [first_trained(edit, forward) if size.frozen else 0 for edit in edits]
+    copies = held_of_each(edits)
     groups: list[list[int]] = []
-    longest = 0  # of what is before the first trained token, among those of the last group
-    for i in sorted(range(len(edits)), key=lengths.__getitem__):
-        # Of those taken so far, shortest first, this one is the longest. Twice, since rows that are not won yet are
-        # copied out of the rest.
-        a_row = 2 * (lengths[i] * a_token + max(longest, before[i]) * size.prefix)
+    longest, most_before = 0, 0  # of the last group
+    # What is run of them alike in length first, since that is what is padded in every step.
+    for i in sorted(range(len(edits)), key=lambda i: (lengths[i] - before[i], lengths[i])):
+        longest, most_before = max(longest, lengths[i]), max(most_before, before[i])
+        a_row = copies * (longest * a_token + most_before * size.prefix)
         if groups and (len(groups[-1]) + 1) * a_row <= budget / 2:
             groups[-1].append(i)
-            longest = max(longest, before[i])
         else:
             groups.append([i])
-            longest = before[i]
+            longest, most_before = lengths[i], before[i]
 
     def steps(i: int) -> float:
         """The bytes of one edit's graph."""
@@ -343,10 +351,18 @@ def group(
         logits = max(len(edits[i].chosen) for i in members) * vocabulary * 8
         return len(members) * max(*map(steps, members), logits) if members else 0.0
 
-    whole = sum(steps(i) for i in range(len(edits)))
-    return [
-        _divided(members, lambda part: most(part) <= budget / 4, smallest) for members in groups
-    ], whole <= budget / 4
+    parts = [_divided(members, lambda part: most(part) <= budget / 4, smallest) for members in groups]
+    whole = sum(map(steps, range(len(edits))))
+    return parts, whole / (budget / 4) / max(1, len(edits))
+
+
+def held_of_each(edits: Sequence[EditTokens]) -> float:
+    """How often what was captured of each of ``edits`` is held: once, and a copy of those that are trained at a time.
+
+    That is one phrasing of each request, and a :data:`SMALLEST_PART` at least.
+    """
+    requests = sum(not edit.request for edit in edits)
+    return 1 + min(1.0, max(SMALLEST_PART, requests) / max(1, len(edits)))
 
 
 def _divided(members: list[int], fits: Callable[[list[int]], bool], smallest: int) -> list[list[int]]:
@@ -401,33 +417,36 @@ class Footprint:
     frozen: bool = False
 
     def within(self, budget: float, edits: Sequence[EditTokens], forward: CachedForward) -> Footprint:
-        """This, or without keys and values where those of ``edits``, twice, take more than half of ``budget`` bytes."""
-        fits = 2 * self.prefix * sum(first_trained(edit, forward) for edit in edits) <= budget / 2
+        """This, or without keys and values where those of ``edits`` take more than half of ``budget`` bytes."""
+        fits = held_of_each(edits) * self.prefix * sum(first_trained(edit, forward) for edit in edits) <= budget / 2
         return self if fits else Footprint(self.graph)
 
 
-def footprint(forward: CachedForward, edit: EditTokens) -> Footprint:
-    """What a token takes, measured on ``edit`` once for each model, matrix and ``fact_token``."""
+def footprint(forward: CachedForward, edits: Sequence[EditTokens]) -> Footprint:
+    """What a token takes, measured on the longest of ``edits`` once for each model, matrix and ``fact_token``."""
+    edit = max(edits, key=lambda edit: edit.length)
 
-    def find() -> list[Any]:
-        ids, _, _, positions = padded([edit])
-        trained = trained_tokens([edit], forward)
-        cache, frozen, _ = forward.capture_frozen(ids, positions, trained)
-        begun = frozen or cache
-        mine = {p.untyped_storage().data_ptr() for p in forward.model.parameters()}
+    def saved(rows: int) -> tuple[int, ActivationCache, ActivationCache | None]:
+        """The bytes that a step's graph holds of so many copies of ``edit``, and what they were captured in."""
+        ids, _, _, positions = padded([edit] * rows)
+        cache, frozen, _ = forward.capture_frozen(ids, positions, trained_tokens([edit] * rows, forward))
         sizes: dict[int, int] = {}
 
-        def note(saved: Tensor) -> Tensor:
-            storage = saved.untyped_storage()
-            if storage.data_ptr() not in mine:
-                sizes[storage.data_ptr()] = storage.nbytes()
-            return saved
+        def note(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            sizes[storage.data_ptr()] = storage.nbytes()
+            return tensor
 
-        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda saved: saved):
-            hidden = forward.from_cache(begun)
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            hidden = forward.from_cache(frozen or cache)
         del hidden
+        return sum(sizes.values()), cache, frozen
+
+    def find() -> list[Any]:
+        # What one more row takes: the matrices that a graph holds are there anyway.
+        one, cache, frozen = saved(1)
+        graph = (saved(2)[0] - one) / (frozen or cache).hidden.shape[1]
         kept = 0 if frozen is None else prefix_bytes(frozen)
-        before = max(1, first_trained(edit, forward))
-        return [sum(sizes.values()) / begun.hidden.shape[1], kept / before, frozen is not None]
+        return [graph, kept / max(1, first_trained(edit, forward)), frozen is not None]
 
     return Footprint(*forward.findings.once(f"footprint {forward.module_name} {forward.fact_token}", find))

@@ -7,17 +7,27 @@ cycle on them, with the function that the paper's algorithm uses.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import chain
+from itertools import accumulate, chain, islice
 from math import inf
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from ..engine.batches import Batch, EditTrace, PreferenceBatch, lost, make_batches, refresh, unfinished
+from ..engine.batches import (
+    SMALLEST_PART,
+    Batch,
+    EditTrace,
+    PreferenceBatch,
+    lost,
+    make_batches,
+    refresh,
+    unfinished,
+)
 from ..engine.cached_forward import CachedForward
+from ..engine.half_products import half_products
 from ..engine.optimizers import Stepper
 from ..engine.steps import run_cycle
 from ..hparams import KDPOHyperParams
@@ -25,11 +35,11 @@ from ..requests.tokens import EditTokens
 from .preconditioning import Preconditioner, preconditioned
 from .replay import EarlierEdits, ReplayBuffer
 
-# Of so many edits those that are won are not looked at until the others are won too, or for this share of the cycles; a
-# look at few is cheap.
-LAZY_FROM = 16
+# From so many phrasings on, those that are won are not looked at until the others are won too, or for this share of the
+# cycles; and of each request one phrasing is trained at a time, in turn, or as many as make up this number.
+LAZY_FROM = SMALLEST_PART
 PATIENCE = 0.25
-# The longest step, in what the matrices typically make of an input, for each answer that is not won. Longer ones are
+# The longest step, in what the matrices typically make of an input, for each phrasing that is trained. Longer ones are
 # taken at first, where the loss is high and hardly depends on the weights, and stay as harm to everything else. After
 # each such share of the cycles as above it is doubled, for those whose inputs are common and so count for little.
 REACH = 0.25
@@ -61,7 +71,8 @@ def kdpo_l(
         buffer: earlier edits of the model. Some are looked at; those that a new one pushed below half of ``margin``
             are trained along. The new edits that are won are added.
         preconditioners: one for each of ``weights``, or none at all.
-        lazy_from: of so many edits those that are won wait for the others before they are looked at again.
+        lazy_from: from so many of ``edits`` on, those that are won wait for the others before they are looked at
+            again, and phrasings of a request take turns.
 
     Returns:
         A trace of each of ``edits``.
@@ -73,19 +84,22 @@ def kdpo_l(
     longest = REACH * typical_gain(weights.values())
     with preconditioned(forward.model, weights, preconditioners):
         own = make_batches(forward, edits, hparams)
-        work = Work(own, hparams, lazy_from)
+        work = Work(own, edits, hparams, lazy_from)
         earlier = None if buffer is None else EarlierEdits(buffer, forward, edits, hparams)
         others: list[ConstraintSet] = [] if earlier is None else [earlier]
         stepper = Stepper(weights.values(), hparams)
-        for cycle in range(hparams.cycles):
-            stepper.longest = longest * 2 ** (cycle // max(1, work.patience))
-            violated = work.violated() or next((work.join(found) for some in others if (found := some.violated())), [])
-            if not violated:
-                break
-            run_cycle(violated, stepper, hparams)
-            for pairs in chain(*violated):
-                for member, done in zip(pairs.members, pairs.finished(hparams.stop_loss), strict=True):
-                    traces[member].cycles.append(done)
+        with half_products(forward, weights, hparams.bf16):
+            for cycle in range(hparams.cycles):
+                violated = work.violated() or next(
+                    (work.join(found) for some in others if (found := some.violated())), []
+                )
+                if not violated:
+                    break
+                stepper.longest = longest * 2 ** (cycle // max(1, work.patience))
+                run_cycle(violated, stepper, hparams)
+                for pairs in chain(*violated):
+                    for member, done in zip(pairs.members, pairs.finished(hparams.stop_loss), strict=True):
+                        traces[member].cycles.append(done)
     rounded = bool(preconditioners) and any(w.dtype not in (torch.float32, torch.float64) for w in weights.values())
     if violated or rounded:
         for batch in chain(*work.batches):
@@ -111,46 +125,98 @@ def typical_gain(weights: Iterable[Tensor]) -> float:
 class Work:
     """What is trained: the edits of a call and whatever joined them.
 
+    Of many edits, a request's phrasings take turns: each cycle looks at one of those that were not won, and trains it.
+    Once none is left, all are looked at.
+
     Where keys and values stand in for tokens that are not trained, they are renewed once all is won with them, and it
     counts as won only if it still is.
     """
 
-    def __init__(self, batches: Sequence[list[Batch]], hparams: KDPOHyperParams, lazy_from: int = LAZY_FROM) -> None:
+    def __init__(
+        self,
+        batches: Sequence[list[Batch]],
+        edits: Sequence[EditTokens],
+        hparams: KDPOHyperParams,
+        lazy_from: int = LAZY_FROM,
+    ) -> None:
         self.batches = list(batches)
-        self.lazy = sum(len(batch.members) for batch in chain(*batches)) >= lazy_from
+        self.together = lazy_from
+        self.lazy = len(edits) >= lazy_from
         self.patience = PATIENCE * hparams.cycles
-        self._looked_at = self.batches  # what the next cycle looks at
-        self._current = True  # it is up to date with the weights
+        # A request's own prompt comes before its other phrasings.
+        self._request_of = dict(enumerate(accumulate(not tokens.request for tokens in edits)))
+        self._open: dict[int, deque[int]] = {}  # of each request, the phrasings that were not won when last looked at
+        self._current = True  # all of it is up to date with the weights
         self._renewed = True  # and what is before the trained tokens as well
         self._waited = 0  # cycles since all of it was looked at
 
     def violated(self) -> list[list[PreferenceBatch]]:
-        """What is left to do, in mini-batches; of many edits those that were won are looked at last."""
-        found = self._look()
-        if not found and self._looked_at is not self.batches:
-            self._looked_at = self.batches
-            found = self._look()
-        if not found and not self._renewed and any(batch.whole is not None for batch in chain(*self.batches)):
-            for batch in chain(*self.batches):
-                batch.renew()
-            self._renewed = True
-            found = unfinished(self.batches)
-        return self._set_aside(found)
+        """What is to be trained now, in mini-batches; of many edits those that were won are looked at last."""
+        if self._waited >= self.patience:
+            self._open.clear()
+        return self._begun(self._turn() or self._look())
 
     def join(self, batches: list[list[Batch]]) -> list[list[PreferenceBatch]]:
         """Take up ``batches``, which are up to date with the weights, for good; what is left to do of them."""
         self.batches += batches
-        return self._set_aside(unfinished(batches))
+        return self._begun(self._first_turn(unfinished(batches)))
+
+    def _request(self, member: int) -> int:
+        """The number of a phrasing's request; each phrasing that joined counts as a request of its own."""
+        return self._request_of.get(member, -member)
 
     def _look(self) -> list[list[PreferenceBatch]]:
+        """What is to be trained now, after a look at all."""
         if not self._current:
-            refresh(self._looked_at)
-        self._waited = 0 if self._looked_at is self.batches else self._waited + 1
-        return unfinished(self._looked_at)
+            with torch.set_grad_enabled(not self.lazy):  # few of many are trained, in a pass of their own
+                refresh(self.batches)
+            self._current = True
+        self._waited = 0
+        found = unfinished(self.batches)
+        if not found and not self._renewed and any(batch.whole is not None for batch in chain(*self.batches)):
+            for batch in chain(*self.batches):
+                batch.renew()
+            found = unfinished(self.batches)
+            self._renewed = True
+        return self._first_turn(found)
 
-    def _set_aside(self, found: list[list[PreferenceBatch]]) -> list[list[PreferenceBatch]]:
-        self._current = not found
-        self._renewed = self._renewed and not found
-        wait = self.lazy and self._waited + 1 < self.patience
-        self._looked_at = [[pairs.batch for pairs in some] for some in found] if wait and found else self.batches
+    def _turn(self) -> list[list[PreferenceBatch]]:
+        """What is to be trained of phrasings whose turn it is, after as many turns as need no training."""
+        while self._open:
+            taken = self._next()
+            some = [[part for batch in batches if (part := batch.only(taken))] for batches in self.batches]
+            some = [parts for parts in some if parts]
+            refresh(some)
+            found = unfinished(some)
+            won = taken.difference(*(pairs.members for pairs in chain(*found)))
+            left = {request: deque(m for m in phrasings if m not in won) for request, phrasings in self._open.items()}
+            self._open = {request: phrasings for request, phrasings in left.items() if phrasings}
+            if found:
+                return found
+        return []
+
+    def _next(self) -> set[int]:
+        """The phrasings whose turn it is."""
+        each = max(1, self.together // len(self._open))
+        taken: set[int] = set()
+        for phrasings in self._open.values():
+            taken.update(islice(phrasings, each))
+            phrasings.rotate(-each)
+        return taken
+
+    def _first_turn(self, found: list[list[PreferenceBatch]]) -> list[list[PreferenceBatch]]:
+        """``found``, or where there is much to train, those of it whose turn comes first; the rest takes turns."""
+        if not self.lazy or not found:
+            return found
+        for member in sorted(member for pairs in chain(*found) for member in pairs.members):
+            self._open.setdefault(self._request(member), deque()).append(member)
+        taken = self._next()
+        some = [[PreferenceBatch(part) for pairs in parts if (part := pairs.batch.only(taken))] for parts in found]
+        return [parts for parts in some if parts]
+
+    def _begun(self, found: list[list[PreferenceBatch]]) -> list[list[PreferenceBatch]]:
+        """``found``, after which nothing is up to date any more."""
+        if found:
+            self._current = self._renewed = False
+            self._waited += 1
         return found

@@ -188,11 +188,11 @@ class ReplayBuffer:
             frozen = forward.freeze(cache) if size is not None and size.frozen else None
             begun, hidden = frozen or (cache, forward.from_cache(cache))
             made = make_batch(forward, members, begun, hidden, answers, mask, hparams.margin)
-            return replace(made, whole=cache if frozen else None, light=light)
+            return replace(made, whole=cache if frozen else None, graph=graph)
 
         some = [entries[number].tokens for number in numbers]
-        size = footprint(forward, some[0]).within(hparams.memory_budget, some, forward) if trained and some else None
-        groups, light = group(forward, some, hparams.memory_budget, size)
+        size = footprint(forward, some).within(hparams.memory_budget, some, forward) if trained and some else None
+        groups, graph = group(forward, some, hparams.memory_budget, size)
         return [[batch(part) for part in parts] for parts in groups]
 
     def _stack(self, forward: CachedForward, entries: Sequence[Entry], positions: Tensor) -> ActivationCache:
