@@ -36,7 +36,7 @@ def half_products(part: UpperPart, weights: Mapping[str, nn.Parameter], bf16: bo
     Args:
         part: the model from its first edited block up.
         weights: the edited matrices, by name.
-        bf16: whether; ``None`` is where it :func:`pays <pay>`.
+        bf16: whether; ``None`` is where :func:`pay` says so.
     """
     edited = {id(weight) for weight in weights.values()}
     with ExitStack() as patches:
