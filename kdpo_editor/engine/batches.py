@@ -265,6 +265,12 @@ def unfinished(batches: Sequence[Sequence[Batch]]) -> list[list[PreferenceBatch]
     return [some for some in work if some]
 
 
+def only(batches: Sequence[Sequence[Batch]], members: Container[int]) -> list[list[Batch]]:
+    """Those edits of each mini-batch whose numbers are in ``members``, without mini-batches that have none of them."""
+    some = [[part for batch in parts if (part := batch.only(members)) is not None] for parts in batches]
+    return [parts for parts in some if parts]
+
+
 def lost(batches: Sequence[Sequence[Batch]]) -> list[int]:
     """The edits of which an answer is not the argmax, by their numbers; by how much the others lead does not matter."""
     each = ((batch, batch.losing & (batch.margins <= 0)) for batch in chain(*batches))

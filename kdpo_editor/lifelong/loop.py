@@ -23,6 +23,7 @@ from ..engine.batches import (
     PreferenceBatch,
     lost,
     make_batches,
+    only,
     refresh,
     unfinished,
 )
@@ -159,11 +160,7 @@ class Work:
     def join(self, batches: list[list[Batch]]) -> list[list[PreferenceBatch]]:
         """Take up ``batches``, which are up to date with the weights, for good; what is left to do of them."""
         self.batches += batches
-        return self._begun(self._first_turn(unfinished(batches)))
-
-    def _request(self, member: int) -> int:
-        """The number of a phrasing's request; each phrasing that joined counts as a request of its own."""
-        return self._request_of.get(member, -member)
+        return self._begun(self._first_turn(batches))
 
     def _look(self) -> list[list[PreferenceBatch]]:
         """What is to be trained now, after a look at all."""
@@ -172,20 +169,19 @@ class Work:
                 refresh(self.batches)
             self._current = True
         self._waited = 0
-        found = unfinished(self.batches)
+        found = self._first_turn(self.batches)
         if not found and not self._renewed and any(batch.whole is not None for batch in chain(*self.batches)):
             for batch in chain(*self.batches):
                 batch.renew()
-            found = unfinished(self.batches)
             self._renewed = True
-        return self._first_turn(found)
+            found = self._first_turn(self.batches)
+        return found
 
     def _turn(self) -> list[list[PreferenceBatch]]:
         """What is to be trained of phrasings whose turn it is, after as many turns as need no training."""
         while self._open:
             taken = self._next()
-            some = [[part for batch in batches if (part := batch.only(taken))] for batches in self.batches]
-            some = [parts for parts in some if parts]
+            some = only(self.batches, taken)
             refresh(some)
             found = unfinished(some)
             won = taken.difference(*(pairs.members for pairs in chain(*found)))
@@ -204,15 +200,17 @@ class Work:
             phrasings.rotate(-each)
         return taken
 
-    def _first_turn(self, found: list[list[PreferenceBatch]]) -> list[list[PreferenceBatch]]:
-        """``found``, or where there is much to train, those of it whose turn comes first; the rest takes turns."""
-        if not self.lazy or not found:
-            return found
-        for member in sorted(member for pairs in chain(*found) for member in pairs.members):
-            self._open.setdefault(self._request(member), deque()).append(member)
-        taken = self._next()
-        some = [[PreferenceBatch(part) for pairs in parts if (part := pairs.batch.only(taken))] for parts in found]
-        return [parts for parts in some if parts]
+    def _first_turn(self, batches: list[list[Batch]]) -> list[list[PreferenceBatch]]:
+        """What is to be trained now of ``batches``, which are up to date; of many, the rest takes turns.
+
+        Each phrasing that joined counts as a request of its own.
+        """
+        if not self.lazy:
+            return unfinished(batches)
+        each = (zip(batch.members, batch.losing.tolist(), strict=True) for batch in chain(*batches))
+        for member in sorted(member for member, loses in chain(*each) if loses):
+            self._open.setdefault(self._request_of.get(member, -member), deque()).append(member)
+        return unfinished(only(batches, self._next())) if self._open else []
 
     def _begun(self, found: list[list[PreferenceBatch]]) -> list[list[PreferenceBatch]]:
         """``found``, after which nothing is up to date any more."""
