@@ -69,7 +69,8 @@ class KDPOHyperParams:
     beta: float = 0.1
     """Strength of the pull towards the reference (the paper's beta; DPO, eq. 7)."""
     stop_loss: float = 1e-3
-    """A cycle ends before a step whose loss is below this (nats)."""
+    """A cycle ends before a step whose loss is below this (nats). With "hinge", steps aim so many logits beyond
+    ``margin``, and what has the margin is left alone."""
     update_scale: float = 1.0
     """The final weight change is multiplied by this. 2.0 reproduces the authors' release in sequences."""
 

@@ -196,7 +196,7 @@ class PreferenceBatch:
             return ce_loss(self.forward.logits(hidden).to(self.pair.device), self.pair[..., 0], batch.mask)
         pairs = self._pairs(hidden)
         if hparams.objective == "hinge":
-            # By so much more that the loss of what does not win is never below what ends a cycle.
+            # So far beyond the margin that the loss of what does not win is never below what ends a cycle.
             return hinge_loss(pairs, batch.margin + hparams.stop_loss, self.lost)
         return kdpo_loss(pairs, self.reference_pairs, hparams.beta, batch.mask)
 

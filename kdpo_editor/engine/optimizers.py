@@ -34,11 +34,12 @@ class Polyak(torch.optim.Optimizer):
         """Take a step along the gradients in ``.grad``. ``closure`` gives the loss, a scalar, that they belong to."""
         loss: Tensor = closure()
         params = [p for group in self.param_groups for p in group["params"]]
-        squares = torch.stack([p.grad.square().sum().to(loss.device) for p in params]).sum()
+        norms = [torch.linalg.vector_norm(p.grad).to(loss.device) for p in params]
+        squares = torch.stack(norms).square().sum()
         lr, longest = (self.param_groups[0][key] for key in ("lr", "longest"))
         length = torch.where(squares > 0, (lr * loss / squares).minimum(longest * squares.rsqrt()), 0.0)
         for p in params:
-            p.sub_(p.grad * length.to(p))
+            p.addcmul_(p.grad, -length.to(p))
         return loss
 
 
