@@ -15,7 +15,7 @@ floor     the operations of an edit's passes, and the share of the speed of one 
 
 Second moments are on disk before anything is timed. *First* is the first edit of a model just loaded. Memory is what
 the process or GPU holds above what it held before the call, at its highest. Random weights take work that is the same
-for all of a kind: KDPO sixteen steps, KDPO-L four cycles.
+for all of a kind: KDPO sixteen steps, KDPO-L eight.
 
 Each part is written to ``benchmarks/results/bench[-gpu][-quick].{md,json,png}`` when it is done, and a run goes on
 after the last one that is there. ``--anew`` forgets them.
@@ -128,7 +128,7 @@ class Model:
         found = KDPOHyperParams.from_hparams(file, self.name)
         if self.name not in SHAPES:
             return complete(found, self.model)
-        always = {"cycles": 4} if recipe == "KDPO-L" else {"cycles": 2, "stop_loss": 0.0}
+        always = {"cycles": 8} if recipe == "KDPO-L" else {"cycles": 2, "stop_loss": 0.0}
         return complete(replace(found, **always), self.model)
 
     def method(self, label: str) -> Callable[[Sequence[Record]], Any]:
