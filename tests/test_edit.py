@@ -313,6 +313,19 @@ def test_margin_demands_a_clear_win(llama: Any, settings: Any) -> None:
     assert best.values[0] - best.values[1] >= 5.0
 
 
+def test_steps_aim_beyond_the_margin_and_leave_what_has_it_alone(llama: Any, settings: Any) -> None:
+    model, tok = llama
+    given = {"objective": "hinge", "margin": 5.0, "optimizer": "polyak", "lr": 1.0, "num_steps": 1, "cycles": 80}
+    found = {}
+    for beyond in (1e-4, 0.5):
+        hparams = settings(**given, stop_loss=beyond, schedule="breadth_first")
+        _, _, (trace,) = edit(model, tok, [REQUEST], hparams, copy=True)
+        found[beyond] = [cycle.losses[0] for cycle in trace.cycles]
+        assert trace.converged
+    assert min(found[1e-4]) < 0.5 <= min(found[0.5])
+    assert len(found[0.5]) < len(found[1e-4])
+
+
 def test_two_layers_can_be_edited_together(llama: Any, settings: Any) -> None:
     model, tok = llama
     before = state(model)
