@@ -92,7 +92,7 @@ class KDPOHyperParams:
     """Each request is also trained behind so many sentences, three at most (:mod:`kdpo_editor.lifelong.contexts`)."""
     schedule: str = "depth_first"
     """"depth_first" edits several requests of one call one after the other, "breadth_first" all at once."""
-    memory_budget: float = 2e9
+    memory_budget: float = 1.5e9
     """Bytes of captured inputs, keys and values, graphs and logits of a mini-batch of "breadth_first"."""
     bf16: bool | None = False
     """Multiply in bfloat16 while steps are taken, where the model is in fp32; what is edited stays in fp32. ``None`` is
