@@ -222,6 +222,29 @@ def test_an_earlier_edit_is_trained_again_once_it_lost_half_its_margin(edited: A
         assert [m for batch in harmed for m in batch.margins.tolist()] == pytest.approx(expected, abs=1e-3)
 
 
+def test_an_edit_that_is_never_won_does_not_keep_earlier_ones_from_being_looked_at(
+    llama: Any, settings: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two requests contradict each other, so there is always something else to do."""
+    model, tok = llama
+    hparams = settings(**MARGIN, replay=True, schedule="breadth_first", cycles=16)
+    edit(model, tok, [REQUEST], hparams)
+    looked: list[bool] = []
+    violated = EarlierEdits.violated
+
+    def noted(self: EarlierEdits) -> Any:
+        looked.append(bool(found := violated(self)))
+        return found
+
+    monkeypatch.setattr(EarlierEdits, "violated", noted)
+    contradictory = [THIRD, {**FOURTH, "prompt": THIRD["prompt"] + " Noctuidae"}]
+    _, _, traces = edit(model, tok, contradictory, hparams)
+    assert not all(trace.converged for trace in traces)
+    assert len(looked) == 3
+    assert any(looked)
+    assert leads(model, tok, [REQUEST])[0] > 1.0
+
+
 def test_an_earlier_edit_that_was_trained_in_vain_is_forgotten(edited: Any, caplog: pytest.LogCaptureFixture) -> None:
     model, tok, hparams = edited
     weights = named(model, 4)

@@ -2,13 +2,15 @@
 
 What must hold is an ordered list of constraint sets: the edits, then the earlier edits of the same model. Each says
 which of its members are violated now. The loop takes the first set that has any, adds them to the work, and runs one
-cycle on them, with the function that the paper's algorithm uses.
+cycle on them, with the function that the paper's algorithm uses. Now and then the order is the other way round, so that
+an edit that is never won does not keep the others from being looked at.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict, deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from itertools import accumulate, chain, islice
 from math import inf
 from typing import Protocol
@@ -88,15 +90,17 @@ def kdpo_l(
         work = Work(own, edits, hparams, lazy_from)
         earlier = None if buffer is None else EarlierEdits(buffer, forward, edits, hparams)
         others: list[ConstraintSet] = [] if earlier is None else [earlier]
+        asked: list[Callable[[], list[list[PreferenceBatch]]]] = [work.violated]
+        asked += [partial(work.join, some) for some in others]
         stepper = Stepper(weights.values(), hparams)
         with half_products(forward, weights, hparams.bf16):
             for cycle in range(hparams.cycles):
-                violated = work.violated() or next(
-                    (work.join(found) for some in others if (found := some.violated())), []
-                )
+                quarters, since = divmod(cycle, work.patience)
+                others_first = quarters > 0 and since == 0
+                violated = next((found for ask in asked[:: -1 if others_first else 1] if (found := ask())), [])
                 if not violated:
                     break
-                stepper.longest = longest * 2 ** (cycle // max(1, work.patience))
+                stepper.longest = longest * 2**quarters
                 run_cycle(violated, stepper, hparams)
                 for pairs in chain(*violated):
                     for member, done in zip(pairs.members, pairs.finished(hparams.stop_loss), strict=True):
@@ -143,7 +147,7 @@ class Work:
         self.batches = list(batches)
         self.together = lazy_from
         self.lazy = len(edits) >= lazy_from
-        self.patience = PATIENCE * hparams.cycles
+        self.patience = max(1, int(PATIENCE * hparams.cycles))
         # A request's own prompt comes before its other phrasings.
         self._request_of = dict(enumerate(accumulate(not tokens.request for tokens in edits)))
         self._open: dict[int, deque[int]] = {}  # of each request, the phrasings that were not won when last looked at
@@ -157,10 +161,11 @@ class Work:
             self._open.clear()
         return self._begun(self._turn() or self._look())
 
-    def join(self, batches: list[list[Batch]]) -> list[list[PreferenceBatch]]:
-        """Take up ``batches``, which are up to date with the weights, for good; what is left to do of them."""
+    def join(self, others: ConstraintSet) -> list[list[PreferenceBatch]]:
+        """Take up for good what ``others`` say is violated now; what is left to do of that."""
+        batches = others.violated()
         self.batches += batches
-        return self._begun(self._first_turn(batches))
+        return self._begun(self._first_turn(batches)) if batches else []
 
     def _look(self) -> list[list[PreferenceBatch]]:
         """What is to be trained now, after a look at all."""
