@@ -77,6 +77,12 @@ def test_the_bound_of_a_step_is_that_of_what_is_trained(
     assert one_of_three == trained(monkeypatch, *llama, hparams, lazy_from=7)[0][1] < 100
 
 
+@pytest.mark.parametrize("cycles", [1, 2, 5, 7, 10, 19, 160])
+def test_there_are_four_quarters_of_any_number_of_cycles_at_most(settings: Any, cycles: int) -> None:
+    """So the bound of a step is doubled three times at most."""
+    assert (cycles - 1) // loop.Work([], [], settings(**LINEAR, cycles=cycles)).patience <= 3
+
+
 def test_few_edits_are_trained_in_all_their_phrasings(
     llama: Any, settings: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,8 +2,8 @@
 
 What must hold is an ordered list of constraint sets: the edits, then the earlier edits of the same model. Each says
 which of its members are violated now. The loop takes the first set that has any, adds them to the work, and runs one
-cycle on them, with the function that the paper's algorithm uses. Now and then the order is the other way round, so that
-an edit that is never won does not keep the others from being looked at.
+cycle on them, with the function that the paper's algorithm uses. After each quarter of the cycles the order is turned
+around once, so that an edit that is never won does not keep the others from being looked at.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from itertools import accumulate, chain, islice
-from math import inf
+from math import ceil, inf
 from typing import Protocol
 
 import torch
@@ -90,14 +90,15 @@ def kdpo_l(
         work = Work(own, edits, hparams, lazy_from)
         earlier = None if buffer is None else EarlierEdits(buffer, forward, edits, hparams)
         others: list[ConstraintSet] = [] if earlier is None else [earlier]
-        asked: list[Callable[[], list[list[PreferenceBatch]]]] = [work.violated]
-        asked += [partial(work.join, some) for some in others]
+        sets: list[Callable[[], list[list[PreferenceBatch]]]] = [work.violated]
+        sets += [partial(work.join, some) for some in others]
         stepper = Stepper(weights.values(), hparams)
         with half_products(forward, weights, hparams.bf16):
             for cycle in range(hparams.cycles):
                 quarters, since = divmod(cycle, work.patience)
                 others_first = quarters > 0 and since == 0
-                violated = next((found for ask in asked[:: -1 if others_first else 1] if (found := ask())), [])
+                order = reversed(sets) if others_first else sets
+                violated = next(filter(None, (violated_of() for violated_of in order)), [])
                 if not violated:
                     break
                 stepper.longest = longest * 2**quarters
@@ -147,7 +148,7 @@ class Work:
         self.batches = list(batches)
         self.together = lazy_from
         self.lazy = len(edits) >= lazy_from
-        self.patience = max(1, int(PATIENCE * hparams.cycles))
+        self.patience = ceil(PATIENCE * hparams.cycles)
         # A request's own prompt comes before its other phrasings.
         self._request_of = dict(enumerate(accumulate(not tokens.request for tokens in edits)))
         self._open: dict[int, deque[int]] = {}  # of each request, the phrasings that were not won when last looked at
