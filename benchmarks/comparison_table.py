@@ -21,6 +21,7 @@ COLUMNS = (
     ("rephrase", "rephrase_acc", 3),
     ("neighbours", "locality_acc", 3),
     ("known", "known", 3),
+    ("overreach", "overreach", 3),
     ("perplexity", "perplexity", 2),
     ("s/edit", "seconds", 1),
     ("MB", "peak_memory", 0),
@@ -31,10 +32,11 @@ RANKED_BY = ["rewrite", "rephrase", "neighbours"]
 def shared_columns(wide: pd.DataFrame) -> pd.DataFrame:
     """The rows of ``wide`` after its last edit, with the columns of the pages, as text."""
     last = wide[wide["T"] == wide["T"].max()]
-    found = pd.DataFrame({name: last.get(f"{metric}.mean", pd.Series(dtype=float)) for name, metric, _ in COLUMNS})
+    columns = [column for column in COLUMNS if column[1] != "overreach" or "overreach.mean" in last]
+    found = pd.DataFrame({name: last.get(f"{metric}.mean", pd.Series(dtype=float)) for name, metric, _ in columns})
     found["MB"] /= 1e6
     shown = pd.DataFrame({"": last["label"]})
-    for name, _, digits in COLUMNS:
+    for name, _, digits in columns:
         shown[name] = ["" if pd.isna(value) else _number(value, digits) for value in found[name]]
     unedited = last["method"] == UNEDITED
     shown.loc[unedited, "s/edit"] = ""

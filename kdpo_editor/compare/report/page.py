@@ -30,6 +30,7 @@ SHOWN = (
     "counterfact.score",
     "rewrite_gen",
     "known",
+    "overreach",
     "perplexity",
     "seconds",
     "total_memory (MiB)",

@@ -32,6 +32,7 @@ MAIN = [
     ("portability_gen_stop", "checkpoint"),
     ("rewrite_acc", "right_after"),
     ("known", "checkpoint"),
+    ("overreach", "checkpoint"),
     ("agreement", "checkpoint"),
     ("perplexity", "checkpoint"),
     ("seconds", "checkpoint"),
@@ -46,7 +47,8 @@ HIGHER_IS_BETTER = re.compile(
 LEGEND = (
     "*_acc: EasyEdit's teacher-forced accuracy. *_gen: the greedy answer begins with the wanted one; *_gen_stop: it is "
     "that and no more. counterfact.*: ROME's scores, by which of two answers is likelier. right after: each edit as "
-    "soon as it was made. known: facts about other subjects that were answered right before and still are. perplexity: "
+    "soon as it was made. known: facts about other subjects that were answered right before and still are. overreach: "
+    "other questions about edited subjects that get the new answer. perplexity: "
     "of held-out text; agreement: its next tokens that are the unedited model's. seconds: per edit; setup_seconds: "
     "before the first; peak_memory: the highest of a call above what was held before it; total_memory: with that. "
     "settings tried: for the method, before these were chosen. "

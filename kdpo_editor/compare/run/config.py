@@ -106,6 +106,9 @@ class Protocol:
     known: int = 200
     """Facts about other subjects that the model answers right before any edit, at most, to be asked again at every
     ``eval_at``; 0 leaves them out."""
+    other_questions: int = 0
+    """Other questions about each edited subject, at most, asked before any edit and at every ``eval_at``
+    (:mod:`~.other_questions`)."""
     stops: bool = II("model.stops")
     """Measure also whether answers are complete and stopped (``*_gen_stop``)."""
     longest: int = 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,7 @@ from .editing import Editing
 from .evaluate import Evaluator, Reading, accuracy
 from .judge import Judge
 from .known import known_facts, right
+from .other_questions import other_questions
 from .results import Log
 from .scores import Outputs, observe, rows, texts
 from .unedited import kept_for
@@ -41,7 +43,9 @@ class Scorer:
     spare: list[Record]
     model_fingerprint: str
     pre: list[Outputs] = field(init=False)
+    overreach: float = field(init=False)
     known: list[Record] = field(init=False)
+    others: list[tuple[int, Record]] = field(init=False)
     reading: Reading | None = field(init=False, default=None)
     judge: Judge | None = field(init=False, default=None)
     track: Track = field(init=False, default=untracked)
@@ -68,6 +72,9 @@ class Scorer:
         if protocol.known:
             beside = [*self.edited, *self.spare]
             self.known = known_facts(evaluator, self.config.dataset.known, protocol.known, beside, kept)
+        self.others = other_questions(self.edited, protocol.other_questions) if protocol.other_questions else []
+        asked_of = {"others": content_hash([question for _, question in self.others])}
+        self.overreach = kept(asked_of, lambda: self._overreach(evaluator, len(self.edited))) if self.others else 0.0
         if protocol.perplexity:
             self.documents = self._held_out()
             text = hashlib.sha256("\0".join(self.documents).encode()).hexdigest()
@@ -85,6 +92,8 @@ class Scorer:
         self._add(log, range(len(self.edited)), self.pre, "pre", 0)
         if self.known:
             log.rows.append((-1, 0, "pre", "known", 1.0))
+        if self.others:
+            log.rows.append((-1, 0, "pre", "overreach", self.overreach))
         if self.reading is not None:
             log.rows.append((-1, 0, "pre", "perplexity", self.reading.perplexity))
             log.rows.append((-1, 0, "pre", "agreement", 1.0))
@@ -99,10 +108,13 @@ class Scorer:
         self._add(log, which, now, when, checkpoint)
 
     def score_rest(self, log: Log, checkpoint: int) -> None:
-        """What edits should have left alone: facts about others, and text in general."""
+        """What edits should have left alone: other facts, and text in general."""
         if self.known:
             still = right(self._evaluator("known facts"), self.known)
             log.rows.append((-1, checkpoint, "checkpoint", "known", sum(still) / len(still)))
+        if self.others:
+            share = self._overreach(self._evaluator("other questions"), checkpoint)
+            log.rows.append((-1, checkpoint, "checkpoint", "overreach", share))
         if self.reading is not None:
             now = self._evaluator("text").read(self.documents)
             log.rows.append((-1, checkpoint, "checkpoint", "perplexity", now.perplexity))
@@ -127,6 +139,11 @@ class Scorer:
             log.rows += [(i, checkpoint, when, m, v) for m, v in rows(record, self.pre[i], output, stops)]
             place = {"edit": i, "checkpoint": checkpoint, "when": when}
             log.generations += [{**place, **entry} for entry in texts(record, output)]
+
+    def _overreach(self, evaluator: Evaluator, edits: int) -> float:
+        """Of other questions about the first so many subjects, the share answered with the edit's new answer."""
+        answers = right(evaluator, [question for i, question in self.others if i < edits])
+        return sum(answers) / len(answers) if answers else math.nan
 
     def _measure(self, evaluator: Evaluator) -> dict[str, float]:
         protocol = self.config.protocol
