@@ -11,6 +11,7 @@ from comparing import CHECKOUT, HAS_PYPI, composed, figures
 
 from kdpo_editor.compare.run.datasets import load
 from kdpo_editor.compare.run.other_questions import other_questions
+from kdpo_editor.errors import HyperParamsError
 
 RECORDS = load("counterfact", n_edits=40)
 
@@ -48,6 +49,14 @@ def test_a_prompt_without_its_subject_is_left_out() -> None:
 def test_there_may_be_fewer_than_were_asked_for() -> None:
     assert len(other_questions(RECORDS[:1], 5)) == 0
     assert 0 < len(other_questions(RECORDS[:4], 5)) <= 4 * 3
+
+
+def test_fewer_than_none_is_refused(tmp_path: Path) -> None:
+    from kdpo_editor.compare.run.cell import run
+
+    with pytest.raises(HyperParamsError, match=r"protocol\.other_questions: -1 is not allowed; it must be 0 or more"):
+        run(composed(tmp_path, "protocol.other_questions=-1"))
+    assert not list(tmp_path.rglob("manifest.json"))
 
 
 @pytest.mark.skipif(not HAS_PYPI and not CHECKOUT, reason="no form of EasyEdit is installed")

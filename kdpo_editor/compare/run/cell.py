@@ -240,6 +240,10 @@ def _records(config: Compare) -> tuple[list[Record], list[Record]]:
     ):
         if number is not None and number < 1:
             raise HyperParamsError(f"{key}: {number} is not allowed; it must be at least 1")
+    if protocol.other_questions < 0:
+        raise HyperParamsError(
+            f"protocol.other_questions: {protocol.other_questions} is not allowed; it must be 0 or more"
+        )
     if protocol.judge and not (protocol.wild and protocol.judge_model):
         raise HyperParamsError(
             "protocol.judge: it judges WILD's answers; protocol.wild=true and protocol.judge_model go with it"
