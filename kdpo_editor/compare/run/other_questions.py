@@ -22,22 +22,18 @@ def other_questions(edited: Sequence[Record], each: int, seed: int = 0) -> list[
 
     Their ``ground_truth`` is the edit's new answer. A record whose prompt lacks its subject gets none and lends none.
     """
-    forms = {i: _form(record) for i, record in enumerate(edited) if record.subject_in_prompt}
-    different = sorted(set(forms.values()))
+    # What stands around the subject in each prompt.
+    forms = {i: tuple(r.prompt.split(r.subject)) for i, r in enumerate(edited) if r.subject_in_prompt}
+    words = {form: _words(" ".join(form)) for form in sorted(set(forms.values()))}
     found = []
-    for i in forms:
+    for i, form in forms.items():
         record = edited[i]
-        own = _words(" ".join([record.prompt.replace(record.subject, " "), *record.rephrase_prompts]))
-        others = [form for form in different if not own & _words(" ".join(form))]
+        own = words[form] | _words(" ".join(record.rephrase_prompts))
+        others = [other for other in words if not own & words[other]]
         some = random.Random(f"{seed} {i}").sample(others, min(each, len(others)))
-        for form in some:
-            found.append((i, replace(record, prompt=record.subject.join(form), ground_truth=record.target_new)))
+        prompts = [record.subject.join(other) for other in some]
+        found += [(i, replace(record, prompt=prompt, ground_truth=record.target_new)) for prompt in prompts]
     return found
-
-
-def _form(record: Record) -> tuple[str, ...]:
-    """What stands around the subject in the prompt."""
-    return tuple(record.prompt.split(record.subject))
 
 
 def _words(text: str) -> set[str]:

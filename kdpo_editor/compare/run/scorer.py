@@ -43,7 +43,7 @@ class Scorer:
     spare: list[Record]
     model_fingerprint: str
     pre: list[Outputs] = field(init=False)
-    overreach: float = field(init=False)
+    overreach: float = field(init=False, default=math.nan)
     known: list[Record] = field(init=False)
     others: list[tuple[int, Record]] = field(init=False)
     reading: Reading | None = field(init=False, default=None)
@@ -72,9 +72,11 @@ class Scorer:
         if protocol.known:
             beside = [*self.edited, *self.spare]
             self.known = known_facts(evaluator, self.config.dataset.known, protocol.known, beside, kept)
-        self.others = other_questions(self.edited, protocol.other_questions) if protocol.other_questions else []
-        asked_of = {"others": content_hash([question for _, question in self.others])}
-        self.overreach = kept(asked_of, lambda: self._overreach(evaluator, len(self.edited))) if self.others else 0.0
+        self.others = []
+        if protocol.other_questions:
+            self.others = other_questions(self.edited, protocol.other_questions)
+            questions = content_hash([question for _, question in self.others])
+            self.overreach = kept({"others": questions}, lambda: self._overreach(evaluator, len(self.edited)))
         if protocol.perplexity:
             self.documents = self._held_out()
             text = hashlib.sha256("\0".join(self.documents).encode()).hexdigest()
