@@ -233,17 +233,15 @@ def _records(config: Compare) -> tuple[list[Record], list[Record]]:
     for key, value, allowed in (("protocol.name", protocol.name, PROTOCOLS), ("dataset.split", data.split, SPLITS)):
         if value not in allowed:
             raise HyperParamsError(f"{key}: {value!r} is not one of {', '.join(allowed)}")
-    for key, number in (
-        ("n_edits", config.n_edits),
-        ("method.requests_per_call", config.method.requests_per_call),
-        ("method.trials", config.method.trials),
+    for key, number, least in (
+        ("n_edits", config.n_edits, 1),
+        ("method.requests_per_call", config.method.requests_per_call, 1),
+        ("method.trials", config.method.trials, 1),
+        ("protocol.other_questions", protocol.other_questions, 0),
     ):
-        if number is not None and number < 1:
-            raise HyperParamsError(f"{key}: {number} is not allowed; it must be at least 1")
-    if protocol.other_questions < 0:
-        raise HyperParamsError(
-            f"protocol.other_questions: {protocol.other_questions} is not allowed; it must be 0 or more"
-        )
+        if number is not None and number < least:
+            wanted = f"at least {least}" if least else "0 or more"
+            raise HyperParamsError(f"{key}: {number} is not allowed; it must be {wanted}")
     if protocol.judge and not (protocol.wild and protocol.judge_model):
         raise HyperParamsError(
             "protocol.judge: it judges WILD's answers; protocol.wild=true and protocol.judge_model go with it"
