@@ -144,8 +144,22 @@ def test_others_are_offered_from_the_facts_most_like_the_prompt() -> None:
     assert set(subjects.splitlines()) <= same
 
 
-def test_nothing_is_offered_for_a_prompt_like_no_fact() -> None:
-    assert offer("Twas brillig, and the slithy toves did gyre", "toves", load("counterfact")) == ("", "")
+@pytest.mark.parametrize(
+    ("prompt", "subject"),
+    [
+        ("Twas brillig, and the slithy toves did gyre", "toves"),
+        ("The Eiffel Tower is in the city of", "Eiffel Tower"),  # there are facts that ask in which city somebody died
+        ("The president of France is", "France"),  # and others that ask for a profession
+        ("Ada Lovelace is", "Ada Lovelace"),
+    ],
+)
+def test_nothing_is_offered_for_a_prompt_like_no_fact(prompt: str, subject: str) -> None:
+    assert offer(prompt, subject, load("counterfact")) == ("", "")
+
+
+def test_others_are_offered_for_a_prompt_with_another_little_word() -> None:
+    rephrasings, subjects = offer("Mother tongue of Ada Lovelace is", "Ada Lovelace", load("counterfact"))
+    assert (rephrasings, subjects) == offer("The mother tongue of Ada Lovelace is", "Ada Lovelace", load("counterfact"))
 
 
 def test_a_missing_gradio_is_an_error_that_names_the_extra(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:

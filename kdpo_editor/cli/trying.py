@@ -24,6 +24,8 @@ from ..requests.answers import begins_with
 from ..requests.chat import as_chat
 
 OFFERED = 3
+# Words that do not tell what a prompt asks for.
+FILLERS = frozenset({"a", "an", "the", "is", "was", "of", "in"})
 Asked = list[tuple[str, str]]
 """Kind and prompt of each question."""
 
@@ -52,14 +54,18 @@ class Form:
 
 
 def offer(prompt: str, subject: str, records: Sequence[Record]) -> tuple[str, str]:
-    """Rephrasings of a prompt and other subjects, one a line, from the records whose prompts are most like it."""
+    """Rephrasings of a prompt and other subjects, one a line, from the records whose prompt is most like it.
+
+    It has the same words besides its subject, in any order and apart from :data:`FILLERS`.
+    """
     subject = subject.strip()
     alike: dict[str, list[Record]] = {}
     for record in records:
         if record.subject_in_prompt:
             alike.setdefault(record.prompt.replace(record.subject, "{}"), []).append(record)
     wanted = prompt.replace(subject, "{}") if subject else ""
-    found = [r for template in get_close_matches(wanted, alike, n=1, cutoff=0.75) for r in alike[template]]
+    same = [template for template in alike if _telling(template) == _telling(wanted)] if _telling(wanted) else []
+    found = [record for template in get_close_matches(wanted, same, n=1, cutoff=0) for record in alike[template]]
     phrased = [_about(subject, text, r.subject) for r in found for text in r.rephrase_prompts if r.subject in text]
     others = [r.subject for r in found if r.subject != subject]
     return "\n".join(list(dict.fromkeys(phrased))[:OFFERED]), "\n".join(others[:OFFERED])
@@ -158,6 +164,10 @@ def _table(asked: Asked, before: Sequence[str], after: Sequence[str], target: st
         rows.append(f'<tr class="{kind}"><th scope="row">{kind}</th>{texts}</tr>')
     heads = "".join(f'<th scope="col">{head}</th>' for head in ("", "prompt", "before", "after"))
     return f'<table class="answers"><thead><tr>{heads}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
+
+
+def _telling(template: str) -> frozenset[str]:
+    return frozenset(re.findall(r"\w+", template.lower())) - FILLERS
 
 
 def _about(subject: str, text: str, other: str) -> str:
