@@ -156,6 +156,16 @@ def test_a_model_without_ready_made_settings_is_edited(tmp_path: Path, capsys: A
     assert (hparams["layers"], hparams["rewrite_module_tmp"]) == ([4], "model.layers.{}.mlp.down_proj")
 
 
+@pytest.mark.parametrize(("count", "options"), [(11, []), (10, []), (11, ["--recipe", "KDPO-L"])])
+def test_many_edits_are_told_of_the_recipe_for_many(
+    count: int, options: list[str], tmp_path: Path, capsys: Any
+) -> None:
+    file = tmp_path / "edits.jsonl"
+    file.write_text(count * '{"prompt": "What species is ZIC3 specific to?", "target_new": "male"}\n', "utf-8")
+    assert main(["edit", "--model", str(tmp_path / "nowhere"), "--file", str(file), "--out", str(tmp_path), *options])
+    assert ("11 last better with --recipe KDPO-L" in capsys.readouterr().err) is (count == 11 and not options)
+
+
 @pytest.mark.parametrize("model", [SHIPPED_MODEL, str(GOLDEN / "llama-mini"), str(GOLDEN / "gpt2-mini")])
 def test_settings_are_printed_as_a_file_to_keep(model: str, tmp_path: Path, capsys: Any) -> None:
     assert main(["settings", "--model", model, "--set", "lr=3e-4"]) == 0
