@@ -6,14 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from bench import TOY, Model, calls, distance, edits, floor, in_a_row, plot, report
+from bench import Model, calls, distance, edits, floor, in_a_row, plot, report
 
+from kdpo_editor import SHIPPED_MODEL
 from kdpo_editor.compare.run.datasets import Record, load
 
 
 @pytest.fixture(scope="module")
-def toy() -> Model:
-    return Model.named(TOY)
+def small() -> Model:
+    return Model.named(SHIPPED_MODEL)
 
 
 @pytest.fixture
@@ -21,15 +22,15 @@ def records() -> list[Record]:
     return load("shipped", n_edits=3)
 
 
-def test_a_model_is_made_what_it_was_after_each_method(toy: Model, records: list[Record]) -> None:
-    toy.method("KDPO")(records[:1])
-    changes = toy.undo()
+def test_a_model_is_made_what_it_was_after_each_method(small: Model, records: list[Record]) -> None:
+    small.method("KDPO")(records[:1])
+    changes = small.undo()
     assert [*changes] == ["model.layers.4.mlp.down_proj.weight"]
-    assert all(torch.equal(p, toy.kept[name]) for name, p in toy.model.named_parameters())
+    assert all(torch.equal(p, small.kept[name]) for name, p in small.model.named_parameters())
 
 
-def test_the_cached_forward_does_what_the_plain_forms_do(toy: Model, records: list[Record]) -> None:
-    found = edits(toy, ["KDPO", "KDPO, plain", "KDPO-L", "KDPO-L, plain"], records)
+def test_the_cached_forward_does_what_the_plain_forms_do(small: Model, records: list[Record]) -> None:
+    found = edits(small, ["KDPO", "KDPO, plain", "KDPO-L", "KDPO-L, plain"], records)
     assert [*found["rows"]] == ["KDPO", "KDPO, plain", "KDPO-L", "KDPO-L, plain"]
     assert 0 < max(found["apart"].values()) < 1e-4
 
@@ -40,23 +41,23 @@ def test_the_distance_of_two_changes_is_a_share_of_the_second() -> None:
     assert distance(other, change) == pytest.approx(0.8)
 
 
-def test_edits_in_a_row_are_all_held_at_the_end(toy: Model, records: list[Record]) -> None:
+def test_edits_in_a_row_are_all_held_at_the_end(small: Model, records: list[Record]) -> None:
     """They are undone together, after the last."""
-    assert [*in_a_row(toy, records)] == ["3"]
-    assert not toy.undo()
+    assert [*in_a_row(small, records)] == ["3"]
+    assert not small.undo()
 
 
-def test_a_report_has_every_part(toy: Model, records: list[Record], tmp_path: Path) -> None:
+def test_a_report_has_every_part(small: Model, records: list[Record], tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     results = {
         "machine": "a machine",
         "versions": {"torch": "0"},
         "models": {
-            "toy": {
+            "small": {
                 "weights": "trained",
-                "edits": edits(toy, ["KDPO"], records),
-                "calls": calls(toy, {"KDPO-L": [2]}, records),
-                "floor": {"KDPO": floor(toy, "KDPO", records[0])},
+                "edits": edits(small, ["KDPO"], records),
+                "calls": calls(small, {"KDPO-L": [2]}, records),
+                "floor": {"KDPO": floor(small, "KDPO", records[0])},
                 "in a row": {"10": 1.0},
             }
         },

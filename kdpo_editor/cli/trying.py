@@ -15,6 +15,7 @@ from typing import Any
 from torch import nn
 
 from ..compare.run.datasets import Record
+from ..compare.run.retrieval import words_of
 from ..edits.ledger import EditLedger
 from ..edits.switching import unedited
 from ..engine.generation import answers
@@ -64,7 +65,8 @@ def offer(prompt: str, subject: str, records: Sequence[Record]) -> tuple[str, st
         if record.subject_in_prompt:
             alike.setdefault(record.prompt.replace(record.subject, "{}"), []).append(record)
     wanted = prompt.replace(subject, "{}") if subject else ""
-    same = [template for template in alike if _telling(template) == _telling(wanted)] if _telling(wanted) else []
+    asked = words_of(wanted) - FILLERS
+    same = [template for template in alike if asked and words_of(template) - FILLERS == asked]
     found = [record for template in get_close_matches(wanted, same, n=1, cutoff=0) for record in alike[template]]
     phrased = [_about(subject, text, r.subject) for r in found for text in r.rephrase_prompts if r.subject in text]
     others = [r.subject for r in found if r.subject != subject]
@@ -164,10 +166,6 @@ def _table(asked: Asked, before: Sequence[str], after: Sequence[str], target: st
         rows.append(f'<tr class="{kind}"><th scope="row">{kind}</th>{texts}</tr>')
     heads = "".join(f'<th scope="col">{head}</th>' for head in ("", "prompt", "before", "after"))
     return f'<table class="answers"><thead><tr>{heads}</tr></thead><tbody>{"".join(rows)}</tbody></table>'
-
-
-def _telling(template: str) -> frozenset[str]:
-    return frozenset(re.findall(r"\w+", template.lower())) - FILLERS
 
 
 def _about(subject: str, text: str, other: str) -> str:

@@ -19,7 +19,7 @@ class Retrieval:
 
     def __init__(self, model: Any, facts: Sequence[Mapping[str, Any]], hparams: Any) -> None:
         self.model, self.facts, self.hparams = model, list(facts), hparams
-        self.words = [_words(fact["prompt"]) for fact in self.facts]
+        self.words = [words_of(fact["prompt"]) for fact in self.facts]
         self.counts = Counter(word for words in self.words for word in words)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -41,7 +41,7 @@ class Retrieval:
 
     def _score(self, i: int, prompt: str) -> float:
         """Over 1 where the subject is in ``prompt``, else the similarity of the words if that is enough, else 0."""
-        similar = self._similarity(self.words[i], _words(prompt))
+        similar = self._similarity(self.words[i], words_of(prompt))
         subject = str(self.facts[i].get("subject") or "")
         if subject and re.search(rf"(?<!\w){re.escape(subject)}(?!\w)", prompt, re.IGNORECASE):
             return 1 + similar
@@ -67,5 +67,6 @@ def apply_retrieval_to_model(
     return Retrieval(base, list(by_prompt.values()), hparams), {}
 
 
-def _words(text: str) -> set[str]:
+def words_of(text: str) -> set[str]:
+    """The different words of ``text``, without regard to case."""
     return set(re.findall(r"\w+", text.casefold()))
