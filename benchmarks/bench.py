@@ -311,11 +311,8 @@ def report(results: dict[str, Any]) -> str:
             lines[-1] += f" {f['gflops']:.0f} GFLOP/s, the speed of one product of {f['tokens']} rows."
         if "in a row" in r:
             cells = ", ".join(f"{n}th {seconds:.3f}" for n, seconds in r["in a row"].items())
-            lines += [
-                "",
-                "KDPO-L one by one, nothing undone, seconds an edit, medians of ten about the 10th, or up to: ",
-            ]
-            lines[-1] += f"{cells}."
+            lines += ["", "KDPO-L one by one, nothing undone, seconds an edit, medians of ten about the 10th, or up to"]
+            lines[-1] += f": {cells}."
     return "\n".join(lines) + "\n"
 
 
