@@ -93,7 +93,8 @@ class KDPOHyperParams:
     schedule: str = "depth_first"
     """"depth_first" edits several requests of one call one after the other, "breadth_first" all at once."""
     memory_budget: float = 1.5e9
-    """Bytes of captured inputs, keys and values, graphs and logits of a mini-batch of "breadth_first"."""
+    """Bytes of captured inputs, keys and values, graphs and logits of a mini-batch of "breadth_first", and of the copy
+    of the weights in bfloat16."""
     bf16: bool | None = False
     """Multiply in bfloat16 while steps are taken, where the model is in fp32; what is edited stays in fp32. ``None`` is
     where a CPU has instructions for it (:mod:`kdpo_editor.engine.half_products`)."""

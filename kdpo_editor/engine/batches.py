@@ -94,6 +94,8 @@ class Batch:
     @torch.no_grad()
     def renew(self) -> None:
         """As :meth:`refresh`, what is before the first trained tokens included."""
+        if self.whole is not None:
+            self.cache = self.whole  # the old keys and values are given back before there are new ones
         frozen = None if self.whole is None else self.forward.freeze(self.whole)
         if frozen is None:
             self.refresh()
@@ -365,7 +367,8 @@ def group(
 def held_of_each(edits: Sequence[EditTokens]) -> float:
     """How often what was captured of each of ``edits`` is held: once, and a copy of those that are trained at a time.
 
-    That is one phrasing of each request, and a :data:`SMALLEST_PART` at least.
+    That is one phrasing of each request, and a :data:`SMALLEST_PART` at least. Of keys and values the copy is the one
+    that attention reads.
     """
     requests = sum(not edit.request for edit in edits)
     return 1 + min(1.0, max(SMALLEST_PART, requests) / max(1, len(edits)))

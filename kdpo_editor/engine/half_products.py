@@ -7,7 +7,7 @@ edited matrices stay as they are, and so does the model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from itertools import chain
 from typing import cast
@@ -26,9 +26,8 @@ def pay(device: torch.device) -> bool:
     return device.type == "cpu" and any(getattr(torch.cpu, name, bool)() for name in asked)
 
 
-@contextmanager
-def half_products(part: UpperPart, weights: Mapping[str, nn.Parameter], bf16: bool | None) -> Iterator[None]:
-    """Inside, linear modules of the blocks of ``part`` multiply in bfloat16.
+def halved(part: UpperPart, weights: Mapping[str, nn.Parameter], bf16: bool | None) -> list[nn.Linear | Conv1D]:
+    """The linear modules of the blocks of ``part`` that multiply in bfloat16 while steps are taken.
 
     Modules of ``weights``, the edited matrices, do not, nor do those whose weights are not in fp32, nor those with a
     ``forward`` of their own.
@@ -36,19 +35,29 @@ def half_products(part: UpperPart, weights: Mapping[str, nn.Parameter], bf16: bo
     Args:
         part: the model from its first edited block up.
         weights: the edited matrices, by name.
-        bf16: whether; ``None`` is where :func:`pay` says so.
+        bf16: whether any do; ``None`` is where :func:`pay` says so.
     """
+    if not (pay(part.place) if bf16 is None else bf16):
+        return []
     edited = {id(weight) for weight in weights.values()}
+    modules = chain.from_iterable(block.modules() for block in part.blocks)
+    linear = [cast("nn.Linear | Conv1D", m) for m in modules if type(m) in (nn.Linear, Conv1D)]
+    whole = [m for m in linear if m.weight.dtype == torch.float32 and "forward" not in m.__dict__]
+    return [m for m in whole if id(m.weight) not in edited]
+
+
+def copied_bytes(modules: Iterable[nn.Linear | Conv1D]) -> int:
+    """What the copies of the weights of ``modules`` take."""
+    return sum(module.weight.numel() for module in modules) * torch.bfloat16.itemsize
+
+
+@contextmanager
+def half_products(modules: Iterable[nn.Linear | Conv1D]) -> Iterator[None]:
+    """Inside, ``modules`` multiply in bfloat16, with a copy of their weights."""
     with ExitStack() as patches:
-        if bf16 or (bf16 is None and pay(part.place)):
-            for module in chain.from_iterable(block.modules() for block in part.blocks):
-                if type(module) not in (nn.Linear, Conv1D) or "forward" in module.__dict__:
-                    continue
-                weight, bias = module.weight, cast("Tensor | None", module.bias)
-                assert isinstance(weight, Tensor)
-                if weight.dtype == torch.float32 and id(weight) not in edited:
-                    rounded = (weight if isinstance(module, nn.Linear) else weight.T).detach().bfloat16()
-                    patches.enter_context(forward_is(module, _linear(rounded, bias)))
+        for module in modules:
+            weight = module.weight if isinstance(module, nn.Linear) else module.weight.T
+            patches.enter_context(forward_is(module, _linear(weight.detach().bfloat16(), module.bias)))
         yield
 
 

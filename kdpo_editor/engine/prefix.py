@@ -49,12 +49,14 @@ class Prefix:
 
     ``kept``: of the first ``P`` tokens of each row, ``[B, H, P, D]``; ``P`` is the most that any row has before them.
     ``at``: ``[B, S]`` int64, where the tokens stand that are run; ``L``, one beyond the row, for those that pad it.
-    ``length``: ``L``.
+    ``length``: ``L``. ``chosen``: the rows of ``kept`` that are meant, ``[B]`` int64; ``None`` is all. Some rows of a
+    batch share what is kept with the others.
     """
 
     kept: Kept
     at: Tensor
     length: int
+    chosen: Tensor | None = None
 
     def update(self, keys: Tensor, values: Tensor, layer: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """``keys`` and ``values`` ``[B, H, S, D]`` in their places among those of whole rows, ``[B, H, L, D]``."""
@@ -62,17 +64,15 @@ class Prefix:
         return self._put(keys_before, keys), self._put(values_before, values)
 
     def _put(self, before: Tensor, new: Tensor) -> Tensor:
+        before = before if self.chosen is None else before[self.chosen.to(before.device)]
         at = self.at.to(new.device)[:, None, :, None].expand(-1, new.shape[1], -1, new.shape[3])
         room = (0, 0, 0, self.length + 1 - before.shape[2])
         return nn.functional.pad(before.to(new.device), room).scatter(2, at, new)[:, :, : self.length]
 
     def rows(self, chosen: Tensor) -> Prefix:
         """Those rows of the batch whose indices are in ``chosen``, ``[N]`` int64."""
-        kept = {
-            layer: (keys[chosen.to(keys.device)], values[chosen.to(values.device)])
-            for layer, (keys, values) in self.kept.items()
-        }
-        return Prefix(kept, self.at[chosen.to(self.at.device)], self.length)
+        where = chosen if self.chosen is None else self.chosen[chosen.to(self.chosen.device)]
+        return replace(self, at=self.at[chosen.to(self.at.device)], chosen=where)
 
 
 def cache_name(holder: nn.Module) -> str | None:

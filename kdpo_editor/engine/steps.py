@@ -62,12 +62,14 @@ class Steps:
         self.work, self.stepper, self.hparams = work, stepper, hparams
         forward = work[0].forward
         self.waits = host_waits(forward.device, hparams.optimizer)
-        self._masked = Recorded(self._unseen) if are_recorded(forward, hparams) else self._unseen
+        # Not a method bound to this, which would keep the work in memory until garbage is collected.
+        self._recorded = Recorded() if are_recorded(forward, hparams) else None
 
     def take(self) -> bool:
         """One step. Returns whether there was anything to do, as far as the host knows."""
         if not self.waits:
-            for current, losses in zip(self.work, self._masked(), strict=True):
+            found = self._unseen() if self._recorded is None else self._recorded(self._unseen)
+            for current, losses in zip(self.work, found, strict=True):
                 current.history.append(losses)
             return True
         going = False
@@ -114,23 +116,22 @@ class Recorded:
 
     EAGER = 2
 
-    def __init__(self, step: Callable[[], list[Tensor]]) -> None:
-        self.step = step
+    def __init__(self) -> None:
         self.calls = 0
         self.graph: torch.cuda.CUDAGraph | None = None
         self.found: list[Tensor] = []
 
-    def __call__(self) -> list[Tensor]:
-        """What ``step`` gives, in memory of its own."""
+    def __call__(self, step: Callable[[], list[Tensor]]) -> list[Tensor]:
+        """What ``step``, the same each time, gives, in memory of its own."""
         self.calls += 1
         if self.calls <= self.EAGER:
-            return self.step()
+            return step()
         if self.graph is None:
-            self.graph, self.found = self._record()
+            self.graph, self.found = self._record(step)
         self.graph.replay()
         return [losses.clone() for losses in self.found]
 
-    def _record(self) -> tuple[torch.cuda.CUDAGraph, list[Tensor]]:
+    def _record(self, step: Callable[[], list[Tensor]]) -> tuple[torch.cuda.CUDAGraph, list[Tensor]]:
         # As torch.cuda.graph does, but that it collects garbage first, which takes longer than an edit. Here that
         # waits: memory of the device that is freed during a recording ends it.
         graph, collects = torch.cuda.CUDAGraph(), gc.isenabled()
@@ -138,7 +139,7 @@ class Recorded:
         try:
             graph.capture_begin()
             try:
-                found = self.step()
+                found = step()
             finally:
                 graph.capture_end()
         finally:

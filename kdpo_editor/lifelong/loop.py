@@ -9,7 +9,8 @@ around once, so that an edit that is never won does not keep the others from bei
 from __future__ import annotations
 
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import accumulate, chain, islice
 from math import ceil, inf
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from ..engine.batches import (
     SMALLEST_PART,
     Batch,
+    Cycle,
     EditTrace,
     PreferenceBatch,
     lost,
@@ -30,7 +32,7 @@ from ..engine.batches import (
     unfinished,
 )
 from ..engine.cached_forward import CachedForward
-from ..engine.half_products import half_products
+from ..engine.half_products import copied_bytes, half_products, halved
 from ..engine.optimizers import Stepper
 from ..engine.steps import run_cycle
 from ..hparams import KDPOHyperParams
@@ -85,6 +87,9 @@ def kdpo_l(
     """
     traces: defaultdict[int, EditTrace] = defaultdict(EditTrace)  # earlier edits' are not asked for
     longest = REACH * typical_gain(weights.values())
+    half = halved(forward, weights, hparams.bf16)
+    budget = hparams.memory_budget
+    hparams = replace(hparams, memory_budget=max(budget - copied_bytes(half), budget / 2))
     with preconditioned(forward.model, weights, preconditioners):
         own = make_batches(forward, edits, hparams)
         work = Work(own, edits, hparams, lazy_from)
@@ -93,7 +98,8 @@ def kdpo_l(
         sets: list[Callable[[], list[list[PreferenceBatch]]]] = [work.violated]
         sets += [partial(work.join, some) for some in others]
         stepper = Stepper(weights.values(), hparams)
-        with half_products(forward, weights, hparams.bf16):
+        settled = True  # what was looked at last holds with the weights as they are
+        with half_products(half):
             for cycle in range(hparams.cycles):
                 quarters, since = divmod(cycle, work.patience)
                 others_first = quarters > 0 and since == 0
@@ -103,19 +109,27 @@ def kdpo_l(
                     break
                 stepper.longest = longest * 2**quarters
                 run_cycle(violated, stepper, hparams)
-                for pairs in chain(*violated):
-                    for member, done in zip(pairs.members, pairs.finished(hparams.stop_loss), strict=True):
-                        traces[member].cycles.append(done)
+                for member, done in _finished(violated, hparams.stop_loss):
+                    traces[member].cycles.append(done)
+                violated.clear()  # what it holds is given back before more is made
+            else:
+                settled = False
     rounded = bool(preconditioners) and any(w.dtype not in (torch.float32, torch.float64) for w in weights.values())
-    if violated or rounded:
+    if rounded or not settled:
         for batch in chain(*work.batches):
             batch.renew()
     missed = set(lost(own))
     for i in range(len(edits)):
         traces[i].converged = i not in missed
     if earlier is not None:
-        earlier.close(own, bool(violated) or rounded)
+        earlier.close(own, rounded or not settled)
     return [traces[i] for i in range(len(edits))]
+
+
+def _finished(work: Iterable[Iterable[PreferenceBatch]], stop_loss: float) -> Iterator[tuple[int, Cycle]]:
+    """The cycle, now over, of each member of ``work``."""
+    for pairs in chain.from_iterable(work):
+        yield from zip(pairs.members, pairs.finished(stop_loss), strict=True)
 
 
 @torch.no_grad()
