@@ -94,12 +94,12 @@ class Batch:
     @torch.no_grad()
     def renew(self) -> None:
         """As :meth:`refresh`, what is before the first trained tokens included."""
-        if self.whole is not None:
-            self.cache = self.whole  # the old keys and values are given back before there are new ones
-        frozen = None if self.whole is None else self.forward.freeze(self.whole)
-        if frozen is None:
+        if self.whole is None:
             self.refresh()
             return
+        self.cache = self.whole  # the old keys and values are given back before there are new ones
+        frozen = self.forward.freeze(self.whole)
+        assert frozen is not None
         self.cache, self.hidden = frozen
         self.rejected, self.margins = _standing(self.forward, self.hidden, self.chosen, self.real, self.margin)
 

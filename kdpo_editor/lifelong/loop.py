@@ -98,7 +98,7 @@ def kdpo_l(
         sets: list[Callable[[], list[list[PreferenceBatch]]]] = [work.violated]
         sets += [partial(work.join, some) for some in others]
         stepper = Stepper(weights.values(), hparams)
-        settled = True  # what was looked at last holds with the weights as they are
+        settled = False  # whether the last look was at the weights as they are now
         with half_products(half):
             for cycle in range(hparams.cycles):
                 quarters, since = divmod(cycle, work.patience)
@@ -106,14 +106,13 @@ def kdpo_l(
                 order = reversed(sets) if others_first else sets
                 violated = next(filter(None, (violated_of() for violated_of in order)), [])
                 if not violated:
+                    settled = True
                     break
                 stepper.longest = longest * 2**quarters
                 run_cycle(violated, stepper, hparams)
                 for member, done in _finished(violated, hparams.stop_loss):
                     traces[member].cycles.append(done)
                 violated.clear()  # what it holds is given back before more is made
-            else:
-                settled = False
     rounded = bool(preconditioners) and any(w.dtype not in (torch.float32, torch.float64) for w in weights.values())
     if rounded or not settled:
         for batch in chain(*work.batches):
