@@ -4,6 +4,7 @@
 
 For each method: ``kdpo-compare experiment=tune_<method>``, six settings, each twenty edits of the validation split. All
 go to ``benchmarks/tuning/<method>-<form>.csv``, the best on top. Those that are in ``DIR`` already are not run again.
+``docs/images/frontier.png`` shows all methods that have such a file. Without methods it is drawn again.
 """
 
 from __future__ import annotations
@@ -13,18 +14,27 @@ import csv
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import matplotlib as mpl
+import yaml
+from matplotlib.figure import Figure
+
 from kdpo_editor import easyedit
+from kdpo_editor.compare import conf
+from kdpo_editor.compare.report.figures import COLOURS, MARKERS, SETTINGS
 from kdpo_editor.compare.run.tune import figures, objective
 
-HERE = Path(__file__).parent
+TUNING = Path(__file__).parent / "tuning"
+PICTURE = Path(__file__).parents[1] / "docs/images/frontier.png"
+HOLDS = 0.9  # the rewrite from which a setting's point is filled
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("methods", nargs="+")
+    parser.add_argument("methods", nargs="*")
     parser.add_argument("--out", type=Path, default=Path("results/tuning"))
     args = parser.parse_args()
     easyedit.require()
@@ -32,7 +42,9 @@ def main() -> None:
     for method in args.methods:
         command = [sys.executable, "-m", "kdpo_editor.compare.run.app"]
         subprocess.run([*command, f"experiment=tune_{method}", f"out={args.out}"], check=True)
-        write(trials(args.out, method, form), HERE / "tuning" / f"{method}-{form}.csv")
+        write(trials(args.out, method, form), TUNING / f"{method}-{form}.csv")
+    with mpl.rc_context(SETTINGS):
+        picture(sorted(TUNING.glob(f"*-{form}.csv"))).savefig(PICTURE, dpi=150)
 
 
 def trials(out: Path, method: str, form: str) -> list[dict[str, Any]]:
@@ -54,6 +66,35 @@ def write(rows: list[dict[str, Any]], file: Path) -> None:
         writer = csv.DictWriter(stream, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows({k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+
+
+def picture(files: Sequence[Path]) -> Figure:
+    """What each setting of each method keeps and how far it carries; hollow where a tenth of the edits is lost."""
+    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    axes = figure.add_subplot()
+    for file, colour, marker in zip(files, COLOURS, MARKERS, strict=False):
+        with open(file, encoding="utf-8", newline="") as stream:
+            rows = list(csv.DictReader(stream))
+        for row in rows:
+            filled = colour if float(row["rewrite"]) >= HOLDS else "none"
+            axes.scatter(
+                float(row["locality"]), float(row["rephrase"]), s=45, c=filled, edgecolors=colour, marker=marker
+            )
+        axes.scatter([], [], s=45, c=colour, marker=marker, label=label(file.stem.rpartition("-")[0]))
+    axes.set(
+        xlabel="neighbours: answers about similar subjects that stayed",
+        ylabel="rephrase: the new answer in other wordings",
+    )
+    axes.set(xlim=(0, 1.04), ylim=(-0.02, 1))
+    axes.grid(alpha=0.25)
+    axes.legend(loc=(0.02, 0.5))
+    return figure
+
+
+def label(method: str) -> str:
+    """What the comparison calls ``method``."""
+    (folder,) = conf.__path__
+    return str(yaml.safe_load((Path(folder) / "method" / f"{method}.yaml").read_text("utf-8")).get("label", method))
 
 
 if __name__ == "__main__":
