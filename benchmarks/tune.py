@@ -15,6 +15,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,7 @@ def picture(files: Sequence[Path]) -> Figure:
     """What each setting of each method keeps and how far it carries; hollow where a tenth of the edits is lost."""
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     axes = figure.add_subplot()
-    for file, colour, marker in zip(files, COLOURS, MARKERS, strict=False):
+    for file, colour, marker in zip(files, cycle(COLOURS), cycle(MARKERS), strict=False):
         with open(file, encoding="utf-8", newline="") as stream:
             rows = list(csv.DictReader(stream))
         for row in rows:
