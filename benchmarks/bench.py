@@ -327,19 +327,18 @@ def plot(results: dict[str, Any], path: Path) -> None:
     for (bars, sizes, row), (name, r) in zip(axes, measured.items(), strict=True):
         rows = r.get("edits", {"rows": {}})["rows"]
         bars.barh([*rows], [some["seconds"] for some in rows.values()], color="0.5")
-        bars.set(xlabel="seconds an edit, one a call")
+        bars.set(title=name, xlabel="seconds an edit, one a call", visible=bool(rows))
         bars.invert_yaxis()
         points = [*r.get("sizes", {}).values(), *([r["calls"]["KDPO-L"]] if "KDPO-L" in r.get("calls", {}) else [])]
-        sizes.plot([p["size"] for p in points], [p["seconds"] for p in points], "o-", color="0.2")
-        sizes.set(xlabel="facts in one call of KDPO-L", ylabel="seconds a fact")
-        earlier = r.get("in a row", {})
-        row.plot([int(n) for n in earlier], [*earlier.values()], "o-", color="0.2")
-        row.set(xlabel="earlier edits", ylabel="seconds an edit")
-        for panel, there in ((bars, rows), (sizes, points), (row, earlier)):
-            panel.set_visible(bool(there))
-            panel.set_title(name)
-            if panel is not bars:
-                panel.set_ylim(0, 1.1 * panel.dataLim.ymax if there else None)
+        by_size = {p["size"]: p["seconds"] for p in points}
+        by_count = {int(n): seconds for n, seconds in r.get("in a row", {}).items()}
+        for panel, seconds, x, y in (
+            (sizes, by_size, "facts in one call of KDPO-L", "seconds a fact"),
+            (row, by_count, "earlier edits", "seconds an edit"),
+        ):
+            panel.plot([*seconds], [*seconds.values()], "o-", color="0.2")
+            panel.set(title=name, xlabel=x, ylabel=y, visible=bool(seconds))
+            panel.set_ylim(0, 1.1 * max(seconds.values(), default=1))
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)

@@ -21,6 +21,10 @@ from matplotlib.transforms import Bbox
 from kdpo_editor.compare.report.figures import COLOURS, SETTINGS
 from kdpo_editor.compare.report.means import UNEDITED
 
+AXES = {
+    "xlabel": "neighbours: answers about similar subjects that stayed",
+    "ylabel": "rephrase: the new answer in other wordings",
+}
 OURS = ("KDPO", "KDPO, tuned", "KDPO-L")
 GREY = "#6f6f6f"
 LARGEST = 160  # square points, of a method whose edits all hold
@@ -33,12 +37,7 @@ def frontier(table: pd.DataFrame) -> Figure:
     """Draw the methods of ``table`` that hold half of their edits, without the unedited model."""
     table = table[(table.iloc[:, 0] != UNEDITED) & (table["rewrite"] >= HOLDS)]
     figure, axes = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
-    axes.set(
-        xlim=(table["neighbours"].min() - 0.05, 1.02),
-        ylim=(0, 1),
-        xlabel="neighbours: answers about similar subjects that stayed",
-        ylabel="rephrase: the new answer in other wordings",
-    )
+    axes.set(xlim=(table["neighbours"].min() - 0.05, 1.02), ylim=(0, 1), **AXES)
     axes.grid(alpha=0.25)
     figure.canvas.draw()
     taken: list[Bbox] = []

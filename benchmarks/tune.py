@@ -15,17 +15,18 @@ import json
 import subprocess
 import sys
 from collections.abc import Sequence
-from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
+import pandas as pd
 import yaml
+from comparison_figure import AXES
 from matplotlib.figure import Figure
 
 from kdpo_editor import easyedit
 from kdpo_editor.compare import conf
-from kdpo_editor.compare.report.figures import COLOURS, MARKERS, SETTINGS
+from kdpo_editor.compare.report.figures import SETTINGS, styles_of
 from kdpo_editor.compare.run.tune import figures, objective
 
 TUNING = Path(__file__).parent / "tuning"
@@ -71,22 +72,17 @@ def write(rows: list[dict[str, Any]], file: Path) -> None:
 
 def picture(files: Sequence[Path]) -> Figure:
     """What each setting of each method keeps and how far it carries; hollow where a tenth of the edits is lost."""
+    methods = {file: file.stem.rpartition("-")[0] for file in files}
+    tried = pd.concat(pd.read_csv(file).assign(method=method, label=label(method)) for file, method in methods.items())
+    styles = styles_of(tried)
     figure = Figure(figsize=(6.4, 4.2), layout="constrained")
     axes = figure.add_subplot()
-    for file, colour, marker in zip(files, cycle(COLOURS), cycle(MARKERS), strict=False):
-        with open(file, encoding="utf-8", newline="") as stream:
-            rows = list(csv.DictReader(stream))
-        for row in rows:
-            filled = colour if float(row["rewrite"]) >= HOLDS else "none"
-            axes.scatter(
-                float(row["locality"]), float(row["rephrase"]), s=45, c=filled, edgecolors=colour, marker=marker
-            )
-        axes.scatter([], [], s=45, c=colour, marker=marker, label=label(file.stem.rpartition("-")[0]))
-    axes.set(
-        xlabel="neighbours: answers about similar subjects that stayed",
-        ylabel="rephrase: the new answer in other wordings",
-    )
-    axes.set(xlim=(0, 1.04), ylim=(-0.02, 1))
+    for name, settings in tried.groupby("label"):
+        look = styles[str(name)] | {"linestyle": ""}
+        axes.plot([], [], label=name, **look)
+        for held, some in settings.groupby(settings["rewrite"] >= HOLDS):
+            axes.plot(some["locality"], some["rephrase"], fillstyle="full" if held else "none", **look)
+    axes.set(xlim=(0, 1.04), ylim=(-0.02, 1), **AXES)
     axes.grid(alpha=0.25)
     axes.legend(loc=(0.02, 0.5))
     return figure
@@ -95,7 +91,7 @@ def picture(files: Sequence[Path]) -> Figure:
 def label(method: str) -> str:
     """What the comparison calls ``method``."""
     (folder,) = conf.__path__
-    return str(yaml.safe_load((Path(folder) / "method" / f"{method}.yaml").read_text("utf-8")).get("label", method))
+    return str(yaml.safe_load((Path(folder) / "method" / f"{method}.yaml").read_text("utf-8"))["label"])
 
 
 if __name__ == "__main__":
