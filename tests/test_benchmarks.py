@@ -1,6 +1,7 @@
 """The benchmarks of later papers, ten records each in their own schemas, whole and damaged.
 
-QAEdit's records are its own (tests/data); all others are made up by hand (tests/benchmark_records.py).
+QAEdit's records, and ten of MQuAKE and of WikiBigEdit's flat form, are their own (tests/data); all others are made up
+by hand (tests/benchmark_records.py).
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ from benchmark_records import BENCHMARKS, mquake, unke
 from kdpo_editor.compare.run.datasets import Probe, Record, load, whole_cases
 from kdpo_editor.errors import DataError
 
-QAEDIT = Path(__file__).parent / "data" / "qaedit.json"
+DATA = Path(__file__).parent / "data"
+QAEDIT = DATA / "qaedit.json"
 
 
 def read(folder: Path, records: Any, **options: Any) -> list[Record]:
@@ -57,6 +59,20 @@ def test_wikibigedit_is_read(tmp_path: Path) -> None:
     assert ["multi_hop" in record.portability for record in records] == [False, True] * 5
 
 
+def test_wikibigedit_in_locfts_flat_form_is_read() -> None:
+    file = DATA / "wikibigedit-flat.json"
+    records = load(str(file), shuffle=False)
+    source = json.loads(file.read_text("utf-8"))
+    assert len(records) == len(source) == 10
+    for record, told in zip(records, source, strict=True):
+        assert (record.subject, record.prompt, record.target_new) == tuple(
+            told[key] for key in ("subject", "prompt", "target_new")
+        )
+        assert record.rephrase_prompts == (told["rephrase_prompt"],)
+        probe = Probe(told["locality_prompt"], (told["locality_ground_truth"],))
+        assert record.locality == {"neighborhood": (probe,)}
+
+
 def test_ultraeditbench_is_read(tmp_path: Path) -> None:
     record = read(tmp_path, records_of("UltraEditBench"))[0]
     assert (record.subject, record.prompt, record.target_new) == ("Abel", "What is the river of Abel?", "Abel Water")
@@ -89,6 +105,21 @@ def test_akew_is_read_with_texts_as_answers(tmp_path: Path) -> None:
 # MQuAKE's cases of several edits ----------------------------------------------------------------------------------
 
 HOPS = ("Brunburg", "City of Brunburg")
+
+
+def test_cases_of_mquake_are_read() -> None:
+    file = DATA / "mquake.json"
+    records = load(str(file), shuffle=False, unique_subjects=False)
+    source = json.loads(file.read_text("utf-8"))
+    edits = [(case, edit) for case in source for edit in case["requested_rewrite"]]
+    assert (len(source), len(records), len(edits)) == (10, 40, 40)
+    for record, (case, edit) in zip(records, edits, strict=True):
+        assert record.prompt == edit["prompt"].replace("{}", edit["subject"])
+        assert (record.subject, record.target_new) == (edit["subject"], edit["target_new"]["str"])
+        assert (record.ground_truth, record.rephrase_prompts) == (edit["target_true"]["str"], (edit["question"],))
+        answers = (case["new_answer"], *case["new_answer_alias"])
+        asked = tuple(Probe(question, answers) for question in case["questions"])
+        assert record.portability == ({"multi_hop": asked} if edit is case["requested_rewrite"][-1] else {})
 
 
 def test_the_last_edit_of_a_case_has_its_questions(tmp_path: Path) -> None:

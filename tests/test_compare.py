@@ -21,6 +21,7 @@ from kdpo_editor import SHIPPED_MODEL
 from kdpo_editor.errors import CellBusy, DataError, HyperParamsError, ResultsError
 
 CONF = Path(kdpo_editor.__file__).parent / "compare" / "conf"
+DATA = Path(__file__).parent / "data"
 
 pytestmark = pytest.mark.skipif(not HAS_PYPI and not CHECKOUT, reason="no form of EasyEdit is installed")
 
@@ -345,6 +346,7 @@ def test_the_easyedit_that_ran_is_told_by_its_files(tmp_path: Path) -> None:
         "smoke",
         "paper_100",
         "paper_500",
+        "locft_3k",
         "ablation_dpo",
         "layers",
     ],
@@ -353,6 +355,29 @@ def test_experiments_compose(experiment: str, tmp_path: Path) -> None:
     config = composed(tmp_path, f"experiment={experiment}")
     assert config.model.name == SHIPPED_MODEL
     assert config.method.hparams["model_name"] == config.model.name
+
+
+def test_locfts_experiment_takes_its_authors_records_repeated_subjects_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kdpo_editor.compare.run.cell import _records
+
+    monkeypatch.setenv("LOCFT", str(tmp_path))
+    told = yaml.safe_load((CONF / "experiment" / "locft_3k.yaml").read_text("utf-8"))
+    assert told["n_edits"] == 3000
+    names = told["hydra"]["sweeper"]["params"]["dataset"].split(",")
+    assert names == ["locft_zsre", "locft_counterfact", "locft_wikibigedit"]
+    for name, excerpt in zip(names, ("mend-zsre", "counterfact-flat", "wikibigedit-flat"), strict=True):
+        config = composed(tmp_path, "experiment=locft_3k", f"dataset={name}")
+        with pytest.raises(DataError, match=r"_3k\.json' is no file"):
+            _records(config)
+        records = json.loads((DATA / f"{excerpt}.json").read_text("utf-8")) * 2
+        file = tmp_path / "data" / name.removeprefix("locft_") / f"{name.removeprefix('locft_')}_3k.json"
+        file.parent.mkdir(parents=True)
+        file.write_text(json.dumps(records), "utf-8")
+        config.n_edits = len(records)
+        edited, rest = _records(config)
+        assert (sorted(record.index for record in edited), rest) == (list(range(len(records))), [])
 
 
 TUNED = sorted(file.stem for file in (CONF / "experiment").glob("tune_*.yaml"))
