@@ -27,6 +27,7 @@ FOLDERS = {
     "memit": "MEMIT",
     "ultraedit": "UltraEdit",
     "alphaedit": "AlphaEdit",
+    "lora": "LoRA",
 }
 # Its settings are not the best of six, but were chosen on more records.
 OURS = {"kdpo_l"}
