@@ -19,7 +19,7 @@ BIN := $(VENV)/bin
 # An experiment of kdpo_editor/compare/conf/experiment for make compare.
 EXPERIMENT ?= smollm2
 RESULTS ?= results/$(EXPERIMENT)
-METHODS ?= kdpo kdpo_l ft_m ft_bf lora rome memit alphaedit
+METHODS ?= kdpo kdpo_l ft_m ft_bf lora rome memit alphaedit ultraedit
 
 demo: $(VENV)/.installed
 	$(BIN)/kdpo demo

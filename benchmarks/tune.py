@@ -84,7 +84,7 @@ def picture(files: Sequence[Path]) -> Figure:
             axes.plot(some["locality"], some["rephrase"], fillstyle="full" if held else "none", **look)
     axes.set(xlim=(0, 1.04), ylim=(-0.02, 1), **AXES)
     axes.grid(alpha=0.25)
-    axes.legend(loc=(0.02, 0.5))
+    axes.legend(loc=(0.14, 0.43))
     return figure
 
 

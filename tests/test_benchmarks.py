@@ -188,6 +188,12 @@ def test_empty_and_not_a_number_are_as_good_as_missing(tmp_path: Path) -> None:
     assert (record.subject, record.locality, list(record.portability)) == ("", {}, ["personas"])
 
 
+def test_an_empty_old_answer_is_as_good_as_none(tmp_path: Path) -> None:
+    told = records_of("MQuAKE")
+    told[0]["requested_rewrite"][0]["target_true"] = {"str": ""}
+    assert read(tmp_path, told)[0].ground_truth == ""
+
+
 DAMAGED: list[tuple[str, str, Any, str]] = [
     ("QAEdit", "target", "", r"'target' is empty"),
     ("QAEdit", "locality", {"loc": "a"}, r"'locality.neighborhood' is a dict; it must be a list of probes"),

@@ -337,6 +337,100 @@ def test_the_easyedit_that_ran_is_told_by_its_files(tmp_path: Path) -> None:
     assert re.fullmatch(r"(PyPI [\w.]+|upstream.*), files [0-9a-f]{12}", versions()["easyeditor"])
 
 
+# What a cell depends on ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("override", "least"),
+    [
+        ("seed=-1", "seed: -1 is not allowed; it must be 0 or more"),
+        ("threads=0", "threads: 0 is not allowed; it must be at least 1"),
+        ("dataset.offset=-1", "dataset.offset: -1 is not allowed; it must be 0 or more"),
+        ("protocol.known=-5", "protocol.known: -5 is not allowed; it must be 0 or more"),
+        ("protocol.fluency=-1", "protocol.fluency: -1 is not allowed; it must be 0 or more"),
+        ("protocol.longest=-1", "protocol.longest: -1 is not allowed; it must be 0 or more"),
+    ],
+)
+def test_a_number_that_is_too_small_is_named(tmp_path: Path, override: str, least: str) -> None:
+    from kdpo_editor.compare.run.cell import run
+
+    with pytest.raises(HyperParamsError, match=re.escape(least)):
+        run(composed(tmp_path, override))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "subject", "said"),
+    [
+        ("The capital of Peru is", "Lima", "ROME needs the subject word for word in the prompt; 'Lima' is not in"),
+        ("The capital of Peru is", "", "ROME needs the subject word for word in the prompt; '' is not in"),
+        ("In {curly} words, Lima is", "Lima", "ROME takes no braces in a prompt; 'In {curly} words, Lima is' has some"),
+    ],
+)
+def test_a_record_that_a_method_cannot_edit_is_named(tmp_path: Path, prompt: str, subject: str, said: str) -> None:
+    from kdpo_editor.compare.run.cell import run
+
+    good = {"prompt": "Rome is in", "target_new": "Peru", "subject": "Rome"}
+    records = [good, {"prompt": prompt, "target_new": "big", "subject": subject}]
+    (tmp_path / "facts.json").write_text(json.dumps(records))
+    data = ["dataset=file", f"dataset.source={tmp_path}/facts.json", "dataset.split=all", "n_edits=2"]
+    found = manifest(run(composed(tmp_path, "method=rome", *data)).folder)
+    assert found["status"] == "failed"
+    assert found["error"].startswith(f"DataError: record 1: {said}")
+    assert "model_fingerprint" not in found  # the model was not even loaded
+
+
+def test_a_cell_goes_by_what_a_text_says_and_not_by_its_name_alone(tmp_path: Path) -> None:
+    from kdpo_editor.compare.run.cell import _cell
+
+    text = tmp_path / "text.txt"
+    folders = []
+    for said in ("One.", "Two.", "One."):
+        text.write_text(said)
+        folders.append(_cell(composed(tmp_path, f"model.held_out_text={text}"), [], {}, []).folder)
+    assert folders[0] == folders[2] != folders[1]
+
+
+def test_edits_made_on_other_weights_are_not_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from kdpo_editor.compare.run import cell as module
+
+    def stop(self: object, *args: object) -> None:
+        raise RuntimeError("stopped")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module.Cell, "drop_checkpoints", stop)
+        stopped = module.run(composed(tmp_path, "n_edits=2"))
+    assert "stopped" in manifest(stopped.folder)["error"]
+    fingerprints = iter(["other"])
+    monkeypatch.setattr(module, "fingerprint", lambda model: next(fingerprints, "other"))
+    again = manifest(module.run(composed(tmp_path, "n_edits=2")).folder)
+    assert "edits were made on other weights; overwrite=true computes it again" in again["error"]
+
+
+def test_a_checkpoint_holds_texts_of_any_characters(tmp_path: Path) -> None:
+    from kdpo_editor.compare.result_format import IDENTITY
+    from kdpo_editor.compare.run.results import Cell, Log
+
+    (tmp_path / "cell").mkdir()
+    cell = Cell(tmp_path / "cell", "x", dict.fromkeys(IDENTITY, 0))
+    texts = [{"text": "one\u2028two\u2029three\x85four"}, {"text": "five\r\nsix\x0b"}]
+    cell.save_checkpoint(1, Log([(0, 1, "checkpoint", "rewrite_acc", 1.0)], texts), {})
+    assert cell.load_checkpoint()[1].generations == texts
+
+
+def test_what_is_tuned_is_of_edits_and_of_what_they_ask(tmp_path: Path) -> None:
+    from kdpo_editor.compare.run.tune import figures as tuned
+    from kdpo_editor.compare.run.tune import objective
+
+    columns = ["edit", "checkpoint", "when", "metric", "value"]
+    rows = [(edit, 2, "checkpoint", "rewrite_acc", 0.5) for edit in (0, 1)]
+    pd.DataFrame(rows, columns=columns).to_parquet(tmp_path / "rows.parquet")
+    assert objective(tmp_path) == 0.5
+    rows += [(0, 2, "checkpoint", f"locality.{key}_acc", 1.0) for key in "abc"]
+    rows += [(1, 2, "checkpoint", "locality.a_acc", 0.0), (0, 1, "checkpoint", "rewrite_acc", 0.0)]
+    pd.DataFrame(rows, columns=columns).to_parquet(tmp_path / "rows.parquet")
+    assert tuned(tmp_path) == {"rewrite": 0.5, "locality": 0.5}
+
+
 # Experiments ------------------------------------------------------------------------------------------------------
 
 

@@ -124,18 +124,23 @@ def test_a_record_without_an_old_answer_has_no_such_scores(shipped: tuple[Any, A
     assert scores(observe(Evaluator(*shipped), records, 1, 0, probabilities=True), records) == [{}, {}]
 
 
-def test_the_score_is_the_harmonic_mean_of_means_over_edits() -> None:
-    told = {"efficacy": (1.0, 0.5), "paraphrase": (0.5, 0.5), "neighborhood": (0.25, 0.75)}
+@pytest.mark.parametrize(
+    ("score", "of"),
+    [
+        ("counterfact.score", ("counterfact.efficacy", "counterfact.paraphrase", "counterfact.neighborhood")),
+        ("harmonic_mean", ("rewrite_acc", "rephrase_acc", "locality_acc")),
+    ],
+)
+def test_scores_are_harmonic_means_of_means_over_edits(score: str, of: tuple[str, str, str]) -> None:
+    told = dict(zip(of, ((1.0, 0.5), (0.5, 0.5), (0.25, 0.75)), strict=True))
     measured = [
-        (edit, 2, "checkpoint", f"counterfact.{name}", value)
-        for name, values in told.items()
-        for edit, value in enumerate(values)
+        (edit, 2, "checkpoint", name, value) for name, values in told.items() for edit, value in enumerate(values)
     ]
     frame = pd.DataFrame(measured, columns=["edit", "checkpoint", "when", "metric", "value"])
     means = cell_means(frame).set_index("metric")
-    assert means.loc["counterfact.score", "mean"] == pytest.approx(harmonic_mean([0.75, 0.5, 0.5]))
-    assert means.loc["counterfact.score", "edits"] == 2
-    lost = cell_means(frame.assign(value=frame["value"].where(frame["metric"] != "counterfact.paraphrase", 0.0)))
-    assert lost.set_index("metric").loc["counterfact.score", "mean"] == 0
-    partly = cell_means(frame[frame["metric"] != "counterfact.paraphrase"])
-    assert "counterfact.score" not in set(partly["metric"])
+    assert means.loc[score, "mean"] == pytest.approx(harmonic_mean([0.75, 0.5, 0.5]))
+    assert means.loc[score, "edits"] == 2
+    lost = cell_means(frame.assign(value=frame["value"].where(frame["metric"] != of[1], 0.0)))
+    assert lost.set_index("metric").loc[score, "mean"] == 0
+    partly = cell_means(frame[frame["metric"] != of[1]])
+    assert score not in set(partly["metric"])

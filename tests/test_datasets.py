@@ -417,6 +417,15 @@ def test_more_edits_than_there_are_is_refused(tmp_path: Path, options: dict[str,
         load(source, **options)
 
 
+def test_rephrasings_of_flat_records_have_either_name(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(
+        json.dumps(
+            [{"prompt": "A is", "target_new": "b", "rephrase_prompt": "What is A?", "rephrase": ["A, that is", ""]}]
+        )
+    )
+    assert load(str(tmp_path / "a.json"))[0].rephrase_prompts == ("What is A?", "A, that is")
+
+
 @pytest.mark.skipif("KDPO_DATA" not in os.environ, reason="KDPO_DATA names no folder with full benchmark files")
 def test_full_benchmarks_are_read_whole() -> None:
     files = sorted(Path(os.environ["KDPO_DATA"]).rglob("*.json"))

@@ -213,6 +213,15 @@ def test_a_frontier_has_a_point_per_method_and_rate(results: Path, capsys: pytes
     assert file.name == "frontier-m-zsre-sequence-2-T2-rewrite_gen-known.png"
 
 
+def test_a_frontier_takes_no_other_setting_for_another_seed(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [(0, 2, "checkpoint", "rewrite_gen", 1.0), (-1, 2, "checkpoint", "known", 1.0)]
+    for steps in (10, 20):
+        config = f"method:\n  rate_factor: 0.5\n  num_steps: {steps}\n"
+        write_cell(results, f"n{steps}", rows, config, method="ft_m", label="FT-M")
+    assert main(["frontier", str(results)]) == 1
+    assert "FT-M: several cells have 0.5 times its rate and seed 0" in capsys.readouterr().err
+
+
 def test_a_frontier_of_what_was_not_measured(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["frontier", str(results), "--y", "portability_acc"]) == 1
     assert (

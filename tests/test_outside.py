@@ -154,6 +154,12 @@ def test_at_most_so_many_facts_are_put_the_most_similar_last() -> None:
     assert put[-1] == "New fact: The mayor of Rome is France"
 
 
+def test_none_may_be_put_and_what_a_fact_says_is_not_filled_in() -> None:
+    assert remembering(ROME, most=0).context("Rome is in") == ""
+    odd = {**ROME, "prompt": "Rome, {target}, is in"}
+    assert remembering(odd).context("Is Rome old?") == "New fact: Rome, {target}, is in France\n"
+
+
 def test_a_later_fact_takes_the_place_of_an_earlier_one() -> None:
     memory = remembering(ROME, {**ROME, "target_new": "Spain"})
     assert memory.context("Rome is in") == "New fact: Rome is in Spain\n"

@@ -149,6 +149,23 @@ def test_a_sweep_gets_a_row_per_setting_and_its_seeds_stay_together(cell: WriteC
     assert set(frame["seeds"]) == {2}
 
 
+def test_where_a_run_logged_to_is_no_other_setting(cell: WriteCell) -> None:
+    for seed, logged in enumerate(("null", "tensorboard")):
+        folder = cell(f"s{seed}", config=f"method:\n  lr: 0.1\nlogging: {logged}\n", seed=seed).parent
+    assert set(tidy(read_cells(folder)[0])["seeds"]) == {2}
+
+
+def test_records_of_different_files_are_not_compared(cell: WriteCell) -> None:
+    for file, method in (("a", "KDPO"), ("b", "FT"), ("b", "KDPO")):
+        told = {"method": method.lower(), "label": method, "dataset": "file"}
+        folder = cell(f"{method}-{file}", config=f"dataset:\n  name: file\n  source: {file}.json\n", **told).parent
+    made = [t for t in tables(tidy(read_cells(folder)[0])) if t.made == 2 and not t.detail]
+    assert {t.caption.partition(", ")[2]: t.labels[1:] for t in made} == {
+        "file (source=a.json), after 2 of 2 edits": ["KDPO"],
+        "file (source=b.json), after 2 of 2 edits": ["FT", "KDPO"],
+    }
+
+
 def test_different_numbers_of_edits_are_not_compared(cell: WriteCell) -> None:
     cell("a")
     folder = cell("b", n_edits=3, method="ft", label="FT").parent

@@ -28,6 +28,7 @@ FOLDERS = {
     "ultraedit": "UltraEdit",
     "alphaedit": "AlphaEdit",
     "lora": "LoRA",
+    "rome": "ROME",
 }
 # Its settings are not the best of six, but were chosen on more records.
 OURS = {"kdpo_l"}

@@ -79,7 +79,7 @@ def example(title: str, questions: Sequence[Question]) -> Figure:
                 ),
             ]
             lines.append(_Line(parts, fill=SHADE if i % 2 == 0 else None))
-    note = "✓: the wanted answer, complete and stopped"
+    note = "✓: begins with a wanted answer"
     lines.append(_Line([(MARGIN, note, {"color": "#444444", "fontsize": SIZE - 1})], above=0.05))
     return _sheet(title, lines, below=MARGIN)
 

@@ -24,7 +24,8 @@ def points(cells: Sequence[ResultFolder], x: str, y: str, made: int) -> pd.DataF
     """One row per method and rate: ``label``, ``method``, ``rate`` (times the one in its settings), ``x`` and ``y``
     (means over seeds of the two metrics after ``made`` edits).
 
-    Raises :class:`~kdpo_editor.errors.ResultsError` naming a metric that was not measured then.
+    Raises :class:`~kdpo_editor.errors.ResultsError` naming a metric that was not measured then, or a method of which
+    cells differ in more than rate and seed.
     """
     rows = []
     for cell in cells:
@@ -32,12 +33,20 @@ def points(cells: Sequence[ResultFolder], x: str, y: str, made: int) -> pd.DataF
         found = means.set_index("metric")["mean"]
         if cell.manifest["method"] != UNEDITED and x in found and y in found:
             rate = float(cell.settings.get(RATE, "1"))
-            label = cell.manifest["label"]
-            rows.append({"label": label, "method": label, "rate": rate, "x": found[x], "y": found[y]})
+            label, seed = cell.manifest["label"], cell.manifest["seed"]
+            rows.append({"label": label, "method": label, "rate": rate, "seed": seed, "x": found[x], "y": found[y]})
     if not rows:
         measured = sorted({m for c in cells for m in c.means[c.means["when"] == "checkpoint"]["metric"]})
         raise ResultsError(f"{x} and {y} were not both measured after {made} edits; measured is {', '.join(measured)}")
-    return pd.DataFrame(rows).groupby(["label", "method", "rate"], as_index=False).mean()
+    frame = pd.DataFrame(rows)
+    several = frame[frame.duplicated(["label", "rate", "seed"])]
+    if not several.empty:
+        label, rate, seed = several.iloc[0][["label", "rate", "seed"]]
+        raise ResultsError(
+            f"{label}: several cells have {rate:g} times its rate and seed {seed}, so they differ in other settings; "
+            "move those of one setting into a folder of their own"
+        )
+    return frame.drop(columns="seed").groupby(["label", "method", "rate"], as_index=False).mean()
 
 
 def pictures(cells: Sequence[ResultFolder], x: str, y: str, made: int) -> Iterator[Picture]:

@@ -23,8 +23,11 @@ KEYED = {
     r"portability\..+_gen_stop": "portability_gen_stop",
 }
 
-# CounterFact's score is the harmonic mean of these means.
-SCORE, SUCCESSES = "counterfact.score", [f"counterfact.{name}" for name in ("efficacy", "paraphrase", "neighborhood")]
+# Harmonic means of means: CounterFact's score, and what methods are tuned for.
+HARMONIC = {
+    "counterfact.score": ("counterfact.efficacy", "counterfact.paraphrase", "counterfact.neighborhood"),
+    "harmonic_mean": ("rewrite_acc", "rephrase_acc", "locality_acc"),
+}
 
 
 def complete_checkpoints(rows: pd.DataFrame, single: bool) -> list[int]:
@@ -44,7 +47,7 @@ def cell_means(rows: pd.DataFrame) -> pd.DataFrame:
     - when = "right_after": each of the T edits right after it was made.
     - when = "pre": the same edits before any was made.
 
-    ``counterfact.score`` is the harmonic mean of the three means of :data:`SUCCESSES`, 0 where one of them is.
+    Each of :data:`HARMONIC` is the harmonic mean of three of these means, 0 where one of them is.
     Locality and portability are there by key and averaged over an edit's keys, ``locality_acc`` for example.
     Values that are not a number are left out.
     """
@@ -71,19 +74,17 @@ def cell_means(rows: pd.DataFrame) -> pd.DataFrame:
         mean=("value", "mean"), highest=("value", "max"), edits=("edits", "sum")
     )
     means["mean"] = means["mean"].where(~means["metric"].isin(MEMORY), means["highest"])
-    return _with_score(means.drop(columns="highest"))
+    return _with_harmonic_means(means.drop(columns="highest"))
 
 
-def _with_score(means: pd.DataFrame) -> pd.DataFrame:
-    of = means[means["metric"].isin(SUCCESSES)].groupby(["T", "when"])
-    if not (rows := [_score(at, successes) for at, successes in of if len(successes) == len(SUCCESSES)]):
-        return means
-    return pd.concat([means, pd.DataFrame(rows)], ignore_index=True)
-
-
-def _score(at: tuple[int, str], successes: pd.DataFrame) -> dict[str, float | str]:
-    score = harmonic_mean(successes["mean"])
-    return {"T": at[0], "when": at[1], "metric": SCORE, "mean": score, "edits": successes["edits"].max()}
+def _with_harmonic_means(means: pd.DataFrame) -> pd.DataFrame:
+    found = [
+        {"T": made, "when": when, "metric": name, "mean": harmonic_mean(of["mean"]), "edits": of["edits"].max()}
+        for name, metrics in HARMONIC.items()
+        for (made, when), of in means[means["metric"].isin(metrics)].groupby(["T", "when"])
+        if len(of) == len(metrics)
+    ]
+    return pd.concat([means, pd.DataFrame(found)], ignore_index=True) if found else means
 
 
 def tidy(cells: Iterable[ResultFolder]) -> pd.DataFrame:

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import os
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ TEXT_KEYS = {"edit", "checkpoint", "when", "kind", "prompt", "wanted", "text", "
 # Where and with which seed a cell ran does not make it another variant of its method.
 NOT_A_SETTING = (
     "seed", "device", "dir", "folder", "path", "root", "out", "output", "cache",
-    "overwrite", "threads", "report", "experiment", "trials",
+    "overwrite", "threads", "logging", "report", "experiment", "trials",
 )  # fmt: skip
 
 
@@ -47,7 +47,7 @@ def read_cells(folder: Path, partial: bool = False) -> tuple[list[ResultFolder],
             cells.append(_read_cell(path, name, partial))
         except ResultsError as error:
             left_out.append((name, str(error)))
-    cells, repeated = _without_repeats(_named_apart(cells))
+    cells, repeated = _without_repeats(_named_apart(_data_named_apart(cells)))
     left_out = sorted(left_out + repeated)
     if not cells:
         why = "".join(f"\n  {name}: {reason}" for name, reason in left_out)
@@ -201,16 +201,34 @@ def _named_apart(cells: Iterable[ResultFolder]) -> list[ResultFolder]:
         alike[cell.group, cell.label].append(cell)
     named = []
     for same in alike.values():
-        keys = sorted({key for cell in same for key in cell.settings})
-        keys = [key for key in keys if len({cell.settings.get(key) for cell in same}) > 1]
-        short = [key.rsplit(".", 1)[-1] for key in keys]
-        for cell in same:
-            said = ", ".join(
-                f"{brief if short.count(brief) == 1 else key}={cell.settings.get(key, 'unset')}"
-                for key, brief in zip(keys, short, strict=True)
-            )
+        for cell, said in zip(same, _differences(same), strict=True):
             named.append(dataclasses.replace(cell, label=f"{cell.label} ({said})" if said else cell.label))
     return sorted(named, key=lambda cell: cell.name)
+
+
+def _data_named_apart(cells: Iterable[ResultFolder]) -> list[ResultFolder]:
+    """Cells of one group whose records were chosen otherwise get that into their data set's name."""
+    alike = defaultdict(list)
+    for cell in cells:
+        alike[cell.group].append(cell)
+    named = []
+    for same in alike.values():
+        for cell, said in zip(same, _differences(same, "dataset."), strict=True):
+            dataset = f"{cell.manifest['dataset']} ({said})" if said else cell.manifest["dataset"]
+            named.append(dataclasses.replace(cell, manifest=cell.manifest | {"dataset": dataset}))
+    return named
+
+
+def _differences(cells: Sequence[ResultFolder], beginning: str = "") -> list[str]:
+    """Of each cell, those of its settings that not all of ``cells`` have; of settings that so begin."""
+    keys = sorted({key for cell in cells for key in cell.settings if key.startswith(beginning)})
+    keys = [key for key in keys if len({cell.settings.get(key) for cell in cells}) > 1]
+    short = [key.rsplit(".", 1)[-1] for key in keys]
+    names = [brief if short.count(brief) == 1 else key for key, brief in zip(keys, short, strict=True)]
+    told = [
+        [f"{name}={cell.settings.get(key, 'unset')}" for key, name in zip(keys, names, strict=True)] for cell in cells
+    ]
+    return list(map(", ".join, told))
 
 
 def _without_repeats(cells: list[ResultFolder]) -> tuple[list[ResultFolder], list[tuple[str, str]]]:

@@ -18,6 +18,7 @@ MAIN = [
     ("rewrite_acc", "checkpoint"),
     ("rephrase_acc", "checkpoint"),
     ("locality_acc", "checkpoint"),
+    ("harmonic_mean", "checkpoint"),
     ("portability_acc", "checkpoint"),
     ("fluency.ngram_entropy", "checkpoint"),
     ("counterfact.score", "checkpoint"),
@@ -42,16 +43,16 @@ MAIN = [
 ]
 TRIED = "settings tried"
 HIGHER_IS_BETTER = re.compile(
-    r".+_acc|.+_gen|.+_gen_stop|.+\.ngram_entropy|counterfact\..+|wild\..+|tasks\..+|known|agreement"
+    r".+_acc|.+_gen|.+_gen_stop|.+\.ngram_entropy|counterfact\..+|wild\..+|tasks\..+|known|agreement|harmonic_mean"
 )
 LEGEND = (
-    "*_acc: EasyEdit's teacher-forced accuracy. *_gen: the greedy answer begins with the wanted one; *_gen_stop: it is "
-    "that and no more. counterfact.*: ROME's scores, by which of two answers is likelier. right after: each edit as "
-    "soon as it was made. known: facts about other subjects that were answered right before and still are. overreach: "
-    "other questions about edited subjects that get the new answer. perplexity: "
-    "of held-out text; agreement: its next tokens that are the unedited model's. seconds: per edit; setup_seconds: "
-    "before the first; peak_memory: the highest of a call above what was held before it; total_memory: with that. "
-    "settings tried: for the method, before these were chosen. "
+    "*_acc: EasyEdit's teacher-forced accuracy. harmonic_mean: of rewrite_acc, rephrase_acc and locality_acc. *_gen: "
+    "the greedy answer begins with the wanted one; *_gen_stop: it is that and no more. counterfact.*: ROME's scores, "
+    "by which of two answers is likelier. right after: each edit as soon as it was made. known: facts about other "
+    "subjects that were answered right before and still are. overreach: other questions about edited subjects that get "
+    "the new answer. perplexity: of held-out text; agreement: its next tokens that are the unedited model's. seconds: "
+    "per edit; setup_seconds: before the first; peak_memory: the highest of a call above what was held before it; "
+    "total_memory: with that. settings tried: for the method, before these were chosen. "
     "Mean, and ± the standard deviation over seeds where there are several; the best value of a column is marked, the "
     "unedited model aside."
 )

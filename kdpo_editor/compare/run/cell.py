@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from ... import easyedit
 from ...derived import complete
-from ...errors import DataError, HyperParamsError, KDPOError
+from ...errors import DataError, HyperParamsError, KDPOError, ResultsError
 from ...hparams import KDPOHyperParams, settings_folder
 from ...models import loading
 from ...tracking import tracking
@@ -31,7 +31,7 @@ from .cell_locks import one_at_a_time
 from .config import PROTOCOLS, SPLITS, Compare
 from .datasets import Record, content_hash, in_validation, load, whole_cases
 from .derived_settings import TEMPLATE, fill, is_template
-from .editing import Editing, available
+from .editing import NEED_SUBJECT, Editing, available
 from .evaluate import fingerprint
 from .memory import gpus_of, high_water, wait_for
 from .outside import editor
@@ -60,9 +60,9 @@ def run(config: Compare) -> Cell:
         ResultsError: its folder is damaged and ``overwrite`` was not asked for.
         KDPOError: an unknown data set, protocol or model, or a bad record; found before anything is written.
     """
+    edited, spare = _records(config)
     if config.threads:
         torch.set_num_threads(config.threads)
-    edited, spare = _records(config)
     easyedit.require()
     if config.method.hparams is not None:
         config.method.hparams = _filled(config, config.method.hparams)
@@ -107,6 +107,8 @@ def _compute(
         cell.note(status="skipped")
         LOG.warning("%s: %s", config.method.label, notes[0])
         return
+    if settings is not None and settings.get("alg_name") in NEED_SUBJECT:
+        _check_subjects(edited, settings["alg_name"])
     model, tok = loading.load(config.model.name, dtype=config.model.dtype, device=config.model.device)
     model.requires_grad_(False)
     before = fingerprint(model)
@@ -139,8 +141,12 @@ def _compute(
     if editing.ignored:
         notes.append(f"of no use to EasyEdit's installed form and left out: {', '.join(editing.ignored)}")
     scorer = Scorer(config, editing, list(edited), list(spare), before)
-    cell.note(model_fingerprint=before, dequantised_from=loading.dequantised_from(model), notes=notes)
     count, log, state = cell.load_checkpoint()
+    if count and cell.manifest().get("model_fingerprint") != before:
+        raise ResultsError(
+            f"{cell.folder}: its first {count} edits were made on other weights; overwrite=true computes it again"
+        )
+    cell.note(model_fingerprint=before, dequantised_from=loading.dequantised_from(model), notes=notes)
     if count == 0:
         scorer.before(log)
         if settings is not None:
@@ -235,9 +241,15 @@ def _records(config: Compare) -> tuple[list[Record], list[Record]]:
             raise HyperParamsError(f"{key}: {value!r} is not one of {', '.join(allowed)}")
     for key, number, least in (
         ("n_edits", config.n_edits, 1),
+        ("seed", config.seed, 0),
+        ("threads", config.threads, 1),
+        ("dataset.offset", data.offset, 0),
         ("method.requests_per_call", config.method.requests_per_call, 1),
         ("method.trials", config.method.trials, 1),
+        ("protocol.known", protocol.known, 0),
         ("protocol.other_questions", protocol.other_questions, 0),
+        ("protocol.longest", protocol.longest, 0),
+        ("protocol.fluency", protocol.fluency, 0),
     ):
         if number is not None and number < least:
             wanted = f"at least {least}" if least else "0 or more"
@@ -258,7 +270,7 @@ def _records(config: Compare) -> tuple[list[Record], list[Record]]:
         first = {record.index: record for record in reversed(pool)}  # the edits of one case stay together
         pool = [record for record in pool if in_validation(first[record.index]) == (data.split == "validation")]
     last = data.offset + config.n_edits
-    if data.offset < 0 or last > len(pool):
+    if last > len(pool):
         distinct = " of different subjects" if data.unique_subjects else ""
         raise DataError(
             f"n_edits: {source} has {len(pool)} records{distinct} in its split {data.split!r}; "
@@ -268,6 +280,25 @@ def _records(config: Compare) -> tuple[list[Record], list[Record]]:
     return edited, pool[last:][-SPARE:]
 
 
+def _check_subjects(records: Sequence[Record], method: str) -> None:
+    """Raise :class:`~kdpo_editor.errors.DataError` for the first of ``records`` that ``method`` cannot edit."""
+    for record in records:
+        where = f"record {record.index}: {method}"
+        if not record.subject_in_prompt:
+            raise DataError(
+                f"{where} needs the subject word for word in the prompt; {record.subject!r} is not in {record.prompt!r}"
+            )
+        if set("{}") & set(record.prompt.replace(record.subject, "")):
+            raise DataError(f"{where} takes no braces in a prompt; {record.prompt!r} has some")
+
+
+def _digests(config: Compare) -> dict[str, str]:
+    """SHA-256 of the files, if any, that figures depend on beside the edited records."""
+    names = (config.model.text, config.model.held_out_text, config.dataset.known, *config.protocol.tasks)
+    files = {name: Path(name) for name in names if name}
+    return {name: hashlib.sha256(file.read_bytes()).hexdigest() for name, file in files.items() if file.is_file()}
+
+
 def _cell(config: Compare, edited: Sequence[Record], settings: dict[str, Any] | None, notes: list[str]) -> Cell:
     label = config.method.label
     if notes and settings is not None:
@@ -275,6 +306,7 @@ def _cell(config: Compare, edited: Sequence[Record], settings: dict[str, Any] | 
     told = {k: v for k, v in asdict(config).items() if k not in ELSEWHERE}
     del told["model"]["device"], told["method"]["trials"]
     told |= {"settings": settings, "records": content_hash(edited), "form": easyedit.form().lower()}
+    told |= {"files": digests} if (digests := _digests(config)) else {}
     code = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:12]
     identity = {
         "method": config.method.name,

@@ -33,7 +33,9 @@ from .evaluate import Evaluator
 # How ROME and MEMIT begin the contexts that they put before a prompt, and WISE.
 DOT_STARTS = ("The", "Therefore", "Because", "I", "You")
 PLAIN_STARTS = ("I", "You", "Because", "Yes", "Q: ")
-DRAW_CONTEXTS = ("ROME", "R-ROME", "SimIE", "MEMIT", "EMMET", "PMET", "CORE", "AlphaEdit", "SPHERE", "WISE")
+# These edit where a prompt names its subject, and put the rest of it through ``str.format``.
+NEED_SUBJECT = ("ROME", "R-ROME", "SimIE", "MEMIT", "EMMET", "PMET", "CORE", "AlphaEdit", "SPHERE")
+DRAW_CONTEXTS = (*NEED_SUBJECT, "WISE")
 # These count tokens from the left, whatever padding side EasyEdit gives them.
 COUNT_FROM_LEFT = ("PMET", "SimIE")
 # What these remember is not in the weights: a resumed run makes the edits again.

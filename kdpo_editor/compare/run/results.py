@@ -129,7 +129,8 @@ class Cell:
         try:
             frame = pd.read_parquet(folder / "rows.parquet", columns=list(MEASURED))
             rows = [tuple(row) for row in frame.itertuples(index=False)]
-            lines = (folder / "generations.jsonl").read_text("utf-8").splitlines()
+            # Texts may hold characters that splitlines would split at as well.
+            lines = filter(None, (folder / "generations.jsonl").read_text("utf-8").split("\n"))
             return count, Log(rows, [json.loads(line) for line in lines]), load_file(folder / "state.safetensors")  # type: ignore[arg-type]
         except Exception as error:  # pyarrow, safetensors and json each raise their own
             raise ResultsError(f"{folder} cannot be read ({error}); overwrite=true computes the cell again") from error

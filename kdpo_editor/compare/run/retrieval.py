@@ -32,12 +32,11 @@ class Retrieval:
     def context(self, prompt: str) -> str:
         """What is put before ``prompt``, the most similar fact last; ``""`` where no fact is found."""
         scores = [(self._score(i, prompt), i) for i in range(len(self.facts))]
-        best = sorted(found for found in scores if found[0] > 0)[-self.hparams.most :]
-        chosen = [self.facts[i] for _, i in best]
-        put = self.hparams.template
-        return "".join(
-            put.replace("{prompt}", fact["prompt"]).replace("{target}", fact["target_new"]) for fact in chosen
-        )
+        best = sorted((found for found in scores if found[0] > 0), reverse=True)[: self.hparams.most]
+        chosen = [self.facts[i] for _, i in reversed(best)]
+        parts = re.split(r"\{(prompt|target)\}", self.hparams.template)  # text and names in turn
+        keys = {"prompt": "prompt", "target": "target_new"}
+        return "".join(fact[keys[part]] if i % 2 else part for fact in chosen for i, part in enumerate(parts))
 
     def _score(self, i: int, prompt: str) -> float:
         """Over 1 where the subject is in ``prompt``, else the similarity of the words if that is enough, else 0."""

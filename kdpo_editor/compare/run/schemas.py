@@ -71,8 +71,9 @@ def _plain(record: dict[str, Any], index: int) -> list[Record]:
     local = record.get("locality")
     local = {"same_subject": local} if isinstance(local, list) else local
     neighbors = {"neighborhood": record.get("neighborhood")}
+    others = [record.get(key) for key in ("rephrase_prompt", "rephrase")]
     return _record(
-        record,
+        {**record, "rephrase_prompt": others},
         index,
         "prompt",
         "target_new",
@@ -161,7 +162,7 @@ def _rewrites(record: dict[str, Any], index: int) -> list[Record]:
         template = _text(within, "requested_rewrite.prompt")
         if template.count("{}") != 1:
             raise DataError(f"'requested_rewrite.prompt' is {template!r}; it must have one {{}} where the subject goes")
-        old = _text(within, "requested_rewrite.target_true.str") if rewrite.get("target_true") else ""
+        old = _first((rewrite.get("target_true") or {}).get("str"), "requested_rewrite.target_true.str")
         # The neighbours were chosen because the edited subject's true answer is theirs too.
         neighbors = tuple(
             Probe(prompt, (old,) if old else ())
