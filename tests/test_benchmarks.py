@@ -211,6 +211,12 @@ DAMAGED: list[tuple[str, str, Any, str]] = [
         [{"subject": "A", "prompt": "B"}],
         r"'requested_rewrite.prompt' is 'B'; it must have one \{\}",
     ),
+    (
+        "MQuAKE",
+        "requested_rewrite",
+        [{"subject": "A", "prompt": "{} is", "target_true": "b"}],
+        r"'requested_rewrite.target_true' is a str; it must be a dict",
+    ),
     ("MQuAKE", "questions", [3], r"'questions' holds a int"),
     ("AKEW", "requested_rewrite", {"fact_new_uns": "a", "prompt": "{}"}, r"'requested_rewrite.subject' is missing"),
 ]

@@ -162,7 +162,10 @@ def _rewrites(record: dict[str, Any], index: int) -> list[Record]:
         template = _text(within, "requested_rewrite.prompt")
         if template.count("{}") != 1:
             raise DataError(f"'requested_rewrite.prompt' is {template!r}; it must have one {{}} where the subject goes")
-        old = _first((rewrite.get("target_true") or {}).get("str"), "requested_rewrite.target_true.str")
+        true = rewrite.get("target_true") or {}
+        if not isinstance(true, dict):
+            raise DataError(f"'requested_rewrite.target_true' is a {type(true).__name__}; it must be a dict")
+        old = _first(true.get("str"), "requested_rewrite.target_true.str")
         # The neighbours were chosen because the edited subject's true answer is theirs too.
         neighbors = tuple(
             Probe(prompt, (old,) if old else ())
