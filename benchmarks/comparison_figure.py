@@ -25,7 +25,7 @@ AXES = {
     "xlabel": "neighbours: answers about similar subjects that stayed",
     "ylabel": "rephrase: the new answer in other wordings",
 }
-OURS = ("KDPO", "KDPO, tuned", "KDPO-L")
+OURS = ("KDPO", "KDPO, tuned", "KDPO-L", "KDPO-L, breadth-first")
 GREY = "#6f6f6f"
 LARGEST = 160  # square points, of a method whose edits all hold
 HOLDS = 0.5  # a method that holds fewer of its edits has no place among the others
