@@ -5,7 +5,7 @@ Prompt and target must be there. Everything else may be missing from some record
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,13 +71,12 @@ def _plain(record: dict[str, Any], index: int) -> list[Record]:
     local = record.get("locality")
     local = {"same_subject": local} if isinstance(local, list) else local
     neighbors = {"neighborhood": record.get("neighborhood")}
-    others = [record.get(key) for key in ("rephrase_prompt", "rephrase")]
     return _record(
-        {**record, "rephrase_prompt": others},
+        record,
         index,
         "prompt",
         "target_new",
-        rephrase="rephrase_prompt",
+        rephrase=("rephrase_prompt", "rephrase"),
         locality={
             **_groups(local, "locality"),
             **_groups(neighbors, "locality"),
@@ -116,12 +115,12 @@ def _wikibigedit(record: dict[str, Any], index: int) -> list[Record]:
 
 def _ultraeditbench(record: dict[str, Any], index: int) -> list[Record]:
     locality = _columns(record, "neighborhood", "loc", "loc_ans")
-    return _record(record, index, "prompt", "ans", rephrase="rephrase_prompt", locality=locality)
+    return _record(record, index, "prompt", "ans", rephrase=("rephrase_prompt",), locality=locality)
 
 
 def _unke(record: dict[str, Any], index: int) -> list[Record]:
     parts = _columns(record, "sub_questions", "sub_question", "sub_answer", answered=True)
-    return _record(record, index, "question", "answer", rephrase="para_question", portability=parts)
+    return _record(record, index, "question", "answer", rephrase=("para_question",), portability=parts)
 
 
 def _record(
@@ -132,7 +131,7 @@ def _record(
     *,
     subject: str = "subject",
     old: str = "ground_truth",
-    rephrase: str = "rephrase",
+    rephrase: Sequence[str] = ("rephrase",),
     locality: dict[str, tuple[Probe, ...]] | None = None,
     portability: dict[str, tuple[Probe, ...]] | None = None,
 ) -> list[Record]:
@@ -143,7 +142,7 @@ def _record(
             prompt=_text(record, prompt),
             target_new=_text(record, target),
             ground_truth=_first(record.get(old), old),
-            rephrase_prompts=_texts(record.get(rephrase), rephrase),
+            rephrase_prompts=tuple(dict.fromkeys(text for key in rephrase for text in _texts(record.get(key), key))),
             locality=locality or {},
             portability=portability or {},
             index=index,

@@ -10,15 +10,14 @@ from statistics import harmonic_mean
 
 
 def figures(folder: Path) -> dict[str, float]:
-    """Rewrite, rephrase and locality at a cell's last checkpoint: those of an edit averaged, then the edits'. What its
-    records do not ask is left out."""
+    """Rewrite, rephrase and locality at a cell's last checkpoint, those of them that its records ask."""
     import pandas as pd
 
-    frame = pd.read_parquet(folder / "rows.parquet")
-    frame = frame[(frame["when"] == "checkpoint") & (frame["checkpoint"] == frame["checkpoint"].max())]
-    kinds = frame["metric"].str.extract(r"^(rewrite|rephrase|locality)(?:\..*)?_acc$")[0]
-    of_edits = frame.groupby([kinds, "edit"])["value"].mean()
-    return {str(kind): float(value) for kind, value in of_edits.groupby(level=0).mean().items()}
+    from ..report.means import cell_means
+
+    means = cell_means(pd.read_parquet(folder / "rows.parquet"))
+    last = means[(means["when"] == "checkpoint") & (means["T"] == means["T"].max())].set_index("metric")["mean"]
+    return {kind: float(last[f"{kind}_acc"]) for kind in ("locality", "rephrase", "rewrite") if f"{kind}_acc" in last}
 
 
 def objective(folder: Path) -> float:
