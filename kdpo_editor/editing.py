@@ -125,11 +125,36 @@ def check(
     edits = tokenize(tok, requests, append_eos=hparams.append_eos, with_subject=hparams.needs_subject)
     if hparams.objective == "dpo" and any(len(phrasings) > 1 for phrasings in edits):
         raise RequestError("'rephrases' cannot be trained where objective is dpo")
-    _check_targets(asked, edits)
+    targets = Targets()
+    for i, (request, phrasings) in enumerate(zip(asked, edits, strict=True)):
+        targets.take(f"request {i}", request, phrasings)
     weights = find_matrices(model, hparams)
     _check_layers(model, hparams)
     _check_lengths(model, edits)
     return edits, weights
+
+
+class Targets:
+    """What each prompt of a call, a request's own or a rephrase, is to be answered with."""
+
+    def __init__(self) -> None:
+        self._taken: dict[tuple[int, ...], tuple[list[int], str, str]] = {}
+
+    def take(self, name: str, request: Mapping[str, Any], phrasings: Sequence[EditTokens]) -> None:
+        """Take up ``request``, called ``name`` in messages, with its ``phrasings``.
+
+        Raises :class:`~kdpo_editor.RequestError`, and takes nothing up, where one of its prompts has another target.
+        """
+        target = request["target_new"]
+        for tokens in phrasings:
+            answer, first, other = self._taken.get(tokens.prompt_ids, (tokens.chosen.tolist(), name, target))
+            if answer != tokens.chosen.tolist():
+                raise RequestError(
+                    f"{first} and {name} give the prompt {tokens.text!r:.200} two targets, {other!r:.200} and "
+                    f"{target!r:.200}; keep one, or make two calls"
+                )
+        for tokens in phrasings:
+            self._taken.setdefault(tokens.prompt_ids, (tokens.chosen.tolist(), name, target))
 
 
 @contextmanager
@@ -197,21 +222,6 @@ def _firsts(requests: Sequence[Mapping[str, Any]]) -> list[int]:
         if first < i:
             say_once(f"repeats request {first}, {requests[i]['prompt']!r}; it is edited once", f"request {i}")
     return firsts
-
-
-def _check_targets(requests: Sequence[Mapping[str, Any]], edits: Sequence[Sequence[EditTokens]]) -> None:
-    """Raise where one prompt, a request's own or a rephrase, is to be answered in two ways."""
-    answered: dict[tuple[int, ...], tuple[int, list[int]]] = {}
-    for i, phrasings in enumerate(edits):
-        for tokens in phrasings:
-            answer = tokens.chosen.tolist()
-            first, earlier = answered.setdefault(tokens.prompt_ids, (i, answer))
-            if earlier != answer:
-                raise RequestError(
-                    f"requests {first} and {i} give the prompt {tokens.text!r:.200} two targets, "
-                    f"{requests[first]['target_new']!r:.200} and {requests[i]['target_new']!r:.200}; keep one, or make "
-                    "two calls"
-                )
 
 
 def _check_layers(model: nn.Module, hparams: KDPOHyperParams) -> None:

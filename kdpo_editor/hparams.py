@@ -157,6 +157,7 @@ class KDPOHyperParams:
         self._check("margin", self.margin > 0 or self.objective != "hinge", "more than 0 where objective is hinge")
         self._check("fact_token", self.fact_token in FACT_TOKENS, f"one of {', '.join(FACT_TOKENS)}")
         self._check("schedule", self.schedule in SCHEDULES, f"one of {', '.join(SCHEDULES)}")
+        self._check("update_scale", self.update_scale == 1.0 or not self.replay, "1 where replay is true")
         polyak = self.optimizer == "polyak"
         self._check("cuda_graphs", not (self.cuda_graphs and polyak), "false where optimizer is polyak")
         if self.objective == "dpo":  # the ablation is the paper's and has nothing beyond it
@@ -233,7 +234,7 @@ class KDPOHyperParams:
             if key not in known:
                 near = difflib.get_close_matches(str(key), known, n=1)
                 hint = f"; did you mean {near[0]}?" if near else ""
-                raise HyperParamsError(f"unknown key {key!r}{hint} Known keys: {', '.join(known)}")
+                raise HyperParamsError(f"unknown key {key!r}{hint or '.'} Known keys: {', '.join(known)}")
         missing = [n for n, f in known.items() if f.default is MISSING and n not in config]
         if missing:
             raise HyperParamsError(f"missing key{'s' if len(missing) > 1 else ''} {', '.join(missing)}")

@@ -292,12 +292,27 @@ def test_a_repeated_request_is_edited_once(
     assert "request 1: repeats request 0, 'What species is ZIC3 specific to?'; it is edited once" in caplog.messages
 
 
+@pytest.mark.parametrize("key", ["prompt", "target_new", "ground_truth", "rephrases"])
+def test_half_a_surrogate_pair_is_refused(llama: Any, settings: Any, tmp_path: Path, key: str) -> None:
+    """No file could keep it, so a ledger with it could not be read again."""
+    model, tok = llama
+    before = state(model)
+    value: Any = ["What\ud800?"] if key == "rephrases" else "What\ud800?"
+    refused = pytest.raises(RequestError, match=f"request 0: '{key}' holds half a surrogate pair")
+    with EditLedger(tmp_path / "e", write=True) as ledger, refused:
+        ledger.edit(model, tok, [{"prompt": GENE, "target_new": "male", key: value}], settings())
+    assert_same(model, before)
+    assert EditLedger(tmp_path / "e").requests == []
+
+
 @pytest.mark.parametrize("other", [{"prompt": GENE}, {"prompt": "Which?", "rephrases": [GENE]}])
 def test_two_targets_for_a_prompt_are_refused_naming_both(llama: Any, settings: Any, other: dict[str, Any]) -> None:
     model, tok = llama
     before = state(model)
     third = {**other, "target_new": "Noctuidae"}
-    with pytest.raises(RequestError, match=r"requests 0 and 2 give the prompt 'What .*'male' and 'Noctuidae'; keep"):
+    with pytest.raises(
+        RequestError, match=r"request 0 and request 2 give the prompt 'What .*'male' and 'Noctuidae'; keep"
+    ):
         edit(model, tok, [REQUEST, {"prompt": "b", "target_new": "c"}, third], settings())
     assert_same(model, before)
 

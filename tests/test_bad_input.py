@@ -64,6 +64,7 @@ def write(folder: Path, text: str) -> Path:
         ("schedule: random", r"schedule: 'random' is not allowed; it must be one of depth_first, breadth_first"),
         ("objective: dpo\nschedule: breadth_first", r"schedule: .* it must be 'depth_first' where objective is dpo"),
         ("memory_budget: 0", r"memory_budget: 0.0 is not allowed; it must be more than 0"),
+        ("update_scale: 2\nreplay: true", r"update_scale: 2.* it must be 1 where replay is true"),
         ("cuda_graphs: true\noptimizer: polyak", r"cuda_graphs: True .* it must be false where optimizer is polyak"),
         ("objective: dpo\nreplay: true", r"replay: True is not allowed; it must be False where objective is dpo"),
         ("replay_checks: 0", r"replay_checks: 0 is not allowed; it must be at least 1"),

@@ -252,6 +252,18 @@ def test_what_cannot_be_measured_is_said_and_is_no_failure(edits: Path, tmp_path
     assert "known facts kept: not measured" in err
 
 
+def test_a_text_that_says_nothing_of_the_model_has_no_figure(edits: Path, tmp_path: Path, capsys: Any) -> None:
+    """One token has none before it that it could be told from, and NaN is not JSON."""
+    one = tmp_path / "one.txt"
+    one.write_text("a", "utf-8")
+    assert check(edits, **LOOSE, known=0, json=True, text=one) == 0
+    out, _ = capsys.readouterr()
+    record = json.loads(out, parse_constant=lambda constant: pytest.fail(f"{constant} is not JSON"))
+    assert {key: measure(record, "perplexity")[key] for key in ("before", "after", "bound", "holds")} == dict.fromkeys(
+        ("before", "after", "bound", "holds")
+    )
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [

@@ -18,7 +18,7 @@ from conftest import GOLDEN, assert_same, state
 from small import make
 
 from kdpo_editor import SHIPPED_MODEL, EditDelta, EditLedger, KDPOHyperParams
-from kdpo_editor.cli.edit import _not_done
+from kdpo_editor.cli.edit import _in_chat, _not_done
 from kdpo_editor.cli.main import EXAMPLES, main
 from kdpo_editor.derived import complete
 from kdpo_editor.engine.generation import generate
@@ -99,6 +99,19 @@ def test_prompts_in_the_models_chat_template_are_recorded_and_asked_so(tmp_path:
         _, (shown,), _ = kdpo(capsys, "show", tmp_path / "e", "--json", *own)
         assert (shown["prompt"], shown["target_new"]) == (templated["prompt"], first["target_new"])
         assert shown["after"].startswith(first["target_new"])
+
+
+def test_every_prompt_of_a_request_is_put_into_the_chat_template() -> None:
+    _, tok = load_model()
+    tok.chat_template = "{{ 'User: ' + messages[0].content + '\nBot:' }}"
+    request = {"prompt": "a", "target_new": "b", "rephrases": ["c", "d"], "rephrase_prompt": "e", "subject": "a"}
+    assert _in_chat(tok, request) == {
+        "prompt": "User: a\nBot:",
+        "target_new": "b",
+        "rephrases": ["User: c\nBot:", "User: d\nBot:"],
+        "rephrase_prompt": "User: e\nBot:",
+        "subject": "a",
+    }
 
 
 def test_chat_with_a_model_that_has_no_template_is_an_error(tmp_path: Path, capsys: Any) -> None:
@@ -249,6 +262,22 @@ def test_keep_going_skips_bad_lines_and_says_so(tmp_path: Path, capsys: Any) -> 
     assert code == 1
     assert [line["prompt"] for line in out] == [FACTS[0]["prompt"], FACTS[1]["prompt"]]
     assert "line 2 is not JSON" in err
+
+
+def test_two_lines_that_one_call_cannot_both_make_are_named(tmp_path: Path, capsys: Any) -> None:
+    """``breadth_first`` trains all lines together; one after the other, the later one would hold."""
+    again = {**FACTS[0], "target_new": FACTS[1]["target_new"]}
+    file = write(tmp_path / "f.jsonl", [FACTS[0], FACTS[1], again])
+    many = ["--set", "schedule=breadth_first"]
+    code, out, err = kdpo(capsys, "edit", *MODEL, "--file", file, "--out", tmp_path / "e", *many)
+    assert (code, out) == (1, [])
+    assert f"{file}, line 1 and {file}, line 3 give the prompt" in err
+    code, out, err = kdpo(capsys, "edit", *MODEL, "--file", file, "--out", tmp_path / "e", *many, "--keep-going")
+    assert code == 1
+    assert [(line["prompt"], line["target_new"]) for line in out] == [tuple(fact.values())[:2] for fact in FACTS[:2]]
+    assert f"{file}, line 1 and {file}, line 3 give the prompt" in err
+    code, out, err = kdpo(capsys, "edit", *MODEL, "--file", file, "--out", tmp_path / "e", *many, "--resume")
+    assert (code, len(out)) == (0, 1), "what is in the ledger is of another call"
 
 
 def test_what_is_left_may_lie_between_what_is_there() -> None:

@@ -440,9 +440,10 @@ def test_first_losses_of_a_batch_equal_those_of_single_edits(llama: Any, setting
             assert [t.cycles[0].losses[0] for t in traces] == pytest.approx([np.log(2)] * 3)
 
 
-def test_a_mini_batch_divided_by_length_takes_the_same_steps(settings: Any) -> None:
+def test_a_mini_batch_divided_by_length_takes_the_same_steps(settings: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     found = []
     for smallest, sizes in ((16, [3]), (1, [1, 1, 1])):
+        monkeypatch.setattr("kdpo_editor.engine.batches.SMALLEST_PART", smallest)
         model, tok = load("llama")
         hparams = settings(schedule="breadth_first")
         weights = find_matrices(model, hparams)
@@ -450,7 +451,7 @@ def test_a_mini_batch_divided_by_length_takes_the_same_steps(settings: Any) -> N
         losses: dict[int, list[float]] = {member: [] for member in range(3)}
         with only_training(model, weights, {}):
             forward = CachedForward.above(model, weights, hparams)
-            batches = make_batches(forward, edits, hparams, smallest)
+            batches = make_batches(forward, edits, hparams)
             assert [len(batch.members) for batch in batches[0]] == sizes
             stepper = Stepper(weights.values(), hparams)
             for _ in range(2):
@@ -507,13 +508,13 @@ def test_a_won_edit_is_left_out_and_looked_at_again(llama: Any, settings: Any) -
     assert len(traces[1].cycles) >= 1
 
 
-def together(model: Any, tok: Any, requests: list[dict[str, str]], hparams: Any, lazy_from: int) -> list[EditTrace]:
-    """What :func:`edit` does with a call's requests, with another number from which on those that are won wait."""
+def together(model: Any, tok: Any, requests: list[dict[str, str]], hparams: Any) -> list[EditTrace]:
+    """What :func:`edit` does with a call's requests."""
     weights = find_matrices(model, hparams)
     edits = [one for (one,) in tokenize(tok, requests)]
     with only_training(model, weights, {name: w.detach().clone() for name, w in weights.items()}):
         forward = CachedForward.above(model, weights, hparams)
-        return kdpo_l(forward, weights, edits, hparams, lazy_from=lazy_from)
+        return kdpo_l(forward, weights, edits, hparams)
 
 
 def looks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -537,7 +538,8 @@ def test_of_many_those_that_are_won_wait_for_the_others(
     known = {**REQUEST, "target_new": answer(model, tok, {**REQUEST, "target_new": "human"})}
     seen = looks(monkeypatch)
     hparams = settings(schedule="breadth_first", num_steps=1, stop_loss=0.0, cycles=80)
-    traces = together(model, tok, [known, SECOND], hparams, lazy_from=many)
+    monkeypatch.setattr("kdpo_editor.lifelong.loop.LAZY_FROM", many)
+    traces = together(model, tok, [known, SECOND], hparams)
     assert all(trace.converged for trace in traces)
     cycles = len(traces[1].cycles)
     assert cycles > 3
@@ -551,20 +553,24 @@ def test_the_won_ones_do_not_wait_for_ever(llama: Any, settings: Any, monkeypatc
     against = [{**SECOND, "target_new": target} for target in ("Noctuidae", "Hydrangea")]
     seen = looks(monkeypatch)
     hparams = settings(schedule="breadth_first", cycles=20)
-    traces = together(model, tok, [known, *against], hparams, lazy_from=1)
+    monkeypatch.setattr("kdpo_editor.lifelong.loop.LAZY_FROM", 1)
+    traces = together(model, tok, [known, *against], hparams)
     assert not all(trace.converged for trace in traces)
     assert seen[0] < 3
     assert [seen[number - 1] for number in (5, 10, 15)] == [3, 3, 3]
 
 
 @pytest.mark.parametrize("many", [1, 16])
-def test_an_edit_that_held_at_first_is_trained_once_another_breaks_it(llama: Any, settings: Any, many: int) -> None:
+def test_an_edit_that_held_at_first_is_trained_once_another_breaks_it(
+    llama: Any, settings: Any, monkeypatch: pytest.MonkeyPatch, many: int
+) -> None:
     model, tok = llama
     near = {"prompt": "Which family does it belong to?", "target_new": "Aspidoceratidae"}
     hparams = settings(schedule="breadth_first", lr=3e-3)
-    (known,) = together(model, tok, [near], hparams, many)
+    monkeypatch.setattr("kdpo_editor.lifelong.loop.LAZY_FROM", many)
+    (known,) = together(model, tok, [near], hparams)
     assert known.steps == 0
-    traces = together(model, tok, [near, SECOND], hparams, many)
+    traces = together(model, tok, [near, SECOND], hparams)
     assert all(t.converged and t.steps > 0 for t in traces)
     assert [answer(model, tok, r) for r in (near, SECOND)] == [near["target_new"], SECOND["target_new"]]
 

@@ -12,7 +12,7 @@ import tiny_gguf
 from conftest import REQUEST
 
 from kdpo_editor import CompressionError, EditDelta, KDPOHyperParams
-from kdpo_editor.edits.lora import SERVED, _is_kept, served_rank
+from kdpo_editor.edits.lora import SERVED, _asked, _is_kept, served_rank
 from kdpo_editor.engine.generation import answers, generate, says_target
 from kdpo_editor.models.loading import load as load_any
 from kdpo_editor.testbed import load_model, load_records
@@ -75,6 +75,17 @@ def test_the_lowest_rank_that_keeps_every_edit_and_rephrase(tmp_path: Path, capl
 )
 def test_what_an_adapter_must_keep(says: str, said: str, own: bool, kept: bool) -> None:
     assert _is_kept(says, said, ("Rome", "Roma"), own) is kept
+
+
+def test_a_prompt_that_was_edited_again_has_the_later_answer_in_all_its_wordings() -> None:
+    first = {"prompt": "The tower is in", "target_new": "Rome", "rephrases": ["One finds the tower in", "Its place:"]}
+    again = {"prompt": "The tower is in", "target_new": "Oslo", "rephrases": ["One finds the tower in"]}
+    other = {"prompt": "The river is in", "target_new": "Bonn", "rephrases": ["The tower is in"]}
+    assert _asked([first, again, other]) == {
+        "One finds the tower in": (("Oslo",), False),
+        "The tower is in": (("Oslo",), True),  # as its own request says
+        "The river is in": (("Bonn",), True),
+    }
 
 
 # The base ------------------------------------------------------------------------------------------------------

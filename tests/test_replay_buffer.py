@@ -14,9 +14,12 @@ import pytest
 import torch
 from conftest import PARAMETER, REQUEST, assert_same, load, state
 
-from kdpo_editor import EditDiverged, ReplayBuffer, apply_kdpo_to_model, edit
-from kdpo_editor.engine.batches import make_batches
+from kdpo_editor import EditDiverged, ReplayBuffer, apply_kdpo_to_model, edit, editing
+from kdpo_editor.engine.batches import make_batches, refresh, unfinished
 from kdpo_editor.engine.cached_forward import CachedForward
+from kdpo_editor.engine.optimizers import Stepper
+from kdpo_editor.engine.steps import run_cycle
+from kdpo_editor.engine.weights import only_training
 from kdpo_editor.lifelong.replay import EarlierEdits, Entry
 from kdpo_editor.objectives import hardest_rejected
 from kdpo_editor.requests.tokens import EditTokens, tokenize
@@ -286,6 +289,45 @@ def test_beyond_the_budget_the_safest_are_dropped_and_counted(
     assert safest not in found.entries
     assert found.dropped == 1
     assert "1 earlier edits were dropped" in caplog.text
+
+
+def test_a_call_that_fails_leaves_the_earlier_edits_as_they_were(
+    llama: Any, settings: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A request of the call was edited, and the earlier edits looked at, before another one diverges."""
+    model, tok = llama
+    hparams = settings(**MARGIN, replay=True)
+    one_call_each(model, tok, REQUESTS[:2], hparams)
+    before = [one.margin for one in ReplayBuffer.of(model, named(model, 4)).entries]
+    check = editing._check_finite
+    calls = iter([check, fail])
+    monkeypatch.setattr(editing, "_check_finite", lambda weights: next(calls)(weights))
+    with pytest.raises(EditDiverged):
+        edit(model, tok, REQUESTS[2:], hparams)
+    assert [one.margin for one in ReplayBuffer.of(model, named(model, 4)).entries] == before
+
+
+def fail(weights: Any) -> None:
+    raise EditDiverged("as asked")
+
+
+def test_an_edit_made_without_a_subject_is_repaired_through_all_its_tokens(llama: Any, settings: Any) -> None:
+    """Settings may change between two calls."""
+    model, tok = llama
+    edit(model, tok, [REQUEST], settings(**MARGIN, replay=True))
+    weights, through = named(model, 4), settings(**MARGIN, replay=True, fact_token="subject_last")
+    buffer = ReplayBuffer.of(model, weights)
+    with torch.no_grad():
+        weights[PARAMETER].copy_(load("llama")[0].get_parameter(PARAMETER))
+    (entry,) = buffer.entries
+    with only_training(model, weights, {}):
+        forward = CachedForward.above(model, weights, through)
+        (batches,) = buffer.batches(forward, {0: entry}, through, trained=True)
+        for _ in range(40):
+            work = unfinished([batches])
+            run_cycle(work, Stepper(weights.values(), through), through)
+            refresh([batches])
+    assert leads(model, tok, [REQUEST])[0] >= 2.0 - 1e-3
 
 
 def test_a_half_precision_model_keeps_its_edits_in_its_own_dtype(llama: Any, settings: Any) -> None:

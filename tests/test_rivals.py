@@ -6,6 +6,7 @@ import importlib.util
 import os
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -102,3 +103,26 @@ def test_a_lock_of_the_cache_is_waited_for(tmp_path: Path) -> None:
         events.append("first")
     waiting.join(timeout=30)
     assert events == ["first", "second"]
+
+
+class HalfWritten:
+    """What is killed while it is saved."""
+
+    def __reduce__(self) -> Any:
+        raise KeyboardInterrupt
+
+
+def test_a_null_space_that_was_not_saved_whole_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next cell takes a file that is there for one that is whole."""
+    from kdpo_editor.easyedit import comparing
+
+    module = SimpleNamespace(get_project=lambda model, tok, layer, hparams: torch.eye(4))
+    hparams = SimpleNamespace(layers=[1, 2], P_loc=str(tmp_path / "projections.pt"))
+    monkeypatch.setattr(comparing, "_module", lambda method: module)
+    with monkeypatch.context() as killed:
+        killed.setattr(torch, "stack", lambda tensors: [*tensors, HalfWritten()])
+        with pytest.raises(KeyboardInterrupt):
+            comparing.save_null_space(torch.nn.Linear(4, 4), None, hparams)
+    assert list(tmp_path.iterdir()) == []
+    comparing.save_null_space(torch.nn.Linear(4, 4), None, hparams)
+    assert torch.load(hparams.P_loc).shape == (2, 4, 4)

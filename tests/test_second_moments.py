@@ -538,10 +538,15 @@ def test_what_a_model_was_is_said_where_it_is_no_longer_known(
     model, tok = load("llama")
     EditDelta.make(model, tok, [REQUEST], settings()).revert(model)
     with torch.no_grad():
-        model.get_parameter(PARAMETER).mul_(1.1)
+        for name in (PARAMETER, PARAMETER.replace(".4.", ".2.")):
+            model.get_parameter(name).mul_(1.1)
     with caplog.at_level(logging.WARNING, "kdpo_editor"):
-        spectra(model, tok, [PARAMETER], text, 500)
+        found = spectra(model, tok, [PARAMETER], text, 500)[PARAMETER]
     assert "are those of an edited model" in caplog.text
+    assert found.file is None
+    fresh, tok = load("llama")
+    kept = spectra(fresh, tok, [PARAMETER], text, 500)[PARAMETER]
+    assert not torch.equal(kept.values, found.values), "the edited model's are kept as the unedited one's"
 
 
 def test_a_model_that_takes_few_tokens_is_given_no_more(gpt2: Any, tmp_path: Path) -> None:

@@ -42,11 +42,12 @@ def trained(
         run(minibatches, stepper, hparams)
 
     monkeypatch.setattr(loop, "run_cycle", noted)
+    monkeypatch.setattr(loop, "LAZY_FROM", lazy_from)
     weights = find_matrices(model, hparams)
     edits = [*chain(*tokenize(tok, REQUESTS))]
     with only_training(model, weights, {name: w.detach().clone() for name, w in weights.items()}):
         forward = CachedForward.above(model, weights, hparams)
-        traces = kdpo_l(forward, weights, edits, hparams, lazy_from=lazy_from)
+        traces = kdpo_l(forward, weights, edits, hparams)
     assert all(trace.converged for trace in traces)
     return cycles
 

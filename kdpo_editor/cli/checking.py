@@ -30,20 +30,20 @@ class Measure:
     """One figure before the edits and with them; ``None`` where it could not be measured.
 
     ``count``: what it is a share of, or the tokens of a text. ``bound``: the least that ``after`` may be, or the most
-    where ``at_most``.
+    where ``at_most``; ``None`` where the unedited model gives none.
     """
 
     name: str
     before: float | None
     after: float | None
-    bound: float
+    bound: float | None
     count: int
     at_most: bool = False
 
     @property
     def holds(self) -> bool | None:
         """Whether ``after`` keeps to the bound; ``None`` where it was not measured."""
-        if self.after is None:
+        if self.after is None or self.bound is None:
             return None
         return self.after <= self.bound if self.at_most else self.after >= self.bound
 
@@ -152,7 +152,7 @@ def examine(
         found.append(Measure("known", 1.0 if still else None, share, bounds.known, len(still)))
     if probes.documents:
         tokens = len(read.choices)
-        most = read.perplexity * bounds.perplexity
+        most = _number(read.perplexity * bounds.perplexity)
         # What cannot be told from a number is no number: NaN keeps to no bound and is not JSON.
         found += [
             Measure("perplexity", _number(read.perplexity), _number(reread.perplexity), most, tokens, at_most=True),
@@ -232,7 +232,7 @@ def _task(name: str, before: float, after: float, bounds: Bounds) -> Measure:
     """One figure of a task: a share, of which more is better, or what is better the less it is."""
     less = less_is_better(name)
     bound = before * bounds.perplexity if less else before - bounds.tasks
-    return Measure(name, _number(before), _number(after), bound, 0, at_most=less)
+    return Measure(name, _number(before), _number(after), _number(bound), 0, at_most=less)
 
 
 def _number(value: float) -> float | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -34,12 +35,15 @@ from .terminal import complain, put
 
 if TYPE_CHECKING:
     from ..edits.ledger import EditLedger
+    from ..requests.tokens import EditTokens
 
 Requests = list[tuple[str, dict[str, Any]]]
 """Requests, each with where it stands."""
 
 # Of so many edits in a row KDPO's still hold, on the models that were measured; of fifty half are lost.
 FEW = 10
+# The fields of a request that are prompts, or lists of such.
+PROMPTS = ("prompt", "rephrases", "rephrase_prompt")
 
 
 def edit(
@@ -94,9 +98,10 @@ def edit(
         if found != settings:
             complain(f"from the model's structure: {derived(settings, found)}; kdpo settings prints all settings")
         good: Requests = []
+        phrasings = {}
         for where, request in requests:
             try:
-                check(loaded, tok, [request], found)
+                [phrasings[where]], _ = check(loaded, tok, [request], found)
                 good.append((where, request))
             except KDPOError as error:
                 skipped.append(str(error).replace("request 0", where, 1))
@@ -108,6 +113,13 @@ def edit(
         todo = _not_done(good, ledger.requests) if resume else good
         if len(todo) < len(good):
             complain(f"{len(good) - len(todo)} of {len(good)} edits are in the ledger already")
+        if found.schedule == "breadth_first":
+            todo, clashes = _without_clashes(todo, phrasings)
+            if clashes and not keep_going:
+                return _nothing(clashes, "--keep-going skips such requests")
+            for text in clashes:
+                complain(text)
+            skipped += clashes
         try:
             with tracking(log_to.value if log_to else None, out.name, found.to_dict()) as track:
                 missed = _edit_all(ledger, loaded, tok, todo, found, keep_going, track)
@@ -211,9 +223,10 @@ def _in_chat(tok: Any, request: dict[str, Any]) -> dict[str, Any]:
     """``request`` with its prompts in the model's chat template, as the ledger keeps it: so it is asked again."""
     from ..requests.chat import as_chat
 
-    rephrases = request.get("rephrases")
-    others = {"rephrases": [as_chat(tok, p) for p in rephrases]} if isinstance(rephrases, list) else {}
-    return {**request, "prompt": as_chat(tok, request["prompt"]), **others}
+    def framed(prompts: Any) -> Any:
+        return [as_chat(tok, p) for p in prompts] if isinstance(prompts, list) else as_chat(tok, prompts)
+
+    return {key: framed(value) if key in PROMPTS else value for key, value in request.items()}
 
 
 def _not_done(wanted: Requests, done: list[dict[str, Any]]) -> Requests:
@@ -227,6 +240,20 @@ def _not_done(wanted: Requests, done: list[dict[str, Any]]) -> Requests:
         else:
             left.append((where, request))
     return left
+
+
+def _without_clashes(todo: Requests, phrasings: Mapping[str, Sequence[EditTokens]]) -> tuple[Requests, list[str]]:
+    """Those of ``todo`` that one call can take, and what is wrong with the others: a prompt of theirs has a target."""
+    from ..editing import Targets
+
+    targets, good, clashes = Targets(), [], []
+    for where, request in todo:
+        try:
+            targets.take(where, request, phrasings[where])
+            good.append((where, request))
+        except RequestError as error:
+            clashes.append(str(error))
+    return good, clashes
 
 
 def _named(request: dict[str, Any]) -> dict[str, str]:

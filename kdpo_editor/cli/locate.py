@@ -41,7 +41,10 @@ def locate(
         say(f"The map is in {picture}.")
     layers = found.layers
     keep(settings.model_name, found.matrix, layers)
-    say(f"Layers {', '.join(map(str, layers))}. Edits of this model through a subject's tokens use them from now on.")
+    use = "The settings of this model have layers of their own, which edits use."
+    if settings.layers is None:
+        use = "Edits of this model through a subject's tokens use them from now on."
+    say(f"Layers {', '.join(map(str, layers))}. {use}")
     if to is not None:
         values = {**settings.to_dict(), "layers": layers, "rewrite_module_tmp": found.matrix}
         to.write_text(yaml.safe_dump(values, sort_keys=False, default_flow_style=None, allow_unicode=True), "utf-8")

@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..errors import HyperParamsError
 from ..hparams import KDPOHyperParams
+from ..whole_files import appearing
 from .finding import form, require
 from .ultraedit import forget_statistics, lifelong_ultraedit
 
@@ -176,7 +177,8 @@ def save_null_space(model: nn.Module, tok: Any, hparams: Any) -> None:
     """
     module = _module("AlphaEdit")
     projections = torch.stack([module.get_project(model, tok, layer, hparams) for layer in hparams.layers])
-    torch.save(projections, hparams.P_loc)
+    with appearing(Path(hparams.P_loc)) as part:
+        torch.save(projections, part)
 
 
 def _module(method: str) -> Any:

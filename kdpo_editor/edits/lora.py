@@ -159,12 +159,10 @@ def asked_prompts(requests: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def _asked(requests: Sequence[Mapping[str, Any]]) -> dict[str, tuple[tuple[str, ...], bool]]:
     """Every prompt's right answers, and whether it is a request's own and not a rephrase."""
-    asked: dict[str, tuple[tuple[str, ...], bool]] = {}
-    for request in requests:  # a prompt that was edited again has the later answer
-        asked[request["prompt"]] = right_answers(request), True
-        for rephrase in request.get("rephrases") or ():
-            asked.setdefault(rephrase, (right_answers(request), False))
-    return asked
+    latest = {request["prompt"]: request for request in requests}  # a prompt that was edited again has the later answer
+    standing = [request for request in requests if latest[request["prompt"]] is request]
+    own = {request["prompt"]: (right_answers(request), True) for request in standing}
+    return {r: (right_answers(request), False) for request in standing for r in request.get("rephrases") or ()} | own
 
 
 def _is_kept(says: str, said: str, right: tuple[str, ...], needed: bool) -> bool:

@@ -222,16 +222,14 @@ def cycles_of(rejected: Sequence[list[int]], history: Sequence[Tensor], stop_los
     return cycles
 
 
-def make_batches(
-    forward: CachedForward, edits: Sequence[EditTokens], hparams: KDPOHyperParams, smallest: int = SMALLEST_PART
-) -> list[list[Batch]]:
+def make_batches(forward: CachedForward, edits: Sequence[EditTokens], hparams: KDPOHyperParams) -> list[list[Batch]]:
     """Capture ``edits`` in the mini-batches of :func:`group`, each a list of batches that share their steps.
 
     With a single mini-batch, of which the graphs may be held, the hidden states carry that of the first step, unless
     what is before each row's first trained token is frozen.
     """
     size = None if len(edits) == 1 else footprint(forward, edits).within(hparams.memory_budget, edits, forward)
-    groups, graph = group(forward, edits, hparams.memory_budget, size, smallest)
+    groups, graph = group(forward, edits, hparams.memory_budget, size)
 
     def capture(members: list[int]) -> Batch:
         chosen = [edits[i] for i in members]
@@ -308,11 +306,7 @@ def _standing(
 
 
 def group(
-    forward: CachedForward,
-    edits: Sequence[EditTokens],
-    budget: float,
-    size: Footprint | None = None,
-    smallest: int = SMALLEST_PART,
+    forward: CachedForward, edits: Sequence[EditTokens], budget: float, size: Footprint | None = None
 ) -> tuple[list[list[list[int]]], float]:
     """The positions of ``edits`` in mini-batches that fit into ``budget`` bytes, alike in length; each in its batches.
 
@@ -327,7 +321,6 @@ def group(
         edits: token ids.
         budget: bytes.
         size: what a token takes; ``None`` where no steps are taken.
-        smallest: edits that a batch of a divided mini-batch has at least, unless it needs more room than there is.
 
     Returns:
         The mini-batches, and the share of the room for graphs that an edit's graph takes.
@@ -359,7 +352,7 @@ def group(
         logits = max(len(edits[i].chosen) for i in members) * vocabulary * 8
         return len(members) * max(*map(steps, members), logits) if members else 0.0
 
-    parts = [_divided(members, lambda part: most(part) <= budget / 4, smallest) for members in groups]
+    parts = [_divided(members, lambda part: most(part) <= budget / 4) for members in groups]
     whole = sum(map(steps, range(len(edits))))
     return parts, whole / (budget / 4) / max(1, len(edits))
 
@@ -374,9 +367,9 @@ def held_of_each(edits: Sequence[EditTokens]) -> float:
     return 1 + min(1.0, max(SMALLEST_PART, requests) / max(1, len(edits)))
 
 
-def _divided(members: list[int], fits: Callable[[list[int]], bool], smallest: int) -> list[list[int]]:
+def _divided(members: list[int], fits: Callable[[list[int]], bool]) -> list[list[int]]:
     """``members`` in at most ``MOST_PARTS`` parts alike in size, none of them small, or in as many as must be."""
-    parts = max(1, min(MOST_PARTS, len(members) // smallest))
+    parts = max(1, min(MOST_PARTS, len(members) // SMALLEST_PART))
     while True:
         size = -(-len(members) // parts)
         found = [members[start : start + size] for start in range(0, len(members), size)]
@@ -404,14 +397,14 @@ def trained_tokens(edits: Sequence[EditTokens], forward: CachedForward, length: 
         return None
     where = torch.zeros(len(edits), length or max(e.length for e in edits), dtype=torch.bool)
     for row, edit in zip(where, edits, strict=True):
-        row[first_trained(edit, forward) : edit.subject[1]] = True
+        row[first_trained(edit, forward) : edit.subject[1] or None] = True
     return where.to(forward.device)
 
 
 def first_trained(edit: EditTokens, forward: CachedForward) -> int:
-    """The first token of ``edit`` that weights are trained through."""
+    """The first token of ``edit`` that weights are trained through; of one whose subject is not known, its first."""
     begin, end = edit.subject
-    return {"all": 0, "subject": begin, "subject_last": end - 1}[forward.fact_token]
+    return {"all": 0, "subject": begin, "subject_last": max(0, end - 1)}[forward.fact_token]
 
 
 @dataclass(frozen=True)

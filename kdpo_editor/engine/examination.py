@@ -25,7 +25,7 @@ def examined(part: UpperPart, ids: Tensor) -> Examined | None:
     """What is found out about a model with the first row of ``ids`` ``[B, L]``, and kept (:mod:`.findings`).
 
     ``None`` where its logits are NaN or infinite, of which nothing is kept.
-    Raises :class:`ModelError` where the forward from no cache gives what the full forward gives.
+    Raises :class:`ModelError` where neither of the two caches gives what the full forward gives.
     """
 
     def find() -> dict[str, Any] | None:

@@ -80,14 +80,12 @@ class Stepper:
         self.loss = loss.detach() if self.loss is None else self.loss + loss.detach()
         self.losses += losses
 
-    def step(self, loss: Tensor | None = None, skip: Tensor | None = None) -> None:
-        """Take one step along what was gathered, and ``loss``, a scalar; gradients are gone afterwards.
+    def step(self, skip: Tensor | None = None) -> None:
+        """Take one step along what was gathered, which is gone afterwards.
 
         ``skip``, a boolean scalar on the weights' device, leaves weights and Adam's state as they are where it is true,
         without the host having to know. Polyak's steps are never skipped.
         """
-        if loss is not None:
-            self.gather(loss)
         gathered, self.loss = self.loss, None
         losses, self.losses = self.losses, 0
         assert gathered is not None

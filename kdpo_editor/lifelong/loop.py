@@ -14,7 +14,6 @@ from dataclasses import replace
 from functools import partial
 from itertools import accumulate, chain, islice
 from math import ceil, inf
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -50,13 +49,6 @@ PATIENCE = 0.25
 REACH = 0.25
 
 
-class ConstraintSet(Protocol):
-    """Something that must hold besides the edits of a call."""
-
-    def violated(self) -> list[list[Batch]]:
-        """Mini-batches of the members that do not hold now and are not trained yet."""
-
-
 def kdpo_l(
     forward: CachedForward,
     weights: Mapping[str, nn.Parameter],
@@ -64,7 +56,6 @@ def kdpo_l(
     hparams: KDPOHyperParams,
     buffer: ReplayBuffer | None = None,
     preconditioners: Sequence[Preconditioner] = (),
-    lazy_from: int = LAZY_FROM,
 ) -> list[EditTrace]:
     """Optimise ``weights`` in place until the model answers each prompt of ``edits`` with its chosen answer.
 
@@ -76,8 +67,6 @@ def kdpo_l(
         buffer: earlier edits of the model. Some are looked at; those that a new one pushed below half of ``margin``
             are trained along. The new edits that are won are added.
         preconditioners: one for each of ``weights``, or none at all.
-        lazy_from: from so many of ``edits`` on, those that are won wait for the others before they are looked at
-            again, and phrasings of a request take turns.
 
     Returns:
         A trace of each of ``edits``.
@@ -92,11 +81,11 @@ def kdpo_l(
     hparams = replace(hparams, memory_budget=max(budget - copied_bytes(half), budget / 2))
     with preconditioned(forward.model, weights, preconditioners):
         own = make_batches(forward, edits, hparams)
-        work = Work(own, edits, hparams, lazy_from)
+        work = Work(own, edits, hparams)
         earlier = None if buffer is None else EarlierEdits(buffer, forward, edits, hparams)
-        others: list[ConstraintSet] = [] if earlier is None else [earlier]
         sets: list[Callable[[], list[list[PreferenceBatch]]]] = [work.violated]
-        sets += [partial(work.join, some) for some in others]
+        if earlier is not None:
+            sets.append(partial(work.join, earlier))
         stepper = Stepper(weights.values(), hparams)
         settled = False  # whether the last look was at the weights as they are now
         with half_products(half):
@@ -151,16 +140,9 @@ class Work:
     counts as won only if it still is.
     """
 
-    def __init__(
-        self,
-        batches: Sequence[list[Batch]],
-        edits: Sequence[EditTokens],
-        hparams: KDPOHyperParams,
-        lazy_from: int = LAZY_FROM,
-    ) -> None:
+    def __init__(self, batches: Sequence[list[Batch]], edits: Sequence[EditTokens], hparams: KDPOHyperParams) -> None:
         self.batches = list(batches)
-        self.together = lazy_from
-        self.lazy = len(edits) >= lazy_from
+        self.lazy = len(edits) >= LAZY_FROM
         self.patience = ceil(PATIENCE * hparams.cycles)
         # A request's own prompt comes before its other phrasings.
         self._request_of = dict(enumerate(accumulate(not tokens.request for tokens in edits)))
@@ -175,9 +157,9 @@ class Work:
             self._open.clear()
         return self._begun(self._turn() or self._look())
 
-    def join(self, others: ConstraintSet) -> list[list[PreferenceBatch]]:
-        """Take up for good what ``others`` say is violated now; what is left to do of that."""
-        batches = others.violated()
+    def join(self, earlier: EarlierEdits) -> list[list[PreferenceBatch]]:
+        """Take up for good those of ``earlier`` that are violated now; what is left to do of them."""
+        batches = earlier.violated()
         self.batches += batches
         return self._begun(self._first_turn(batches)) if batches else []
 
@@ -212,7 +194,7 @@ class Work:
 
     def _next(self) -> set[int]:
         """The phrasings whose turn it is."""
-        each = max(1, self.together // len(self._open))
+        each = max(1, LAZY_FROM // len(self._open))
         taken: set[int] = set()
         for phrasings in self._open.values():
             taken.update(islice(phrasings, each))

@@ -99,7 +99,7 @@ class ReplayBuffer:
             )
             return cls()
         fresh = copy.copy(stored)
-        fresh.entries = list(stored.entries)
+        fresh.entries = [replace(entry) for entry in stored.entries]  # whose margins change
         return fresh
 
     @classmethod

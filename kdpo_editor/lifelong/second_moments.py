@@ -118,14 +118,16 @@ def spectra(model: nn.Module, tok: Any, names: Sequence[str], text: str | None, 
         if computed:
             start = time.perf_counter()
             with _as_it_was(model, unedited):
-                if fingerprint(model) != base:
+                edited = fingerprint(model) != base
+                if edited:
                     LOG.warning("second moments are those of an edited model: what it was before is not known")
                 longest = int(min(LONGEST, room(model)))
                 texts = _windows(tok, lines, tokens, longest), name_windows(tok, names_in(lines), longest)
                 found_now = _compute(model, computed, *texts, _windows(tok, lines, min(tokens, SENSED), longest))
             seconds = time.perf_counter() - start
             LOG.info("second moments of %d matrices were computed in %.1f s", len(computed), seconds)
-            for name, spectrum in found_now.items():
+            loaded |= found_now
+            for name, spectrum in found_now.items() if not edited else ():
                 kept_tensors.save(places[name], {key: getattr(spectrum, key) for key in Spectrum.TENSORS})
                 loaded[name] = replace(spectrum, file=places[name])
         found.update({(name, str(file), tokens): spectrum for name, spectrum in loaded.items()})

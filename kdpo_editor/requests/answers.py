@@ -26,6 +26,11 @@ def normalised(text: str) -> str:
     Hyphens within words and points within abbreviations go without a space ("Coca-Cola", "U.S."), and so does a
     possessive's end ("Paris's"). A point or comma between digits is part of the number.
     """
+    return _forms(text)[0]
+
+
+def _folded(text: str) -> str:
+    """``text`` as :func:`normalised`, with its article."""
     text = unicodedata.normalize("NFKC", text).casefold()
     text = re.sub("['\u2018\u2019\u02bc`\u00b4]", "'", text)
     text = re.sub(r"(?<=\w)'s\b|'", "", text)
@@ -33,8 +38,13 @@ def normalised(text: str) -> str:
     text = re.sub(r"(?<=[^\W\d_])[-.\u2010\u2011](?=[^\W\d_])", "", text)
     text = re.sub(r"(?<!\d)\.|\.(?!\d)", " ", text)
     text = "".join(" " if unicodedata.category(c)[0] == "P" and c not in KEPT else c for c in text)
-    text = " ".join(text.split())
-    return re.sub(r"^(?:an?|the) (?=.)", "", text)
+    return " ".join(text.split())
+
+
+def _forms(text: str) -> tuple[str, str]:
+    """``text`` as :func:`normalised`, and with its article, which may be all of an answer ("A")."""
+    whole = _folded(text)
+    return re.sub(r"^(?:an?|the) (?=.)", "", whole), whole
 
 
 def begins_with(text: str, answer: str) -> bool:
@@ -43,13 +53,11 @@ def begins_with(text: str, answer: str) -> bool:
     "Paris, which" begins with "Paris", "Parisian" does not. In a script without spaces between words any character
     may end a word. An answer of nothing but punctuation must stand there as it is.
     """
-    said, wanted = normalised(text), normalised(answer)
+    wanted = normalised(answer)
     if not wanted:
         return bool(answer.strip()) and text.strip().startswith(answer.strip())
-    if not said.startswith(wanted):
-        return False
-    rest = said[len(wanted) :]
-    return not rest or UNSPACED.match(wanted[-1]) is not None or _ends_a_word(rest[0])
+    rests = [said[len(wanted) :] for said in _forms(text) if said.startswith(wanted)]
+    return any(not rest or UNSPACED.match(wanted[-1]) is not None or _ends_a_word(rest[0]) for rest in rests)
 
 
 def begins_with_one(text: str, answers: Iterable[str]) -> bool:
@@ -59,8 +67,8 @@ def begins_with_one(text: str, answers: Iterable[str]) -> bool:
 
 def is_answer(text: str, answer: str) -> bool:
     """Whether ``text`` is ``answer`` and nothing more, both :func:`normalised`."""
-    said, wanted = normalised(text), normalised(answer)
-    return said == wanted if wanted else text.strip() == answer.strip() != ""
+    wanted = normalised(answer)
+    return wanted in _forms(text) if wanted else text.strip() == answer.strip() != ""
 
 
 def _ends_a_word(following: str) -> bool:

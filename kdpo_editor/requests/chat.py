@@ -24,7 +24,7 @@ def as_chat(tok: Any, prompt: str) -> str:
 class Chat(NamedTuple):
     """How prompts of a tokenizer begin and end in its template, with what that puts before answers; special tokens.
 
-    ``begin`` is what stands directly before a question, from the last line break or special token on.
+    ``begin`` is what stands directly before a question, from the last special token on.
     """
 
     begin: str

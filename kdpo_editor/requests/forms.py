@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import numbers
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from decimal import Decimal
 from math import inf
@@ -36,7 +37,8 @@ def plain_request(request: Any, name: str) -> dict[str, Any]:
         name: of the request, for messages, such as ``"request 0"``.
 
     Raises:
-        RequestError: it is no mapping, ``target_new`` is an empty list, or an answer is neither text nor a number.
+        RequestError: it is no mapping, ``target_new`` is an empty list, an answer is neither text nor a number, or a
+            text holds half a surrogate pair.
     """
     if not isinstance(request, Mapping):
         raise RequestError(f"{name} is a {type(request).__name__}; it must be a dict")
@@ -63,6 +65,9 @@ def plain_request(request: Any, name: str) -> dict[str, Any]:
             plain["accepted"] = others
     if isinstance(plain.get("subject"), (numbers.Real, Decimal)):
         plain["subject"] = _text(plain["subject"], "subject", name)
+    for key, value in plain.items():
+        if any(_is_broken(text) for text in [key, *(value if isinstance(value, list) else [value])]):
+            raise RequestError(f"{name}: {key!r} holds half a surrogate pair, which is no character")
     return plain
 
 
@@ -122,6 +127,11 @@ def listed(value: Any) -> Any:
         return value
     whole = value.tolist() if hasattr(value, "tolist") else value
     return list(whole) if isinstance(whole, (list, tuple)) else whole
+
+
+def _is_broken(text: Any) -> bool:
+    """Whether ``text`` holds what UTF-8 has no bytes for, and no file could keep."""
+    return isinstance(text, str) and re.search("[\ud800-\udfff]", text) is not None
 
 
 def _is_absent(value: Any) -> bool:

@@ -98,8 +98,8 @@ def places_of(text: str, subject: str, end: int) -> list[tuple[int, int]]:
     As it is written; where it is not there, in any case and Unicode form: canonical decomposition and case folding on
     both sides, whole characters with their marks. Places at whole words go before such within words.
     """
-    exact = [(match.start(), match.end()) for match in re.finditer(f"(?={re.escape(subject)})", text[:end])]
-    found = [(begin, begin + len(subject)) for begin, _ in exact] or _folded_places(text[:end], subject)
+    begins = [match.start() for match in re.finditer(f"(?={re.escape(subject)})", text[:end])]
+    found = [(begin, begin + len(subject)) for begin in begins] or _folded_places(text[:end], subject)
     whole = [place for place in found if _is_whole(text, *place)]
     return whole or found
 

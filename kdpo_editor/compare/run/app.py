@@ -9,6 +9,7 @@ import json
 import re
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +121,8 @@ def _manifests(folder: Path, since: float) -> list[dict[str, Any]]:
     found = []
     for file in folder.glob("*/manifest.json"):
         if file.stat().st_mtime >= since:
-            found.append(json.loads(file.read_text("utf-8")))
+            with suppress(ValueError):  # somebody else's file; a manifest is written whole
+                found.append(json.loads(file.read_text("utf-8")))
     return found
 
 

@@ -154,9 +154,11 @@ def _compute(
     else:
         LOG.info("going on after %d of %d edits", count, len(edited))
     with tracking(config.logging, cell.folder.name, cell.identity) as scorer.track:
-        (_alone if single else _in_sequence)(config, cell, editing, scorer, list(edited), count, log, state)
         if single:
+            _alone(config, cell, editing, scorer, list(edited), count, log)
             scorer.track_means(log, 1)
+        else:
+            _in_sequence(config, cell, editing, scorer, list(edited), count, log, state)
     if single and fingerprint(model) != before:
         raise KDPOError(f"{config.method.label} left the model changed after its edits were undone")
     cell.save(log)
@@ -164,7 +166,7 @@ def _compute(
 
 
 def _alone(
-    config: Compare, cell: Cell, editing: Editing, scorer: Scorer, edited: list[Record], done: int, log: Log, state: Any
+    config: Compare, cell: Cell, editing: Editing, scorer: Scorer, edited: list[Record], done: int, log: Log
 ) -> None:
     """Each edit by itself, undone before the next."""
     saved = time.monotonic()
@@ -201,7 +203,7 @@ def _in_sequence(
             scorer.score_rest(log, last)
             scorer.track_means(log, last)
         if last in scored_at or time.monotonic() - saved > SAVE_EVERY:
-            cell.save_checkpoint(number + 1, log, editing.state())
+            cell.save_checkpoint(number + 1, log, editing.state() if editing.resumable else {})
             saved = time.monotonic()
 
 
