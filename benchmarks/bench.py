@@ -27,6 +27,7 @@ import argparse
 import json
 import logging
 import platform
+import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -344,6 +345,13 @@ def plot(results: dict[str, Any], path: Path) -> None:
     plt.close(figure)
 
 
+def processor() -> str:
+    """The name of this machine's processor."""
+    file = Path("/proc/cpuinfo")
+    named = re.search(r"^model name\s*: (.+)$", file.read_text("utf-8"), re.MULTILINE) if file.exists() else None
+    return named[1] if named else platform.processor() or platform.machine()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer records and edits, into bench-quick.*")
@@ -359,13 +367,15 @@ def main() -> None:
     labels = [some for some in args.methods or [*labels, "ROME", "MEMIT", "UltraEdit"] if some != "UltraEdit" or known]
     chosen = args.models or [SMOLLM2, SHIPPED_MODEL, *([*SHAPES][1:] if CUDA else [*SHAPES][:1])]
     file = RESULTS / f"bench{'-gpu' * CUDA}{'-quick' * args.quick}.json"
-    results: dict[str, Any] = {"models": {}}
+    here = {
+        "machine": f"{torch.cuda.get_device_name() if CUDA else processor()}, {torch.get_num_threads()} threads",
+        "versions": {name: version(name) for name in ("torch", "transformers")} | {"EasyEdit": easyedit.version()},
+    }
+    results: dict[str, Any] = {"models": {}, **here}
     if file.exists() and not args.anew:
-        results = json.loads(file.read_text("utf-8"))
-    results["machine"] = f"{torch.cuda.get_device_name() if CUDA else platform.processor() or platform.machine()}, "
-    results["machine"] += f"{torch.get_num_threads()} threads"
-    results["versions"] = {name: version(name) for name in ("torch", "transformers")}
-    results["versions"]["EasyEdit"] = easyedit.version()
+        before = json.loads(file.read_text("utf-8"))
+        if {key: before[key] for key in here} == here:  # figures of another machine are not gone on with
+            results = before
     for name in chosen:
         m = Model.named(name)
         dtype = str(next(m.model.parameters()).dtype).removeprefix("torch.")

@@ -44,7 +44,10 @@ def main() -> None:
     for method in args.methods:
         command = [sys.executable, "-m", "kdpo_editor.compare.run.app"]
         subprocess.run([*command, f"experiment=tune_{method}", f"out={args.out}"], check=True)
-        write(trials(args.out, method, form), TUNING / f"{method}-{form}.csv")
+        if rows := trials(args.out, method, form):
+            write(rows, TUNING / f"{method}-{form}.csv")
+        else:
+            sys.stderr.write(f"{method}: EasyEdit's {form} form does not have it\n")
     with mpl.rc_context(SETTINGS):
         picture(sorted(TUNING.glob(f"*-{form}.csv"))).savefig(PICTURE, dpi=150)
 
@@ -57,6 +60,8 @@ def trials(out: Path, method: str, form: str) -> list[dict[str, Any]]:
         if (manifest["status"], manifest["method"], manifest["form"]) == ("complete", method, form):
             folder = file.parent
             found.append((manifest["settings"], {**figures(folder), "harmonic_mean": objective(folder)}))
+    if not found:
+        return []
     varied = [key for key in found[0][0] if len({json.dumps(settings[key]) for settings, _ in found}) > 1]
     rows = [{**{key: settings[key] for key in varied}, **measured} for settings, measured in found]
     return sorted(rows, key=lambda row: -row["harmonic_mean"])

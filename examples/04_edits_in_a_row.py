@@ -184,7 +184,7 @@ display(quoted.round(2))
 # %% [markdown]
 # ## A hundred and more
 #
-# With all methods and all their settings, and with a report as tables and pictures (hours on two cores):
+# With a hundred edits, and with a report as tables and pictures (an hour on two cores):
 #
 # ```sh
 # kdpo-compare -m method=kdpo,kdpo_sequence,ft_m,kdpo_l model=smollm2-135m dataset=counterfact n_edits=100

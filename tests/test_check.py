@@ -13,6 +13,7 @@ import torch
 
 from kdpo_editor import SHIPPED_MODEL, EditDelta, EditLedger, KDPOHyperParams
 from kdpo_editor.cli.check import check
+from kdpo_editor.cli.checking import Measure
 from kdpo_editor.compare.run.datasets import load
 from kdpo_editor.edits.manifest import EditInfo
 from kdpo_editor.engine.generation import generate
@@ -250,6 +251,11 @@ def test_what_cannot_be_measured_is_said_and_is_no_failure(edits: Path, tmp_path
     assert code == 0
     assert measure(record, "known")["holds"] is None
     assert "known facts kept: not measured" in err
+
+
+def test_what_was_a_number_and_is_none_any_more_does_not_hold() -> None:
+    assert Measure("perplexity", 10.0, None, 11.0, 5, at_most=True).holds is False
+    assert Measure("perplexity", None, None, None, 0, at_most=True).holds is None
 
 
 def test_a_text_that_says_nothing_of_the_model_has_no_figure(edits: Path, tmp_path: Path, capsys: Any) -> None:

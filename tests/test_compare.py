@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -221,10 +222,12 @@ def test_two_processes_do_not_compute_the_same_cell(finished: Path) -> None:
 def test_single_edits_are_undone_exactly(tmp_path: Path) -> None:
     from kdpo_editor.compare.run.cell import run
 
-    cell = run(composed(tmp_path, "protocol=single", "protocol.known=0", "n_edits=2"))
+    cell = run(composed(tmp_path, "protocol=single", "n_edits=2"))
     assert cell.manifest()["status"] == "complete"
     rows = pd.read_parquet(cell.folder / "rows.parquet")
     assert set(rows.loc[rows["when"] == "checkpoint", "checkpoint"]) == {1}
+    # Nothing is asked of a model as a whole, whose edits are undone before anything could be asked again.
+    assert set(rows.loc[rows["edit"] < 0, "metric"].astype(str)) == {"setup_seconds"}
 
 
 def test_outputs_before_any_edit_are_computed_once(finished: Path) -> None:
@@ -349,6 +352,10 @@ def test_the_easyedit_that_ran_is_told_by_its_files(tmp_path: Path) -> None:
         ("protocol.known=-5", "protocol.known: -5 is not allowed; it must be 0 or more"),
         ("protocol.fluency=-1", "protocol.fluency: -1 is not allowed; it must be 0 or more"),
         ("protocol.longest=-1", "protocol.longest: -1 is not allowed; it must be 0 or more"),
+        ("protocol.batch_size=0", "protocol.batch_size: 0 is not allowed; it must be at least 1"),
+        ("protocol.tasks_limit=0", "protocol.tasks_limit: 0 is not allowed; it must be at least 1"),
+        ("model.tokens_per_input=-1", "model.tokens_per_input: -1 is not allowed; it must be at least 1"),
+        ("model.characters=0", "model.characters: 0 is not allowed; it must be at least 1"),
     ],
 )
 def test_a_number_that_is_too_small_is_named(tmp_path: Path, override: str, least: str) -> None:
@@ -388,6 +395,33 @@ def test_a_cell_goes_by_what_a_text_says_and_not_by_its_name_alone(tmp_path: Pat
         text.write_text(said)
         folders.append(_cell(composed(tmp_path, f"model.held_out_text={text}"), [], {}, []).folder)
     assert folders[0] == folders[2] != folders[1]
+
+
+def test_second_moments_of_ones_own_make_another_cell(tmp_path: Path) -> None:
+    from kdpo_editor.compare.run.cell import _cell
+
+    own = [f"stats_dir={tmp_path / name}" for name in ("a", "b")]
+    assert len({_cell(composed(tmp_path, *some), [], {}, []).folder for some in ([], own[:1], own[1:])}) == 3
+
+
+def test_a_method_that_names_no_editor_is_said(tmp_path: Path) -> None:
+    from kdpo_editor.compare.run.cell import run
+
+    config = composed(tmp_path)
+    del config.method.hparams["alg_name"]
+    with pytest.raises(HyperParamsError, match="method kdpo: hparams names no alg_name"):
+        run(config)
+
+
+@pytest.mark.parametrize("algorithm", ["GRACE", "WISE"])
+def test_before_its_first_edit_a_model_has_no_wrapper_to_ask_around(algorithm: str) -> None:
+    """What the unedited model says is kept for all methods."""
+    from kdpo_editor.compare.run.editing import Editing
+
+    bare = SimpleNamespace(_reset=None, algorithm=algorithm, outside=None, model=None, tok=None, _ask_at=None)
+    evaluator = Editing.evaluator(bare)  # type: ignore[arg-type]
+    assert not evaluator.alone
+    assert not evaluator.alike
 
 
 def test_edits_made_on_other_weights_are_not_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

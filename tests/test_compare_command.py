@@ -94,7 +94,13 @@ def test_a_file_may_have_any_name(tmp_path: Path, name: str) -> None:
 def test_what_names_no_file_is_left_to_hydra(tmp_path: Path) -> None:
     from kdpo_editor.compare.run.app import _quoted
 
-    for argument in ("method=kdpo,rome", "-m", "protocol.eval_at=[1,10]", f"dataset.source={tmp_path}"):
+    for argument in (
+        "method=kdpo,rome",
+        "-m",
+        "protocol.eval_at=[1,10]",
+        f"dataset.source={tmp_path}",
+        f"method={'kdpo,' * 1000}",
+    ):
         assert _quoted(argument) == argument
 
 

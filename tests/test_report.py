@@ -139,6 +139,14 @@ def test_before_editing_is_taken_from_the_methods_where_the_unedited_model_has_n
     assert list(tidy(read_cells(folder)[0])["label"].unique()) == ["Unedited model", "KDPO"]
 
 
+def test_where_the_unedited_model_was_not_scored_the_methods_say_what_was_before(cell: WriteCell) -> None:
+    cell("a")
+    last = [row for row in TWO_EDITS if row[1] != 1]
+    frame = tidy(read_cells(cell("b", last, method="unedited", label="Unedited model").parent)[0])
+    labels = {made: list(of["label"].unique()) for made, of in frame.groupby("T")}
+    assert labels == {1: ["before editing", "KDPO"], 2: ["Unedited model", "KDPO"]}
+
+
 def test_a_sweep_gets_a_row_per_setting_and_its_seeds_stay_together(cell: WriteCell) -> None:
     for lr in ("0.1", "0.5"):
         for seed in (0, 1):

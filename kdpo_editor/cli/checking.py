@@ -43,8 +43,10 @@ class Measure:
     @property
     def holds(self) -> bool | None:
         """Whether ``after`` keeps to the bound; ``None`` where it was not measured."""
-        if self.after is None or self.bound is None:
+        if self.before is None or self.bound is None:
             return None
+        if self.after is None:  # what was a number is none any more
+            return False
         return self.after <= self.bound if self.at_most else self.after >= self.bound
 
     def to_json(self) -> dict[str, Any]:
@@ -151,12 +153,12 @@ def examine(
         share = sum(still) / len(still) if still else None
         found.append(Measure("known", 1.0 if still else None, share, bounds.known, len(still)))
     if probes.documents:
-        tokens = len(read.choices)
+        tokens, same = len(read.choices), _number(accuracy(reread.choices, read.choices))
         most = _number(read.perplexity * bounds.perplexity)
         # What cannot be told from a number is no number: NaN keeps to no bound and is not JSON.
         found += [
             Measure("perplexity", _number(read.perplexity), _number(reread.perplexity), most, tokens, at_most=True),
-            Measure("agreement", 1.0, _number(accuracy(reread.choices, read.choices)), bounds.agreement, tokens),
+            Measure("agreement", 1.0 if tokens else None, same, bounds.agreement, tokens),
         ]
     found += [_task(name, figures[name], refigures[name], bounds) for name in figures]
     return found, answers

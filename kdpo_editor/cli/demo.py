@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -138,7 +139,7 @@ def score(evaluator: Evaluator, records: Sequence[Record], before: Before) -> li
     of_all = [dict(rows(r, old, new)) for r, old, new in zip(records, before.outputs, now, strict=True)]
     means = [fmean(of[metric] for of in of_all) for metric in ("rewrite_acc", "rewrite_gen", "rephrase_acc", LOCALITY)]
     still = right(evaluator, before.known)
-    return [*means, sum(still) / max(1, len(still)), evaluator.read(read_text(HELD_OUT)[:DOCUMENTS]).perplexity]
+    return [*means, fmean(still) if still else math.nan, evaluator.read(read_text(HELD_OUT)[:DOCUMENTS]).perplexity]
 
 
 LOCALITY = "locality.neighborhood_acc"

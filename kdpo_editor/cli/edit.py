@@ -62,7 +62,7 @@ def edit(
     recipe: RecipeOption = Recipe.KDPO,
     changes: Changes = None,
     dtype: DtypeOption = None,
-    keep_going: Annotated[bool, typer.Option("--keep-going", help="Skip bad lines and edits that diverge.")] = False,
+    keep_going: Annotated[bool, typer.Option("--keep-going", help="Skip what cannot be edited.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Leave out edits that are in the ledger already.")] = False,
     log_to: LogTo = None,
     device: Device = None,

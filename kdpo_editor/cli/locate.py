@@ -36,9 +36,6 @@ def locate(
     known = _known(loaded, tok, facts)
     found = trace(loaded, tok, known, settings)
     _print(found)
-    if picture is not None:
-        _draw(found, model, picture)
-        say(f"The map is in {picture}.")
     layers = found.layers
     keep(settings.model_name, found.matrix, layers)
     use = "The settings of this model have layers of their own, which edits use."
@@ -49,6 +46,9 @@ def locate(
         values = {**settings.to_dict(), "layers": layers, "rewrite_module_tmp": found.matrix}
         to.write_text(yaml.safe_dump(values, sort_keys=False, default_flow_style=None, allow_unicode=True), "utf-8")
         say(f"Settings are in {to}.")
+    if picture is not None:
+        _draw(found, model, picture)
+        say(f"The map is in {picture}.")
     return 0
 
 

@@ -177,6 +177,7 @@ def save_null_space(model: nn.Module, tok: Any, hparams: Any) -> None:
     """
     module = _module("AlphaEdit")
     projections = torch.stack([module.get_project(model, tok, layer, hparams) for layer in hparams.layers])
+    Path(hparams.P_loc).parent.mkdir(parents=True, exist_ok=True)
     with appearing(Path(hparams.P_loc)) as part:
         torch.save(projections, part)
 

@@ -72,8 +72,10 @@ def _figure(frame: pd.DataFrame, x: str, y: str) -> Figure:
         )
     axes.set_xlabel(f"{x} (filled: the highest rate)")
     axes.set_ylabel(y)
-    axes.set_xlim(-0.02, 1.02)
-    axes.set_ylim(min(0.5, frame["y"].min() - 0.02), 1.02)
+    if frame["x"].max() <= 1:  # shares
+        axes.set_xlim(-0.02, 1.02)
+    if frame["y"].max() <= 1:
+        axes.set_ylim(min(0.5, frame["y"].min() - 0.02), 1.02)
     axes.grid(color="#eeeeee")
     draw_legend(figure, list(styles), styles)
     return figure

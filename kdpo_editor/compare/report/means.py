@@ -121,9 +121,8 @@ def tidy(cells: Iterable[ResultFolder]) -> pd.DataFrame:
 
 
 def _before_editing(means: pd.DataFrame) -> pd.DataFrame:
-    groups = ["model", "dataset", "protocol", "n_edits"]
-    has_own = means[means["method"] == UNEDITED][groups].drop_duplicates().assign(own=True)
-    before = means[means["when"] == "pre"].merge(has_own, on=groups, how="left")
+    has_own = means[means["method"] == UNEDITED][GROUP].drop_duplicates().assign(own=True)
+    before = means[means["when"] == "pre"].merge(has_own, on=GROUP, how="left")
     before = before[before["own"].isna()].drop_duplicates([*GROUP, "seed", "metric"])
     return before.drop(columns="own").assign(
         method=UNEDITED, label="before editing", when="checkpoint", trials=math.nan

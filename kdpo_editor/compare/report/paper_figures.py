@@ -227,6 +227,7 @@ def _cycle(args: argparse.Namespace) -> Iterator[Picture]:
             raise DataError(f"--record {args.record}: {args.dataset} has records 0 to {len(records) - 1}")
         record = records[args.record]
         request, of = {"prompt": record.prompt, "target_new": record.target_new}, f"{args.dataset}-{args.record}"
+        request |= {"subject": record.subject} if record.subject_in_prompt else {}
     hparams, _ = chosen_settings(args.model, args.hparams, changes=args.set)
     model, tok = load(args.model, device=args.device)
     ((tokens, *_),) = tokenize(tok, [request], append_eos=hparams.append_eos)

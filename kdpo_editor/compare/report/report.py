@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from ...errors import KDPOError, explained
+from ...whole_files import write_file
 
 if TYPE_CHECKING:
     from .result_folder import ResultFolder
@@ -128,7 +129,8 @@ def _notes(cells: Sequence[ResultFolder]) -> list[str]:
 def write(path: Path, content: str | bytes) -> Path:
     """Write a file, with the folders above it; returns ``path``."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content if isinstance(content, bytes) else content.encode("utf-8", "backslashreplace"))
+    data = content if isinstance(content, bytes) else content.encode("utf-8", "backslashreplace")
+    write_file(path, data, synced=False)
     return path
 
 

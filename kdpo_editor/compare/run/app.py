@@ -6,6 +6,7 @@ kdpo-compare -m method=kdpo,ft_l,ft_m,lora,rome,memit n_edits=100 protocol.eval_
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 import time
@@ -99,11 +100,14 @@ def main() -> int:
         return 130
     if not _OUT or not _OUT["folder"].is_dir():
         return status
-    failed = [m["error"] for m in _manifests(_OUT["folder"], started) if m.get("status") == "failed"]
+    computed = _manifests(_OUT["folder"], started)
+    failed = [cell["error"] for cell in computed if cell.get("status") == "failed"]
     if _OUT["report"]:
         from ..report.report import main as report
 
-        report([str(_OUT["folder"])])
+        shown = report([str(_OUT["folder"])])
+        if not computed or any(cell.get("status") != "skipped" for cell in computed):
+            status = status or shown
     for error in failed:
         sys.stderr.write(f"failed: {error}\n")
     return status or (1 if failed else 0)
@@ -112,7 +116,7 @@ def main() -> int:
 def _quoted(argument: str) -> str:
     """``key=value`` as Hydra takes it where the value is a file's name that has some of Hydra's own characters."""
     key, equals, value = argument.partition("=")
-    if not equals or not re.search(r"[^\w./~-]", value) or not Path(value).is_file():
+    if not equals or not re.search(r"[^\w./~-]", value) or not os.path.isfile(value):
         return argument
     return key + '="' + value.replace('"', '\\"') + '"'
 
@@ -120,8 +124,8 @@ def _quoted(argument: str) -> str:
 def _manifests(folder: Path, since: float) -> list[dict[str, Any]]:
     found = []
     for file in folder.glob("*/manifest.json"):
-        if file.stat().st_mtime >= since:
-            with suppress(ValueError):  # somebody else's file; a manifest is written whole
+        with suppress(OSError, ValueError):  # cleared by another process, or not a cell's
+            if file.stat().st_mtime >= since:
                 found.append(json.loads(file.read_text("utf-8")))
     return found
 

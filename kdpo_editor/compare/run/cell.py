@@ -45,7 +45,7 @@ PLACE = ("layers", "rewrite_module_tmp")
 SAVE_EVERY = 60.0  # seconds between checkpoints, beside those at `eval_at`
 SPARE = 50  # records that are never edited, for methods that train on some (WISE)
 # What a cell's figures do not depend on.
-ELSEWHERE = ("out", "cache", "overwrite", "threads", "logging", "report", "stats_dir")
+ELSEWHERE = ("out", "cache", "overwrite", "threads", "logging", "report")
 
 
 def run(config: Compare) -> Cell:
@@ -71,7 +71,7 @@ def run(config: Compare) -> Cell:
     with cell.locked():
         if config.overwrite:
             cell.clear()
-        if cell.manifest().get("status") in ("complete", "skipped"):
+        if cell.manifest().get("status") == "complete":
             if config.method.trials is not None:
                 cell.note(trials=config.method.trials)
             LOG.info("%s is there already", cell.folder)
@@ -125,7 +125,6 @@ def _compute(
     with one_at_a_time(config.cache, f"set-up-{before[:16]}"):
         if settings is not None:
             statistics.ensure(model, tok, settings, text[0], text[1], stats, text[2])
-            stats.mkdir(parents=True, exist_ok=True)
         editing = Editing(
             model,
             tok,
@@ -252,6 +251,10 @@ def _records(config: Compare) -> tuple[list[Record], list[Record]]:
         ("protocol.other_questions", protocol.other_questions, 0),
         ("protocol.longest", protocol.longest, 0),
         ("protocol.fluency", protocol.fluency, 0),
+        ("protocol.batch_size", protocol.batch_size, 1),
+        ("protocol.tasks_limit", protocol.tasks_limit, 1),
+        ("model.characters", config.model.characters, 1),
+        ("model.tokens_per_input", config.model.tokens_per_input, 1),
     ):
         if number is not None and number < least:
             wanted = f"at least {least}" if least else "0 or more"
@@ -307,6 +310,8 @@ def _cell(config: Compare, edited: Sequence[Record], settings: dict[str, Any] | 
         label += " (own CE)" if config.method.without == "ce" else f" ({config.method.without})"
     told = {k: v for k, v in asdict(config).items() if k not in ELSEWHERE}
     del told["model"]["device"], told["method"]["trials"]
+    if told["stats_dir"] is None:
+        del told["stats_dir"]
     told |= {"settings": settings, "records": content_hash(edited), "form": easyedit.form().lower()}
     told |= {"files": digests} if (digests := _digests(config)) else {}
     code = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:12]
@@ -358,6 +363,11 @@ def _scaled(config: Compare, settings: dict[str, Any]) -> dict[str, Any]:
 def _filled(config: Compare, settings: dict[str, Any]) -> dict[str, Any]:
     """The settings with what they leave to the model: its name, a template's words, KDPO's layers and matrix."""
     name = config.model.name
+    if not (config.method.apply or settings.get("alg_name")):
+        raise HyperParamsError(
+            f"method {config.method.name}: hparams names no alg_name, the method's name in EasyEdit; an editor of your "
+            "own is named by method.apply"
+        )
     settings = {"model_name": name, **settings}
     if is_template(settings):
         return fill(settings, loading.outline(name), name)

@@ -101,7 +101,8 @@ class Editing:
         if "stats_dir" in config:
             placed["stats_dir"] = str(folder)
         if "P_loc" in config:
-            which = f"{Path(config['model_name']).name}-{config['layers']}-{config['nullspace_threshold']}"
+            name = str(config["model_name"]).strip("/").replace("/", "-")
+            which = f"{name}-{config['layers']}-{config['nullspace_threshold']}"
             placed["P_loc"] = str(folder / f"null-space-{which}.pt")
         self.hparams, self.ignored = easyedit.settings({**config, **placed})
         if self.algorithm == "WISE":
@@ -131,7 +132,7 @@ class Editing:
 
     def evaluator(self) -> Evaluator:
         """For the model as it is now."""
-        alone, alike = self._reset is not None and self.algorithm == "WISE", self.algorithm == "GRACE"
+        alone, alike = (self._reset is not None and self.algorithm == name for name in ("WISE", "GRACE"))
         at = self._ask_at if alike else None
         context = getattr(self.model, "context", None) if self.outside else None
         return Evaluator(self.model, self.tok, alone=alone, alike=alike, at=at, context=context)

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import urllib.request
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,11 +45,13 @@ class Judge:
         asked = {"model": self.model, "temperature": 0, "messages": [{"role": "user", "content": content}]}
         body = json.dumps(asked, sort_keys=True).encode()
         file = self.folder / f"{hashlib.sha256(self.address.encode() + body).hexdigest()[:24]}.json"
-        if not file.exists():
-            reply = self._ask(body)
+        if file.exists():
+            return _verdict(json.loads(file.read_text("utf-8"))["reply"]) == "CORRECT"
+        reply = self._ask(body)
+        with suppress(OSError):  # a cache that cannot be written to keeps nothing
             make_folder(self.folder)
             write_file(file, json.dumps({"asked": asked, "reply": reply}, ensure_ascii=False).encode())
-        return _verdict(json.loads(file.read_text("utf-8"))["reply"]) == "CORRECT"
+        return _verdict(reply) == "CORRECT"
 
     def _ask(self, body: bytes) -> str:
         headers = {"Content-Type": "application/json", "Authorization": f"Bearer {os.environ.get(KEY, '')}"}

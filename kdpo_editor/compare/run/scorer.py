@@ -68,16 +68,17 @@ class Scorer:
 
         of = {"edited": content_hash(self.edited), "judge": [protocol.judge, protocol.judge_model], **asked}
         self.pre = [Outputs.from_json(entry) for entry in kept(of, outputs)]
+        after = protocol.name == "sequence"  # what is asked of the model as a whole, after edits that stay
         self.known = []
-        if protocol.known:
+        if protocol.known and after:
             beside = [*self.edited, *self.spare]
             self.known = known_facts(evaluator, self.config.dataset.known, protocol.known, beside, kept)
         self.others = []
-        if protocol.other_questions:
+        if protocol.other_questions and after:
             self.others = other_questions(self.edited, protocol.other_questions)
             questions = content_hash([question for _, question in self.others])
             self.overreach = kept({"others": questions}, lambda: self._overreach(evaluator, len(self.edited)))
-        if protocol.perplexity:
+        if protocol.perplexity and after:
             self.documents = self._held_out()
             text = hashlib.sha256("\0".join(self.documents).encode()).hexdigest()
 
@@ -87,7 +88,9 @@ class Scorer:
 
             self.reading = Reading(*kept({"text": text}, reading))
 
-        self.tasks = kept(self._of_tasks(), lambda: self._measure(evaluator)) if protocol.tasks else {}
+        self.tasks = {}
+        if protocol.tasks and after:
+            self.tasks = kept(self._of_tasks(), lambda: self._measure(evaluator))
 
     def before(self, log: Log) -> None:
         """Rows and generations of the model as it is before any edit."""
