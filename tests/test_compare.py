@@ -260,6 +260,7 @@ def test_more_requests_at_a_time_end_at_every_checkpoint() -> None:
 @pytest.mark.parametrize(
     ("overrides", "error", "words"),
     [
+        (["protocol=single", "protocol.tasks=[kdpo_facts]"], HyperParamsError, "protocol.tasks.*single keeps none"),
         (["protocol.name=parallel"], HyperParamsError, "protocol.name.*sequence, single"),
         (["dataset.split=train"], HyperParamsError, "dataset.split.*test, validation, all"),
         (["n_edits=1000"], DataError, "1000"),

@@ -259,6 +259,10 @@ def _records(config: Compare) -> tuple[list[Record], list[Record]]:
         if number is not None and number < least:
             wanted = f"at least {least}" if least else "0 or more"
             raise HyperParamsError(f"{key}: {number} is not allowed; it must be {wanted}")
+    if protocol.name == "single":
+        for key, asked in (("tasks", protocol.tasks), ("other_questions", protocol.other_questions)):
+            if asked:
+                raise HyperParamsError(f"protocol.{key}: asked once all edits are made, and protocol=single keeps none")
     if protocol.judge and not (protocol.wild and protocol.judge_model):
         raise HyperParamsError(
             "protocol.judge: it judges WILD's answers; protocol.wild=true and protocol.judge_model go with it"

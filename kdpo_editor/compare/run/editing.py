@@ -15,6 +15,7 @@ Around the function, which is never changed, stands what a fair comparison needs
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -101,8 +102,9 @@ class Editing:
         if "stats_dir" in config:
             placed["stats_dir"] = str(folder)
         if "P_loc" in config:
-            name = str(config["model_name"]).strip("/").replace("/", "-")
-            which = f"{name}-{config['layers']}-{config['nullspace_threshold']}"
+            name = str(config["model_name"])
+            which = f"{Path(name).name}-{config['layers']}-{config['nullspace_threshold']}"
+            which += f"-{hashlib.sha256(name.encode()).hexdigest()[:8]}" if "/" in name else ""
             placed["P_loc"] = str(folder / f"null-space-{which}.pt")
         self.hparams, self.ignored = easyedit.settings({**config, **placed})
         if self.algorithm == "WISE":

@@ -74,7 +74,7 @@ class Scorer:
             beside = [*self.edited, *self.spare]
             self.known = known_facts(evaluator, self.config.dataset.known, protocol.known, beside, kept)
         self.others = []
-        if protocol.other_questions and after:
+        if protocol.other_questions:
             self.others = other_questions(self.edited, protocol.other_questions)
             questions = content_hash([question for _, question in self.others])
             self.overreach = kept({"others": questions}, lambda: self._overreach(evaluator, len(self.edited)))
@@ -88,9 +88,7 @@ class Scorer:
 
             self.reading = Reading(*kept({"text": text}, reading))
 
-        self.tasks = {}
-        if protocol.tasks and after:
-            self.tasks = kept(self._of_tasks(), lambda: self._measure(evaluator))
+        self.tasks = kept(self._of_tasks(), lambda: self._measure(evaluator)) if protocol.tasks else {}
 
     def before(self, log: Log) -> None:
         """Rows and generations of the model as it is before any edit."""
