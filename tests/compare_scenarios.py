@@ -57,10 +57,13 @@ def one_method(model: Any, tok: Any, config: dict[str, Any], records: list[Recor
     before, padding, use_cache = fingerprint(model), tok.padding_side, model.config.use_cache
     single = Editing(model, tok, config, seed=0, folder=cache, unrelated=["The capital of France is"], sequence=False)
     after_load = tok.padding_side
-    rewrite = []
+    rewrite, acts = [], []
     # Of the split that settings were chosen on; how methods do elsewhere is the comparison's business.
     for record in [r for r in load("shipped") if in_validation(r)][:2]:
+        pair = [(record.prompt, record.target_new)]
+        untouched = single.evaluator().losses(pair)
         single.edit([record])
+        acts.append(single.evaluator().losses(pair) != untouched)
         first = single.evaluator().predict([(record.prompt, record.target_new)])[0]
         again = single.evaluator().predict([(record.prompt, record.target_new)])[0]
         rewrite.append(accuracy(*first))
@@ -86,6 +89,7 @@ def one_method(model: Any, tok: Any, config: dict[str, Any], records: list[Recor
     tok.padding_side = padding
     return {
         "rewrite": rewrite,
+        "acts": all(acts),
         "restored": restored and fingerprint(model) == before,
         "kept_after_first": kept_after_first,
         "kept": kept,

@@ -81,8 +81,12 @@ def state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 def assert_same(model: torch.nn.Module, before: dict[str, torch.Tensor]) -> None:
     """Every tensor of ``model`` is bit-identical to ``before``."""
-    for name, tensor in model.state_dict().items():
-        assert torch.equal(tensor, before[name]), name
+    now = model.state_dict()
+    assert now.keys() == before.keys()
+    for name, tensor in now.items():
+        assert tensor.dtype == before[name].dtype, name
+        one, other = (t.contiguous().flatten().view(torch.uint8) for t in (tensor, before[name]))
+        assert torch.equal(one, other), name
 
 
 @contextmanager

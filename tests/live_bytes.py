@@ -10,8 +10,6 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from kdpo_editor.compare.run.memory import high_water
-
 
 class LiveBytes(TorchDispatchMode):
     """Bytes of the tensor storages made inside and still alive; ``peak`` is their highest."""
@@ -40,10 +38,6 @@ class LiveBytes(TorchDispatchMode):
 
 def peak_bytes(call: Callable[[], Any]) -> int:
     """Memory of tensors above what was held before, at its highest: exact to the byte, but ``call`` takes longer."""
-    if torch.cuda.is_available():
-        with high_water([torch.device("cuda", torch.cuda.current_device())]) as peak:
-            call()
-        return peak.bytes or 0
     with LiveBytes() as live:
         call()
     return int(live.peak)

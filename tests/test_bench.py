@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from bench import Model, calls, distance, edits, floor, in_a_row, plot, report
+from bench import Model, calls, distance, edits, floor, in_a_row, plot, report, requests
 
 from kdpo_editor import SHIPPED_MODEL
 from kdpo_editor.compare.run.datasets import Record, load
+from kdpo_editor.engine.generation import says_target
 
 
 @pytest.fixture(scope="module")
@@ -41,10 +42,20 @@ def test_the_distance_of_two_changes_is_a_share_of_the_second() -> None:
     assert distance(other, change) == pytest.approx(0.8)
 
 
-def test_edits_in_a_row_are_all_held_at_the_end(small: Model, records: list[Record]) -> None:
+def test_edits_in_a_row_are_all_held_at_the_end(
+    small: Model, records: list[Record], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """They are undone together, after the last."""
+    held, undo = [], small.undo
+
+    def undone() -> bool:
+        held.append(says_target(small.model, small.tok, requests(records)))
+        return undo()
+
+    monkeypatch.setattr(small, "undo", undone)
     assert [*in_a_row(small, records)] == ["3"]
-    assert not small.undo()
+    assert held == [[True] * 3]
+    assert not undo()
 
 
 def test_a_report_has_every_part(small: Model, records: list[Record], tmp_path: Path) -> None:

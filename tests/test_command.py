@@ -17,7 +17,7 @@ import yaml
 from conftest import GOLDEN, assert_same, state
 from small import make
 
-from kdpo_editor import SHIPPED_MODEL, EditDelta, EditLedger, KDPOHyperParams
+from kdpo_editor import SHIPPED_MODEL, EditDelta, EditDiverged, EditLedger, KDPOHyperParams
 from kdpo_editor.cli.edit import _in_chat, _not_done
 from kdpo_editor.cli.main import EXAMPLES, main
 from kdpo_editor.derived import complete
@@ -262,6 +262,24 @@ def test_keep_going_skips_bad_lines_and_says_so(tmp_path: Path, capsys: Any) -> 
     assert code == 1
     assert [line["prompt"] for line in out] == [FACTS[0]["prompt"], FACTS[1]["prompt"]]
     assert "line 2 is not JSON" in err
+
+
+def test_keep_going_goes_on_after_an_edit_that_diverges(
+    tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make, calls = EditLedger.edit, []
+
+    def first_fails(self: Any, *args: Any, **kwargs: Any) -> Any:
+        calls.append(args)
+        if len(calls) == 1:
+            raise EditDiverged("as asked")
+        return make(self, *args, **kwargs)
+
+    monkeypatch.setattr(EditLedger, "edit", first_fails)
+    file = write(tmp_path / "f.jsonl", FACTS[:2])
+    code, out, err = kdpo(capsys, "edit", *MODEL, "--file", file, "--out", tmp_path / "e", "--keep-going")
+    assert (code, out[0]["error"], out[1]["edit"]) == (1, "as asked", 1)
+    assert f"{file}, line 1: as asked" in err
 
 
 def test_two_lines_that_one_call_cannot_both_make_are_named(tmp_path: Path, capsys: Any) -> None:

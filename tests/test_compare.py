@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import re
@@ -11,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -423,6 +425,31 @@ def test_before_its_first_edit_a_model_has_no_wrapper_to_ask_around(algorithm: s
     evaluator = Editing.evaluator(bare)  # type: ignore[arg-type]
     assert not evaluator.alone
     assert not evaluator.alike
+
+
+def test_a_sequence_whose_edits_are_made_again_ends_as_an_undisturbed_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """KDPO-L keeps more than weights, its earlier edits, so a checkpoint does not hold all that it leaves behind."""
+    from kdpo_editor.compare.run import cell as module
+
+    few = ["method=kdpo_l", "n_edits=3", "protocol.eval_at=[2]", "protocol.known=0", "protocol.perplexity=false"]
+    whole = module.run(composed(tmp_path / "whole", *few)).folder
+    assert manifest(whole)["status"] == "complete", (whole / "run.log").read_text("utf-8")
+    save = module.Cell.save_checkpoint
+
+    def stop(self: Any, *args: Any) -> None:
+        save(self, *args)
+        raise RuntimeError("stopped")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module.Cell, "save_checkpoint", stop)
+        module.run(composed(tmp_path / "stopped", *few))
+    with caplog.at_level(logging.INFO, "kdpo_editor"):
+        again = module.run(composed(tmp_path / "stopped", *few)).folder
+    assert manifest(again)["status"] == "complete"
+    assert "going on after 2 of 3 edits" in caplog.text
+    pd.testing.assert_frame_equal(figures(again), figures(whole))
 
 
 def test_edits_made_on_other_weights_are_not_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

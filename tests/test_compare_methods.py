@@ -74,6 +74,7 @@ def test_a_method_leaves_nothing_behind_and_keeps_its_edits(scenarios: dict[str,
     if scenarios["form"] == "pypi" and method in UPSTREAM_ONLY:
         assert found is None
         return
+    assert found["acts"], "no edit changed how likely its answer is"
     assert found["restored"]
     assert found["evaluation_mode"]
     assert found["use_cache"]

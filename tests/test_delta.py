@@ -326,7 +326,11 @@ def test_what_does_not_fit_together_is_not_merged() -> None:
     second = EditDelta.of(other, change(other, 9))
     with pytest.raises(FingerprintError, match=r"a\.weight: one delta does not begin where another"):
         EditDelta.merge([first, second])
-    EditDelta.merge([first, second], force=True)
+    merged = EditDelta.merge([first, second], force=True)
+    torch.testing.assert_close(merged.change()[NAME], first.change()[NAME] + second.change()[NAME])
+    second.config = {**second.config, "hidden_size": 1}
+    with pytest.raises(FingerprintError, match="different configs"):
+        EditDelta.merge([first, second])
     with pytest.raises(ValueError, match="at least one"):
         EditDelta.merge([])
 
@@ -342,6 +346,23 @@ def one_fact(shipped: tuple[Any, Any]) -> EditDelta:
     delta = EditDelta.make(model, tok, [record], shipped_settings())
     delta.revert(model)
     return delta
+
+
+def test_a_low_rank_pair_that_cannot_be_taken_back_exactly_is_refused(
+    shipped: tuple[Any, Any], one_fact: EditDelta, tmp_path: Path
+) -> None:
+    """What it changed is known to the object that applied it alone; sums are rounded."""
+    model, tok = shipped
+    small = one_fact.compress(model, tok, rank=16)
+    small.save(tmp_path / "d")
+    before = state(model)
+    small.apply(model)
+    after = state(model)
+    with pytest.raises(FingerprintError, match="subtracting this low-rank delta does not give"):
+        EditDelta.load(tmp_path / "d").revert(model)
+    assert_same(model, after)
+    small.revert(model)
+    assert_same(model, before)
 
 
 def test_a_low_rank_pair_that_holds_the_edit(shipped: tuple[Any, Any], one_fact: EditDelta, tmp_path: Path) -> None:
@@ -461,6 +482,7 @@ def test_gpt2s_turned_matrices_are_exported_too(gpt2: Any, tmp_path: Path) -> No
     )
     delta = EditDelta.make(model, tok, [REQUEST], hparams)
     wanted = generate(model, tok, REQUEST["prompt"])
+    assert wanted != generate(load("gpt2")[0], tok, REQUEST["prompt"])
     rank = delta.save_lora(tmp_path / "adapter", model, tok, rank=64)
     adapted = peft.PeftModel.from_pretrained(load("gpt2")[0], str(tmp_path / "adapter"))
     assert generate(adapted, tok, REQUEST["prompt"]) == wanted

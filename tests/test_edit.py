@@ -15,11 +15,13 @@ from tokenizers import processors
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from kdpo_editor import EditDiverged, apply_kdpo_to_model, edit
+from kdpo_editor.editing import check
 from kdpo_editor.engine.batches import Batch, EditTrace, group, make_batches, refresh, unfinished
 from kdpo_editor.engine.cached_forward import CachedForward
 from kdpo_editor.engine.optimizers import Stepper
 from kdpo_editor.engine.steps import run_cycle
 from kdpo_editor.engine.weights import find_matrices, only_training
+from kdpo_editor.lifelong.contexts import TEMPLATES, in_contexts
 from kdpo_editor.lifelong.loop import kdpo_l
 from kdpo_editor.objectives import dpo_loss, hardest_rejected, kdpo_loss
 from kdpo_editor.requests.tokens import EditTokens, tokenize
@@ -274,6 +276,14 @@ def test_weights_that_stay_finite_and_grow_without_end_are_an_error_and_undone(l
 # Options ------------------------------------------------------------------------------------------------------
 
 
+def test_an_edit_that_scaling_takes_back_is_not_won(llama: Any, settings: Any) -> None:
+    model, tok = llama
+    _, _, (trace,) = edit(model, tok, [REQUEST], settings(update_scale=1e-3))
+    assert trace.steps > 0
+    assert answer(model, tok, REQUEST) != REQUEST["target_new"]
+    assert not trace.converged
+
+
 def test_update_scale_multiplies_the_change(llama: Any, settings: Any) -> None:
     model, tok = llama
     before = model.get_parameter(PARAMETER).detach().clone()
@@ -281,6 +291,23 @@ def test_update_scale_multiplies_the_change(llama: Any, settings: Any) -> None:
     change = single.get_parameter(PARAMETER).detach() - before
     edit(model, tok, [REQUEST], settings(update_scale=2.0))
     torch.testing.assert_close(model.get_parameter(PARAMETER).detach() - before, 2 * change, rtol=0, atol=1e-6)
+
+
+def test_a_prompt_is_trained_behind_its_contexts_too(llama: Any, settings: Any) -> None:
+    model, tok = llama
+    hparams = settings(context_templates=2, schedule="breadth_first", cycles=40)
+    ((_, *others),), _ = check(model, tok, [{**SECOND, "rephrases": ["Epaspidoceras is of which family?"]}], hparams)
+    behind = [template.format(SECOND["prompt"]) for template in TEMPLATES[:2]]
+    assert [one.text for one in others] == ["Epaspidoceras is of which family?", *behind]
+    _, _, (trace,) = edit(model, tok, [SECOND], hparams)
+    assert trace.converged
+    assert [answer(model, tok, {**SECOND, "prompt": prompt}) for prompt in behind] == [SECOND["target_new"]] * 2
+
+
+def test_a_prompt_in_a_chat_template_gets_no_contexts(llama: Any) -> None:
+    _, tok = llama
+    chat = [{"prompt": f"{tok.eos_token}a", "target_new": "b"}]
+    assert in_contexts(tok, chat, 3) == chat
 
 
 def test_append_eos_makes_the_end_token_part_of_the_answer(llama: Any, settings: Any) -> None:
@@ -294,13 +321,14 @@ def test_append_eos_makes_the_end_token_part_of_the_answer(llama: Any, settings:
 
 @pytest.mark.parametrize(("lr", "wins"), [(1e-9, False), (1e-3, True)])
 def test_an_edit_is_won_once_it_is_the_argmax_though_its_margin_is_out_of_reach(
-    llama: Any, settings: Any, lr: float, wins: bool
+    llama: Any, settings: Any, caplog: pytest.LogCaptureFixture, lr: float, wins: bool
 ) -> None:
     model, tok = llama
     hparams = settings(margin=1000.0, stop_loss=0.0, cycles=20, lr=lr, schedule="breadth_first")
     _, _, (trace,) = edit(model, tok, [REQUEST], hparams)
     assert trace.converged == wins
     assert len(trace.cycles) == 20
+    assert ("did not reach its target within 20 cycles" in caplog.text) is not wins
 
 
 def test_margin_demands_a_clear_win(llama: Any, settings: Any) -> None:
@@ -430,14 +458,16 @@ def test_breadth_first_edits_all_requests(llama: Any, settings: Any, budget: flo
 def test_first_losses_of_a_batch_equal_those_of_single_edits(llama: Any, settings: Any) -> None:
     """Padding, other rows and the split into batches change nothing before the first step."""
     model, tok = llama
-    requests = [SECOND, REQUEST, THIRD]
-    _, _, single = edit(copy.deepcopy(model), tok, requests[:1], settings())
+    requests, own = [SECOND, REQUEST, THIRD], {"objective": "hinge", "margin": 1.0}
+    alone = [edit(copy.deepcopy(model), tok, [request], settings(**own))[2][0].cycles[0] for request in requests]
+    assert len({round(cycle.losses[0], 3) for cycle in alone}) == 3
     for budget in (2e9, 1.0):
-        hparams = settings(schedule="breadth_first", memory_budget=budget, cycles=1, num_steps=1)
+        hparams = settings(**own, schedule="breadth_first", memory_budget=budget, cycles=1, num_steps=1)
         _, _, traces = edit(copy.deepcopy(model), tok, requests, hparams)
-        assert traces[0].cycles[0].rejected == single[0].cycles[0].rejected
-        if budget > 1:
-            assert [t.cycles[0].losses[0] for t in traces] == pytest.approx([np.log(2)] * 3)
+        assert [t.cycles[0].rejected for t in traces] == [cycle.rejected for cycle in alone]
+        if budget > 1:  # of mini-batches, each comes after the steps of those before it
+            found = [trace.cycles[0].losses[0] for trace in traces]
+            assert found == pytest.approx([cycle.losses[0] for cycle in alone], abs=1e-4)
 
 
 def test_a_mini_batch_divided_by_length_takes_the_same_steps(settings: Any, monkeypatch: pytest.MonkeyPatch) -> None:

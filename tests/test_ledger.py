@@ -615,9 +615,46 @@ def test_a_folder_that_may_not_be_entered_is_named() -> None:
     root = Path(tempfile.mkdtemp())
     try:
         make(root / "l", 1)
-        root.chmod(0o700)
+        root.chmod(0o700 if os.getuid() == 0 else 0)
         said = as_nobody(lambda: raised(lambda: EditLedger(root / "l")))
-        if os.getuid() == 0:
-            assert said == f"StorageError: [Errno 13] cannot open {root}/l: Permission denied"
+        assert said == f"StorageError: [Errno 13] cannot open {root}/l: Permission denied"
     finally:
+        root.chmod(0o700)
         shutil.rmtree(root)
+
+
+def test_an_undo_that_fails_moves_neither_journal_nor_model(tmp_path: Path) -> None:
+    states = make(tmp_path / "l", 2)
+    model, journal = Small(), tmp_path / "l" / "journal.jsonl"
+    with EditLedger(tmp_path / "l", write=True) as ledger:
+        ledger.restore(model)
+        before = journal.read_bytes()
+        earlier = {value.sha256 for value in ledger.state(1).values()} - {v.sha256 for v in ledger.state(2).values()}
+        (missing,) = earlier
+        (tmp_path / "l" / f"{missing}.safetensors").write_bytes(b"")
+        with pytest.raises(DamagedFileError):
+            ledger.undo(1, model)
+        assert (ledger.head, journal.read_bytes()) == (2, before)
+        assert_same(model, states[2])
+
+
+def test_a_delta_that_cannot_be_journaled_is_not_applied(tmp_path: Path) -> None:
+    model = Small()
+    delta = EditDelta.of(model, change(model, 1))
+    delta.revert(model)
+    before = state(model)
+    with EditLedger(tmp_path / "l", write=True) as ledger:
+        with no_file_longer_than(20), pytest.raises(StorageError):
+            ledger.apply(model, delta)
+        assert_same(model, before)
+        assert ledger.head == 0
+
+
+def test_a_delta_of_the_last_edits_is_theirs_alone(tmp_path: Path) -> None:
+    states = make(tmp_path / "l", 4)
+    delta = EditLedger(tmp_path / "l").delta(4, since=2)
+    assert [request["prompt"] for request in delta.info.requests] == ["question 3", "question 4"]
+    model = Small()
+    model.load_state_dict(states[2])
+    delta.apply(model)
+    assert_same(model, states[4])

@@ -18,6 +18,7 @@ from kdpo_editor.derived import complete
 from kdpo_editor.lifelong import located
 from kdpo_editor.lifelong.locating import SUBJECT_LAST, TOKENS, CausalTrace, trace
 from kdpo_editor.models.loading import outline, whole_name
+from kdpo_editor.requests.tokens import tokenize
 
 FACTS = [
     {"prompt": "What species is ZIC3 specific to?", "subject": "ZIC3", "target_new": "male"},
@@ -39,6 +40,43 @@ def test_only_a_layer_that_writes_has_an_effect(llama: tuple[Any, Any]) -> None:
     far = [layer for layer in range(effects.shape[1]) if not layer - window < 3 < layer + window]
     assert effects[SUBJECT_LAST, 3].abs() > 0
     assert (effects[:, far].nan_to_num() == 0).all()
+
+
+def test_an_effect_is_the_probability_that_an_output_brings_back(llama: tuple[Any, Any]) -> None:
+    """Asked once more with hooks of its own. Of six layers the outputs of one are restored at a time."""
+    model, tok = llama
+    fact = {**FACTS[1], "target_new": "Aspidoceratidae"}
+    ((tokens,),) = tokenize(tok, [fact], with_subject=True)
+    begin, end = tokens.subject
+    table, matrix = model.get_input_embeddings(), model.model.layers[3].mlp.down_proj
+    drawn = torch.randn(1, end - begin, table.embedding_dim, generator=torch.Generator().manual_seed(0))
+    written: list[torch.Tensor] = []
+
+    def probability(*hooks: tuple[torch.nn.Module, Any]) -> float:
+        handles = [module.register_forward_hook(hook) for module, hook in hooks]
+        with torch.no_grad():
+            logits = model(tokens.prompt[None]).logits[0, -1]
+        for handle in handles:
+            handle.remove()
+        return float(logits.softmax(-1)[tokens.chosen[0]])
+
+    def noisy(_: Any, __: Any, output: torch.Tensor) -> torch.Tensor:
+        noise = torch.zeros_like(output)
+        noise[:, begin:end] = 3 * table.weight.std() * drawn
+        return output + noise
+
+    def restored(_: Any, __: Any, output: torch.Tensor) -> torch.Tensor:
+        output = output.clone()
+        output[0, end - 1] = written[0][0, end - 1]
+        return output
+
+    clean = probability((matrix, lambda _, __, output: written.append(output)))
+    corrupted, brought_back = probability((table, noisy)), probability((table, noisy), (matrix, restored))
+    found = trace(model, tok, [fact], SETTINGS)
+    assert (found.clean, found.corrupted) == pytest.approx((clean, corrupted), abs=1e-6)
+    effect = brought_back - corrupted
+    assert effect != 0
+    assert found.effects[SUBJECT_LAST, 3].item() == pytest.approx(effect, rel=1e-2)
 
 
 def test_restoring_what_noise_did_not_reach_has_no_effect(llama: tuple[Any, Any], monkeypatch: Any) -> None:

@@ -8,12 +8,16 @@ from itertools import chain
 from typing import Any
 
 import pytest
+import torch
+from conftest import PARAMETER
 from live_bytes import peak_bytes
 
 from kdpo_editor import edit
+from kdpo_editor.engine.batches import group
 from kdpo_editor.engine.cached_forward import CachedForward
 from kdpo_editor.engine.steps import run_cycle
 from kdpo_editor.lifelong import loop
+from kdpo_editor.requests.tokens import EditTokens
 from kdpo_editor.testbed import load_model, load_records
 
 LIFELONG = {"objective": "hinge", "margin": 2.0, "optimizer": "polyak", "lr": 1.2, "layers": [0, 1]}
@@ -57,6 +61,17 @@ def test_a_call_of_many_stays_within_its_budget(
     monkeypatch.setattr(CachedForward, "capture_frozen", noted)
     assert peak_bytes(lambda: edit(model, tok, records[1:], hparams)) <= budget
     assert any(captured) is frozen
+
+
+@pytest.mark.parametrize("many", [4, 16])
+def test_mini_batches_are_as_large_as_the_budget_lets_them_be(llama: Any, settings: Any, many: int) -> None:
+    """Half of it is for what is captured, which is held twice of those that are trained."""
+    model, _ = llama
+    forward = CachedForward.above(model, [PARAMETER], settings())
+    edits = [EditTokens(torch.zeros(7, dtype=torch.int64), torch.zeros(3, dtype=torch.int64)) for _ in range(16)]
+    row = 2 * edits[0].length * sum(model.get_parameter(PARAMETER).shape) * 4
+    batches, _ = group(forward, edits, 2 * many * row)
+    assert [sum(map(len, parts)) for parts in batches] == [many] * (16 // many)
 
 
 def test_a_cycle_leaves_nothing_to_the_garbage_collector(settings: Any, monkeypatch: pytest.MonkeyPatch) -> None:

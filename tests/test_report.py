@@ -26,6 +26,7 @@ pytest.importorskip("matplotlib")
 from result_folders import TWO_EDITS, Row, write_cell  # noqa: E402
 
 import kdpo_editor.compare.report  # noqa: E402
+from kdpo_editor.compare.report.figures import _curves, _radar_scores, styles_of  # noqa: E402
 from kdpo_editor.compare.report.means import tidy, wide  # noqa: E402
 from kdpo_editor.compare.report.reading import read_cells  # noqa: E402
 from kdpo_editor.compare.report.report import main, report, slug  # noqa: E402
@@ -364,6 +365,25 @@ def test_the_command_writes_everything(cell: WriteCell, capsys: pytest.CaptureFi
         assert {row["edits"] for row in csv.DictReader(file) if row["metric"] == "rewrite_acc" and row["T"] == "2"} == {
             "2"
         }
+
+
+def test_a_curve_is_of_the_means_over_seeds(cell: WriteCell) -> None:
+    for seed, factor in enumerate((1.0, 0.5)):
+        folder = cell(f"s{seed}", scaled(TWO_EDITS, factor), seed=seed).parent
+    frame = tidy(read_cells(folder)[0]).query("when != 'pre'")
+    drawn = _curves(frame, styles_of(frame))
+    (axes,) = (axes for axes in drawn.axes if axes.get_title() == "rewrite_acc")
+    before, kdpo = (list(bars.lines[0].get_ydata()) for bars in axes.containers)
+    assert before == pytest.approx([0, 0.1875])
+    assert kdpo == pytest.approx([0.75, 0.5625])
+
+
+def test_a_radars_fluency_is_a_share_of_the_unedited_models(cell: WriteCell) -> None:
+    said = [(0, 0, "pre", "fluency.ngram_entropy", 6.0), (0, 2, "checkpoint", "fluency.ngram_entropy", 3.0)]
+    frame = tidy(read_cells(cell("a", [*TWO_EDITS, *said]).parent)[0]).query("T == 2")
+    scores = _radar_scores(frame)
+    assert list(scores.index) == ["KDPO"]
+    assert scores.loc["KDPO", ["rewrite_acc", "fluency.ngram_entropy"]].tolist() == pytest.approx([0.75, 0.5])
 
 
 def test_radars_for_each_data_set_and_their_mean(cell: WriteCell, tmp_path: Path) -> None:

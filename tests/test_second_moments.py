@@ -176,8 +176,9 @@ def test_what_was_trained_is_what_stands(llama: Any, settings: Any, text: str, d
         assert not torch.equal(model.get_parameter(name), before)
 
 
+@pytest.mark.parametrize("bf16", [False, True])
 def test_a_failure_leaves_the_model_as_it_was(
-    llama: Any, settings: Any, text: str, monkeypatch: pytest.MonkeyPatch
+    llama: Any, settings: Any, text: str, monkeypatch: pytest.MonkeyPatch, bf16: bool
 ) -> None:
     model, tok = llama
     before = state(model)
@@ -188,7 +189,7 @@ def test_a_failure_leaves_the_model_as_it_was(
 
     monkeypatch.setattr(loop, "run_cycle", failing)
     with pytest.raises(KeyboardInterrupt):
-        edit(model, tok, [REQUEST], settings(**SETTINGS, mom2_dataset=text, layers=[3, 4]))
+        edit(model, tok, [REQUEST], settings(**SETTINGS, mom2_dataset=text, layers=[3, 4], bf16=bf16))
     assert_same(model, before)
     assert all("forward" not in module.__dict__ for module in model.modules())
 
