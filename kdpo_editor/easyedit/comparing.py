@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..errors import HyperParamsError
 from ..hparams import KDPOHyperParams
-from ..whole_files import appearing
+from ..whole_files import appearing, make_folder
 from .finding import form, require
 from .ultraedit import forget_statistics, lifelong_ultraedit
 
@@ -177,7 +177,7 @@ def save_null_space(model: nn.Module, tok: Any, hparams: Any) -> None:
     """
     module = _module("AlphaEdit")
     projections = torch.stack([module.get_project(model, tok, layer, hparams) for layer in hparams.layers])
-    Path(hparams.P_loc).parent.mkdir(parents=True, exist_ok=True)
+    make_folder(Path(hparams.P_loc).parent)
     with appearing(Path(hparams.P_loc)) as part:
         torch.save(projections, part)
 

@@ -24,7 +24,7 @@ from ..engine.weights import uncompiled
 from ..errors import CompressionError, DamagedFileError, FingerprintError, ModelError, StorageError
 from ..models.loading import dequantised_from, folder_of, is_hub_id, is_known_here
 from ..requests.answers import begins_with_one
-from ..requests.forms import right_answers
+from ..requests.forms import right_answers, standing
 from ..whole_files import make_folder, storage_error, write_file
 from .low_rank import decompose, pair_of
 from .storage import read_json
@@ -159,10 +159,9 @@ def asked_prompts(requests: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def _asked(requests: Sequence[Mapping[str, Any]]) -> dict[str, tuple[tuple[str, ...], bool]]:
     """Every prompt's right answers, and whether it is a request's own and not a rephrase."""
-    latest = {request["prompt"]: request for request in requests}  # a prompt that was edited again has the later answer
-    standing = [request for request in requests if latest[request["prompt"]] is request]
-    own = {request["prompt"]: (right_answers(request), True) for request in standing}
-    return {r: (right_answers(request), False) for request in standing for r in request.get("rephrases") or ()} | own
+    last = standing(requests)
+    own = {request["prompt"]: (right_answers(request), True) for request in last}
+    return {r: (right_answers(request), False) for request in last for r in request.get("rephrases") or ()} | own
 
 
 def _is_kept(says: str, said: str, right: tuple[str, ...], needed: bool) -> bool:

@@ -28,6 +28,7 @@ from ..engine.structure import room
 from ..engine.weights import find_matrices, only_training
 from ..errors import RequestError
 from ..hparams import KDPOHyperParams
+from ..requests.forms import standing
 from ..requests.tokens import EditTokens, tokenize
 from .contexts import in_contexts
 
@@ -116,10 +117,8 @@ class ReplayBuffer:
         buffer = cls.of(model, weights)
         if buffer.entries or not requests:
             return
-        latest = {request["prompt"]: request for request in requests}
-        done = [request for request in requests if latest[request["prompt"]] is request]
         edits = []
-        for request in in_contexts(tok, done, hparams.context_templates):
+        for request in in_contexts(tok, standing(requests), hparams.context_templates):
             try:
                 edits += tokenize(tok, [request], append_eos=hparams.append_eos, with_subject=hparams.needs_subject)
             except RequestError as error:  # it was made with other settings

@@ -127,9 +127,10 @@ def spectra(model: nn.Module, tok: Any, names: Sequence[str], text: str | None, 
             seconds = time.perf_counter() - start
             LOG.info("second moments of %d matrices were computed in %.1f s", len(computed), seconds)
             loaded |= found_now
-            for name, spectrum in found_now.items() if not edited else ():
-                kept_tensors.save(places[name], {key: getattr(spectrum, key) for key in Spectrum.TENSORS})
-                loaded[name] = replace(spectrum, file=places[name])
+            if not edited:
+                for name, spectrum in found_now.items():
+                    kept_tensors.save(places[name], {key: getattr(spectrum, key) for key in Spectrum.TENSORS})
+                    loaded[name] = replace(spectrum, file=places[name])
         found.update({(name, str(file), tokens): spectrum for name, spectrum in loaded.items()})
     return {name: found[name, str(file), tokens] for name in names}
 

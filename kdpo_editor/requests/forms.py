@@ -94,6 +94,12 @@ def same_request(request: Mapping[str, Any]) -> tuple[Any, ...]:
     return tuple(tuple(value) if isinstance(value := request.get(key), list) else value for key in keys)
 
 
+def standing(requests: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Leave out the requests whose prompt a later one edits again."""
+    latest = {request["prompt"]: request for request in requests}
+    return [request for request in requests if latest[request["prompt"]] is request]
+
+
 def check_texts(request: Mapping[str, Any], name: str, keys: Iterable[str] = NEEDED) -> None:
     """Raise :class:`~kdpo_editor.RequestError` where one of ``keys`` is missing, no text or empty."""
     for key in keys:
