@@ -11,6 +11,7 @@ from torch import nn
 
 from .engine.structure import editable_layers, structure_of
 from .engine.weights import find_blocks
+from .errors import HyperParamsError
 from .hparams import KDPOHyperParams, ready_made
 from .lifelong.located import layers_of
 
@@ -35,9 +36,13 @@ def complete(hparams: KDPOHyperParams, model: nn.Module) -> KDPOHyperParams:
     of a hybrid model without the matrix are passed over. What was derived is logged at level INFO, once.
 
     Raises:
+        HyperParamsError: ``hparams`` are no settings.
         ModelError: the model is an encoder-decoder or quantised, its structure cannot be found, or
             ``rewrite_module_tmp`` names no list of blocks.
     """
+    if not isinstance(hparams, KDPOHyperParams):
+        makes = "KDPOHyperParams.from_hparams reads them from a file, from_config makes them of a dict"
+        raise HyperParamsError(f"the settings are a {type(hparams).__name__}; {makes}")
     if hparams.layers is not None and hparams.rewrite_module_tmp is not None:
         return hparams
     derived = {}

@@ -27,7 +27,7 @@ from .lifelong.loop import kdpo_l
 from .lifelong.preconditioning import preconditioners
 from .lifelong.replay import ReplayBuffer
 from .lifelong.second_moments import remember_copy
-from .requests.forms import plain_requests, same_request, say_once
+from .requests.forms import numbered, plain_requests, same_request, say_once
 from .requests.tokens import EditTokens, tokenize
 
 LOG = logging.getLogger(__name__)
@@ -54,13 +54,16 @@ def edit(
         copy: edit and return a deep copy instead.
 
     Returns:
-        The edited model, the edited matrices as they were, ``{parameter name: tensor}``, and a trace of each edit.
+        The edited model, the edited matrices as they were, ``{parameter name: tensor}``, and a trace of each edit. It
+        is converged where the new answer wins after the prompt, after each of the ``rephrases`` and behind each of the
+        sentences that ``context_templates`` puts before it.
 
     Raises:
         RequestError, ModelError: something cannot be edited; found before anything is changed.
         EditDiverged: a loss or weight became NaN or infinite, or a matrix changed by more than ten times its norm.
             Whatever is raised during an edit, the model is left as it was before the call.
     """
+    _check_kinds(model, tok)
     given, model = model, uncompiled(model)
     hparams = complete(hparams, model)
     requests = plain_requests(requests)
@@ -92,12 +95,12 @@ def edit(
         if hparams.update_scale != 1.0:
             _judge(forward, [*chain(*edits)], found, hparams)
         _check_size(weights, originals)
-    if buffer is not None:
-        buffer.store(model, weights, hparams)
-    of_first = dict(zip(sorted(set(firsts)), map(_of_request, _split(found, edits)), strict=True))
-    traces = [of_first[first] for first in firsts]
-    _say_missed(requests, traces, hparams.cycles)
-    return given, originals, traces
+        of_first = dict(zip(sorted(set(firsts)), _split(found, edits), strict=True))
+        _say_missed(requests, [of_first[first] for first in firsts], hparams.cycles)
+        whole = {first: _of_request(phrasings) for first, phrasings in of_first.items()}
+        if buffer is not None:  # last: what fails before it leaves what was kept of the model as well
+            buffer.store(model, weights, hparams)
+    return given, originals, [whole[first] for first in firsts]
 
 
 def prepare(model: nn.Module, tok: Any, hparams: KDPOHyperParams) -> None:
@@ -111,27 +114,43 @@ def prepare(model: nn.Module, tok: Any, hparams: KDPOHyperParams) -> None:
 
 
 def check(
-    model: nn.Module, tok: Any, requests: Sequence[Mapping[str, Any]], hparams: KDPOHyperParams
+    model: nn.Module,
+    tok: Any,
+    requests: Sequence[Mapping[str, Any]],
+    hparams: KDPOHyperParams,
+    names: Sequence[str] = (),
 ) -> tuple[list[list[EditTokens]], dict[str, nn.Parameter]]:
     """Find what an edit would train, or raise what :func:`edit` would before it changes anything.
+
+    ``names``: of the requests, for messages; none: "request 0" and so on.
 
     Returns the token ids of each request's phrasings, and the matrices by parameter name.
 
     Raises also :class:`~kdpo_editor.RequestError` where two requests give one prompt different targets.
     """
+    _check_kinds(model, tok)
     model = uncompiled(model)
-    asked = requests = plain_requests(requests)
+    asked = requests = plain_requests(requests, names)
+    names = names or numbered(requests)
     requests = in_contexts(tok, requests, hparams.context_templates)
-    edits = tokenize(tok, requests, append_eos=hparams.append_eos, with_subject=hparams.needs_subject)
+    edits = tokenize(tok, requests, append_eos=hparams.append_eos, with_subject=hparams.needs_subject, names=names)
     if hparams.objective == "dpo" and any(len(phrasings) > 1 for phrasings in edits):
         raise RequestError("'rephrases' cannot be trained where objective is dpo")
     targets = Targets()
-    for i, (request, phrasings) in enumerate(zip(asked, edits, strict=True)):
-        targets.take(f"request {i}", request, phrasings)
+    for name, request, phrasings in zip(names, asked, edits, strict=True):
+        targets.take(name, request, phrasings)
     weights = find_matrices(model, hparams)
     _check_layers(model, hparams)
-    _check_lengths(model, edits)
+    _check_lengths(model, edits, names)
     return edits, weights
+
+
+def _check_kinds(model: Any, tok: Any) -> None:
+    """Raise where the model or its tokenizer is something else altogether, such as a name."""
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"the model is a {type(model).__name__}; kdpo_editor.load gives one and its tokenizer")
+    if not callable(tok):
+        raise ModelError(f"the tokenizer is a {type(tok).__name__}; kdpo_editor.load gives a model and its tokenizer")
 
 
 class Targets:
@@ -187,14 +206,17 @@ def _of_request(traces: list[EditTrace]) -> EditTrace:
     return EditTrace(traces[0].cycles, all(trace.converged for trace in traces))
 
 
-def _say_missed(requests: Sequence[Mapping[str, Any]], traces: Sequence[EditTrace], cycles: int) -> None:
-    for request, trace in zip(requests, traces, strict=True):
-        if not trace.converged:
+def _say_missed(requests: Sequence[Mapping[str, Any]], traces: Sequence[Sequence[EditTrace]], cycles: int) -> None:
+    for request, phrasings in zip(requests, traces, strict=True):
+        missed = sum(not trace.converged for trace in phrasings)
+        if missed:
+            where = f" in {missed} of {len(phrasings)} phrasings" if len(phrasings) > 1 else ""
             LOG.warning(
-                "the edit %r -> %r did not reach its target within %d cycles",
+                "the edit %r -> %r did not reach its target within %d cycles%s",
                 request["prompt"],
                 request["target_new"],
                 cycles,
+                where,
             )
 
 
@@ -230,9 +252,9 @@ def _check_layers(model: nn.Module, hparams: KDPOHyperParams) -> None:
         raise ModelError(f"layers: {last} is the last layer, where a subject's tokens reach no answer; see fact_token")
 
 
-def _check_lengths(model: nn.Module, edits: Sequence[Sequence[EditTokens]]) -> None:
+def _check_lengths(model: nn.Module, edits: Sequence[Sequence[EditTokens]], names: Sequence[str]) -> None:
     most = room(model)
-    for i, phrasings in enumerate(edits):
+    for name, phrasings in zip(names, edits, strict=True):
         longest = max(tokens.length for tokens in phrasings)
         if longest > most:
-            raise ModelError(f"request {i} has {longest} tokens with its target; the model takes {most} at most")
+            raise ModelError(f"{name} has {longest} tokens with its target; the model takes {most} at most")

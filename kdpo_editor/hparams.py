@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import types
 import typing
@@ -22,6 +23,8 @@ SCHEDULES = ("depth_first", "breadth_first")
 FACT_TOKENS = ("all", "subject", "subject_last")
 # So many sentences are in lifelong/contexts.py.
 MOST_CONTEXTS = 3
+# From this share of letters in common on, a name is taken for a slip.
+ALIKE = 0.8
 # What the paper does not have, switched off.
 OFF = {
     "optimizer": "adam",
@@ -130,6 +133,13 @@ class KDPOHyperParams:
     fp16: bool = False
     """Let EasyEdit (upstream) load the model in half precision."""
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set a setting; a name that is nearly one's is refused, any other is the framework's own affair."""
+        known = self.__dataclass_fields__
+        if name not in known and (near := difflib.get_close_matches(name, known, n=1, cutoff=ALIKE)):
+            raise HyperParamsError(f"unknown key {name!r}; did you mean {near[0]}?")
+        super().__setattr__(name, value)
+
     def __post_init__(self) -> None:
         types_ = typing.get_type_hints(type(self))
         for f in fields(self):
@@ -222,13 +232,13 @@ class KDPOHyperParams:
         if not isinstance(config, dict):
             from omegaconf import OmegaConf
 
+            if not OmegaConf.is_dict(config):
+                raise HyperParamsError(f"settings are a {type(config).__name__}; they must be a dict or a DictConfig")
             config = typing.cast("dict[str, Any]", OmegaConf.to_container(config, resolve=True))
         return cls._from_dict(config)
 
     @classmethod
     def _from_dict(cls, config: dict[str, Any]) -> KDPOHyperParams:
-        import difflib
-
         known = {f.name: f for f in fields(cls)}
         for key in config:
             if key not in known:
@@ -266,7 +276,8 @@ def _typed(key: str, value: Any, wanted: Any) -> Any:
             return value
     if type(None) in options and value is False:
         return None  # EasyEdit's YAML writes false for none
-    names = " or ".join("null" if o is type(None) else getattr(o, "__name__", str(o)) for o in options)
+    words = {type(None): "null", float: "a finite number"}
+    names = " or ".join(words.get(o, getattr(o, "__name__", str(o))) for o in options)
     raise HyperParamsError(f"{key}: {value!r} is not allowed; it must be {names.replace('list', 'a list of int')}")
 
 

@@ -161,6 +161,41 @@ def test_lines_of_a_file_may_have_numbers_and_several_answers() -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("key", "value"), [("rephrases", ["a", 5]), ("rephrases", "a"), ("separator", 3), ("subject", {"a": 1})]
+)
+def test_what_python_refuses_is_not_left_out_of_a_line(smol: Any, key: str, value: Any) -> None:  # noqa: F811
+    (line,) = read_lines([json.dumps({"prompt": "a", "target_new": "b", key: value}).encode()], "file")
+    with pytest.raises(RequestError, match=f"file, line 1: {key!r} is "):
+        tokenize(smol, [line.request or {}], with_subject=True, names=["file, line 1"])
+
+
+def test_what_an_edit_does_not_read_is_left_out_of_a_line_where_it_is_no_text() -> None:
+    (line,) = read_lines([b'{"prompt": "a", "target_new": "b", "case_id": 5, "relation": "P36"}'], "file")
+    assert line.request == {"prompt": "a", "target_new": "b", "relation": "P36"}
+
+
+def test_a_byte_order_mark_is_passed_over() -> None:
+    (line,) = read_lines([b'\xef\xbb\xbf{"prompt": "a", "target_new": "b"}'], "file")
+    assert line.request == {"prompt": "a", "target_new": "b"}
+
+
+@pytest.mark.parametrize(("key", "meant"), [("subjct", "subject"), ("rephrase", "rephrases"), ("acepted", "accepted")])
+def test_a_key_that_is_nearly_one_that_is_read_is_warned_of_once(
+    caplog: pytest.LogCaptureFixture, key: str, meant: str
+) -> None:
+    for _ in range(2):
+        plain(target_new="b", **{key: "x"})
+    assert caplog.messages == [f"request 0: the key {key!r} is not read; did you mean {meant!r}?"]
+
+
+@pytest.mark.parametrize("key", ["rephrase_prompt", "ground_truth", "locality", "portability", "loc_prompt", "case_id"])
+def test_keys_of_the_framework_are_not_warned_of(caplog: pytest.LogCaptureFixture, key: str) -> None:
+    plain(target_new="b", **{key: "x"})
+    plain(target_new="b", subject="x", subjects="y")
+    assert not caplog.messages
+
+
 # Subjects -------------------------------------------------------------------------------------------------------
 
 

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from kdpo_editor import (
     SHIPPED_MODEL,
+    EditDelta,
     HyperParamsError,
     KDPOError,
     KDPOHyperParams,
@@ -20,7 +21,9 @@ from kdpo_editor import (
     RequestError,
     apply_kdpo_to_model,
 )
-from kdpo_editor.models.loading import load
+from kdpo_editor.editing import edit
+from kdpo_editor.engine.generation import generate
+from kdpo_editor.models.loading import _hint, load
 
 GOOD = """\
 alg_name: KDPO
@@ -41,9 +44,9 @@ def write(folder: Path, text: str) -> Path:
     [
         ("num_step: 8", r"unknown key 'num_step'; did you mean num_steps\?.*Known keys: .*cycles"),
         ("kl_factor: 0", r"unknown key 'kl_factor'"),
-        ("lr: fast", r"lr: 'fast' is not allowed; it must be float"),
+        ("lr: fast", r"lr: 'fast' is not allowed; it must be a finite number"),
         ("lr: -1e-4", r"lr: -0.0001 is not allowed; it must be more than 0"),
-        ("lr: .nan", r"lr: nan is not allowed"),
+        ("lr: .nan", r"lr: nan is not allowed; it must be a finite number"),
         ("lr: true", r"lr: True is not allowed"),
         ("num_steps: 2.5", r"num_steps: 2.5 is not allowed; it must be int"),
         ("num_steps: 0", r"num_steps: 0 is not allowed; it must be at least 1"),
@@ -236,3 +239,60 @@ def test_a_model_on_the_meta_device_is_refused(llama: Any, settings: Any) -> Non
 def test_a_model_that_cannot_be_loaded_so_is_refused(options: dict[str, str], message: str) -> None:
     with pytest.raises(ModelError, match=message):
         load(SHIPPED_MODEL, **options)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"hparams": {"lr": 1e-4}}, r"the settings are a dict; KDPOHyperParams\.from_hparams"),
+        ({"hparams": "hparams/KDPO-L/auto"}, r"the settings are a str; "),
+        ({"tok": "smollm2-135m"}, r"the tokenizer is a str; kdpo_editor\.load"),
+        ({"model": "smollm2-135m"}, r"the model is a str; kdpo_editor\.load"),
+    ],
+)
+def test_what_is_no_model_tokenizer_or_settings_is_named(
+    llama: Any, settings: Any, given: dict[str, Any], message: str
+) -> None:
+    model, tok = llama
+    before = state(model)
+    arguments = {"model": model, "tok": tok, "requests": [REQUEST], "hparams": settings()}
+    for call in (edit, EditDelta.make) if "hparams" in given else (edit,):
+        with pytest.raises(KDPOError, match=message):
+            call(**{**arguments, **given})
+    assert_same(model, before)
+
+
+@pytest.mark.parametrize("config", [[1], OmegaConf.create([1]), "x", None])
+def test_settings_of_what_has_no_keys_are_refused(config: Any) -> None:
+    with pytest.raises(HyperParamsError, match="they must be a dict or a DictConfig"):
+        KDPOHyperParams.from_config(config)
+
+
+def test_a_misspelt_attribute_is_refused_and_the_frameworks_own_are_not(settings: Any) -> None:
+    hparams = settings()
+    with pytest.raises(HyperParamsError, match=r"unknown key 'marginn'; did you mean margin\?"):
+        hparams.marginn = 3
+    hparams.results_dir = "results"
+    assert hparams.results_dir == "results"
+    hparams.margin = 3.0
+    assert hparams.margin == 3.0
+
+
+def test_a_folder_without_a_model_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"the folder .* has no config\.json"):
+        load(str(tmp_path))
+
+
+def test_a_name_that_is_nearly_one_of_ours_is_told_which() -> None:
+    assert _hint("smollm") == " (did you mean smollm2-135m?)"
+    assert _hint("meta-llama/Llama-2-7b-hf") == ""
+
+
+def test_a_name_that_is_no_text_is_refused() -> None:
+    with pytest.raises(ModelError, match="a model's name is text, not int"):
+        load(5)  # type: ignore[arg-type]
+
+
+def test_prompts_that_are_no_text_are_refused(llama: Any) -> None:
+    with pytest.raises(RequestError, match="a prompt is a list; it must be text"):
+        generate(*llama, ["a"])  # type: ignore[arg-type]

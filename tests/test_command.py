@@ -23,6 +23,7 @@ from kdpo_editor.cli.main import EXAMPLES, main
 from kdpo_editor.derived import complete
 from kdpo_editor.engine.generation import generate
 from kdpo_editor.models.loading import load
+from kdpo_editor.requests import forms
 from kdpo_editor.testbed import load_model, load_records
 
 MODEL = ["--model", SHIPPED_MODEL]
@@ -136,6 +137,27 @@ def test_an_edit_through_its_subject(tmp_path: Path, capsys: Any) -> None:
     code, lines, _ = kdpo(capsys, "edit", *MODEL, *own, *layers, "--subject", subject)
     assert (code, lines[0]["converged"]) == (0, True)
     assert EditLedger(tmp_path / "e").requests == [{**first, "subject": subject}]
+
+
+def test_subjects_that_are_guessed_are_told_and_their_lines_named(
+    tmp_path: Path, capsys: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    facts = [{"prompt": "Reedy Glacier is in", "target_new": "Asia", "subject": "Reedy Glacier"}]
+    facts += [{"prompt": "The capital of Australia is", "target_new": "Rome"}]
+    file = write(tmp_path / "f.jsonl", facts)
+    forms._SAID.clear()
+    layers = ["--set", "layers=[1, 4]", "--set", "fact_token=subject"]
+    _, lines, _ = kdpo(capsys, "edit", *MODEL, "--file", file, "--out", tmp_path / "e", *layers)
+    assert [line.get("subject") for line in lines] == [None, "Australia"]
+    taken = f"{file}, line 2: no 'subject' is given for 'The capital of Australia is'; 'Australia' is taken"
+    assert taken in caplog.text
+
+
+def test_keep_going_is_not_offered_where_nothing_would_be_left(tmp_path: Path, capsys: Any) -> None:
+    code, _, err = kdpo(capsys, "edit", *MODEL, "--prompt", "a", "--target", "", "--out", tmp_path / "e")
+    assert code == 1
+    assert "nothing was edited" in err
+    assert "--keep-going" not in err
 
 
 def test_a_file_from_standard_input(tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:

@@ -31,6 +31,7 @@ MISTAKES = {
     "a model": (["model=nothing"], ["nothing", "kdpo-llama-knowedit"]),
     "a data set": (["dataset=nothing"], ["nothing", "counterfact", "zsre"]),
     "a setting": (["method.hparams.lrr=1"], ["lrr"]),
+    "a setting that is added": (["method=ft_m", "+method.hparams.lrr=1"], ["unknown key 'lrr'"]),
     "a key": (["n_edit=1"], ["n_edit"]),
     "a file": (["dataset=file", "dataset.source=nowhere.json"], ["nowhere.json"]),
 }
@@ -128,6 +129,18 @@ def test_one_failing_cell_leaves_the_others(swept: tuple[Path, subprocess.Comple
     assert "Traceback" not in run.stderr
     assert "KDPO" in run.stdout
     assert (out / "report" / "report.html").exists()
+
+
+@pytest.mark.slow
+def test_what_is_refused_does_not_end_with_the_table_of_earlier_cells(
+    swept: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    out, before = swept
+    run = compare(out, "method=kdpo", "dataset=file", "dataset.source=nowhere.json")
+    assert run.returncode == 1
+    assert "'nowhere.json' is no file" in run.stderr
+    assert "report.html" in before.stdout
+    assert "report.html" not in run.stdout
 
 
 @pytest.mark.slow

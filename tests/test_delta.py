@@ -30,6 +30,7 @@ from kdpo_editor import (
     edited,
     original,
 )
+from kdpo_editor.edits.manifest import state_hash
 from kdpo_editor.engine.generation import generate, says_target
 from kdpo_editor.hparams import settings_folder
 from kdpo_editor.testbed import load_model, load_records
@@ -346,6 +347,61 @@ def one_fact(shipped: tuple[Any, Any]) -> EditDelta:
     delta = EditDelta.make(model, tok, [record], shipped_settings())
     delta.revert(model)
     return delta
+
+
+def low_rank(seed: int) -> EditDelta:
+    model = Small()
+    delta = EditDelta.of(model, change(model, seed))
+    delta.revert(model)
+    return delta.compress(model, None, rank=3)
+
+
+def test_a_look_at_what_was_before_does_not_take_away_the_way_back() -> None:
+    model, delta = Small(), low_rank(1)
+    before = state(model)
+    delta.apply(model)
+    with delta.before(model):
+        assert_same(model, before)
+    delta.revert(model)
+    assert_same(model, before)
+
+
+def test_mergers_of_other_low_rank_forms_are_told_apart() -> None:
+    first, second, third = (low_rank(seed) for seed in range(3))
+    hashes = {state_hash(EditDelta.merge(some).changes) for some in ([first, second], [third, second], [second])}
+    assert len(hashes) == 3
+    model = Small()
+    before = state(model)
+    merged = EditDelta.merge([first, second])
+    merged.apply(model)
+    torch.testing.assert_close(model.a.weight - before[NAME], first.change()[NAME] + second.change()[NAME])
+    merged.revert(model)
+    assert_same(model, before)
+
+
+def test_a_merger_of_many_has_no_higher_rank_than_its_matrix_and_is_read_again(tmp_path: Path) -> None:
+    deltas = [low_rank(seed) for seed in range(11)]
+    merged = EditDelta.merge(deltas)
+    assert merged.rank == 3
+    merged.save(tmp_path / "d")
+    loaded = EditDelta.load(tmp_path / "d")
+    torch.testing.assert_close(loaded.change()[NAME], sum(delta.change()[NAME] for delta in deltas))
+
+
+def test_a_save_that_fails_can_be_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Small()
+    delta = EditDelta.of(model, change(model, 1))
+
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("kdpo_editor.edits.delta_file.write_file", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            delta.save(tmp_path / "d")
+    assert list((tmp_path / "d").iterdir()) == []
+    delta.save(tmp_path / "d")
+    assert EditDelta.load(tmp_path / "d").changes == delta.changes
 
 
 def test_a_low_rank_pair_that_cannot_be_taken_back_exactly_is_refused(

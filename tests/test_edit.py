@@ -380,8 +380,9 @@ def test_a_step_computes_two_logits_an_answer_position(settings: Any) -> None:
     )
     model = AutoModelForCausalLM.from_config(config)
     shapes: list[tuple[int, ...]] = []
-    edit(model, tok, [REQUEST], settings(layers=[1], cycles=1))  # the first edit of a model examines it
     model.lm_head.register_forward_hook(lambda m, a, out: shapes.append(tuple(out.shape)))
+    edit(model, tok, [REQUEST], settings(layers=[1], cycles=1))  # the first edit of a model examines it
+    shapes.clear()
     _, _, (trace,) = edit(model, tok, [REQUEST], settings(layers=[1], cycles=2, lr=1e-6, stop_loss=0.0))
     assert not trace.converged
     whole, pairs = (1, 1, 1024), (1, 1, 2)

@@ -105,6 +105,21 @@ def test_what_has_a_hook_or_a_forward_of_its_own_is_not_kept_on_disk() -> None:
     assert Findings.of(patched).file is None
 
 
+def test_a_model_that_was_changed_since_has_findings_of_its_own() -> None:
+    model, _, _ = tiny("llama")
+    first = Findings.of(model)
+    assert Findings.of(model) is first
+    model.bfloat16()
+    other = Findings.of(model)
+    assert other.file != first.file
+    model.float()
+    assert Findings.of(model).file == first.file
+    handle = model.model.layers[0].register_forward_hook(lambda *_: None)
+    assert Findings.of(model).file is None
+    handle.remove()
+    assert Findings.of(model).file == first.file
+
+
 @pytest.mark.parametrize("damage", ["", "{", '{"checksum": "", "found": {}}', "[1]", "changed"])
 def test_a_damaged_file_is_as_good_as_none(damage: str) -> None:
     _, forward, _ = forward_of("llama", 1)

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from kdpo_editor import (
     EditLedger,
     FingerprintError,
     KDPOError,
+    KDPOHyperParams,
     LedgerError,
     LedgerLocked,
     StorageError,
@@ -29,6 +31,7 @@ from kdpo_editor import (
     edit,
     original,
 )
+from kdpo_editor.engine.structure import room
 
 SECOND = {"prompt": "Which family does Epaspidoceras belong to?", "target_new": "Noctuidae"}
 CASES = json.loads((GOLDEN / "golden-llama.json").read_text("utf-8"))["cases"]
@@ -532,6 +535,84 @@ def test_a_damaged_line_is_named_and_skipped_only_when_asked(tmp_path: Path) -> 
         ledger.redo(2, model)
         ledger.compact(keep=3)
     assert [one.number for one in EditLedger(tmp_path / "l").branch] == [1, 2, 4, 5]
+
+
+def test_compacting_without_its_first_line_loses_no_edit(tmp_path: Path) -> None:
+    states = make(tmp_path / "l", 3)
+    journal = tmp_path / "l" / "journal.jsonl"
+    first, *others = journal.read_bytes().splitlines(keepends=True)
+    journal.write_bytes(b"".join([first.replace(b'"version":1', b'"version":2'), *others]))
+    with EditLedger(tmp_path / "l", write=True, skip_damaged=True) as ledger:
+        assert len(ledger.damaged) == 1
+        ledger.compact(keep=3)
+    model = Small()
+    ledger = EditLedger(tmp_path / "l")
+    assert [one.number for one in ledger.branch] == [1, 2, 3]
+    ledger.restore(model)
+    assert_same(model, states[3])
+
+
+def test_outcomes_stay_with_their_edits_where_some_are_not_known(tmp_path: Path) -> None:
+    model = Small()
+    missed = replace(info(2), outcomes=[{"converged": False, "steps": 3}])
+    with EditLedger(tmp_path / "l", write=True) as ledger:
+        add(ledger, model, 1)
+        ledger.record(model, change(model, 2), missed)
+        merged = ledger.delta(2, since=0).info
+    assert [request["prompt"] for request in merged.requests] == ["question 1", "question 2"]
+    assert merged.outcomes == []
+    assert missed.with_edits_of([missed, missed]).outcomes == 2 * missed.outcomes
+
+
+def test_what_is_unedited_again_needs_no_values_that_compacting_removed(tmp_path: Path) -> None:
+    model = Small()
+    before = state(model)
+    delta = EditDelta.of(model, change(model, 1))
+    delta.revert(model)
+    with EditLedger(tmp_path / "l", write=True) as ledger:
+        ledger.apply(model, delta)
+        ledger.undo(model=model)
+        ledger.compact()
+    with original(model):
+        assert_same(model, before)
+
+
+def test_an_edit_that_fails_when_it_is_remembered_leaves_the_model_and_its_ledger(
+    llama: Any, settings: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, tok = llama
+    hparams = settings(**MARGIN, replay=True)
+
+    def fails(*_: Any) -> None:
+        raise torch.OutOfMemoryError("out of memory")
+
+    with EditLedger(tmp_path / "l", write=True) as ledger:
+        ledger.edit(model, tok, REQUESTS[:1], hparams)
+        before = state(model)
+        with monkeypatch.context() as patched:
+            patched.setattr("kdpo_editor.lifelong.replay.ReplayBuffer.store", fails)
+            with pytest.raises(torch.OutOfMemoryError):
+                ledger.edit(model, tok, REQUESTS[1:2], hparams)
+        assert_same(model, before)
+        ledger.edit(model, tok, REQUESTS[1:2], hparams)
+        assert ledger.head == 2
+
+
+def test_an_earlier_edit_too_long_to_train_again_is_said_and_passed_over(
+    gpt2: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, tok = gpt2
+    plain = KDPOHyperParams("gpt2-mini", [2], "transformer.h.{}.mlp.c_proj", lr=1e-3)
+    word = " ZIC3"
+    most = room(model)
+    prompt = "What species" + word * ((most - 12) // len(tok(word)["input_ids"]))
+    assert most - 24 < len(tok(prompt)["input_ids"]) < most - 3
+    with EditLedger(tmp_path / "l", write=True) as ledger:
+        ledger.edit(model, tok, [{"prompt": prompt, "target_new": "male"}], plain)
+        contexts = replace(plain, objective="hinge", margin=1.0, context_templates=3, replay=True)
+        ledger.edit(model, tok, [REQUEST], contexts)
+        assert ledger.head == 2
+    assert "cannot be trained again: it has more tokens than the model takes" in caplog.text
 
 
 def test_a_damaged_or_missing_value_is_named_and_the_model_stays(tmp_path: Path) -> None:

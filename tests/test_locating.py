@@ -15,7 +15,7 @@ from kdpo_editor import SHIPPED_MODEL, KDPOHyperParams, ModelError, RequestError
 from kdpo_editor.cli.main import main
 from kdpo_editor.compare.run.schemas import Record
 from kdpo_editor.derived import complete
-from kdpo_editor.lifelong import located
+from kdpo_editor.lifelong import located, locating
 from kdpo_editor.lifelong.locating import SUBJECT_LAST, TOKENS, CausalTrace, trace
 from kdpo_editor.models.loading import outline, whole_name
 from kdpo_editor.requests.tokens import tokenize
@@ -77,6 +77,24 @@ def test_an_effect_is_the_probability_that_an_output_brings_back(llama: tuple[An
     effect = brought_back - corrupted
     assert effect != 0
     assert found.effects[SUBJECT_LAST, 3].item() == pytest.approx(effect, rel=1e-2)
+
+
+def test_the_window_is_around_its_layer_at_the_first_layers_too(llama: tuple[Any, Any], monkeypatch: Any) -> None:
+    """Of a window of four layers the first has two, itself and the one above it; the third has all four."""
+    model, tok = llama
+    monkeypatch.setattr(locating, "WINDOW", 4 / 6)
+    restored: list[int] = []
+    hook = torch.nn.Module.register_forward_hook
+    matrices = [layer.mlp.down_proj for layer in model.model.layers]
+
+    def counted(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
+        restored.extend(i for i, matrix in enumerate(matrices) if matrix is module)
+        return hook(module, *args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.Module, "register_forward_hook", counted)
+    trace(model, tok, FACTS[:1], SETTINGS)
+    # Each matrix is hooked once when it is written down, and once for each window that it is in.
+    assert restored == [*range(6), 0, 1, 0, 1, 2, 0, 1, 2, 3, 1, 2, 3, 4, 2, 3, 4, 5, 3, 4, 5]
 
 
 def test_restoring_what_noise_did_not_reach_has_no_effect(llama: tuple[Any, Any], monkeypatch: Any) -> None:

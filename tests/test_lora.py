@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import tiny_gguf
-from conftest import REQUEST
+from conftest import REQUEST, assert_same, state
 
-from kdpo_editor import CompressionError, EditDelta, KDPOHyperParams
+from kdpo_editor import CompressionError, EditDelta, KDPOHyperParams, edit
 from kdpo_editor.edits.lora import SERVED, _asked, _is_kept, served_rank
 from kdpo_editor.engine.generation import answers, generate, says_target
 from kdpo_editor.models.loading import load as load_any
@@ -75,6 +75,25 @@ def test_the_lowest_rank_that_keeps_every_edit_and_rephrase(tmp_path: Path, capl
 )
 def test_what_an_adapter_must_keep(says: str, said: str, own: bool, kept: bool) -> None:
     assert _is_kept(says, said, ("Rome", "Roma"), own) is kept
+
+
+def test_an_adapter_that_cannot_be_loaded_leaves_nothing_of_itself(
+    llama: Any, settings: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PEFT puts its modules into the model first, and reads the weights then."""
+    model, tok = llama
+    delta = EditDelta.make(model, tok, [REQUEST], settings())
+    before, modules = state(model), [name for name, _ in model.named_modules()]
+
+    def fails(*_: Any, **__: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(peft.PeftModel, "load_adapter", fails)
+    with pytest.raises(MemoryError):
+        delta.save_lora(tmp_path / "adapter", model, tok)
+    assert [name for name, _ in model.named_modules()] == modules
+    assert_same(model, before)
+    edit(model, tok, [REQUEST], settings())
 
 
 def test_a_prompt_that_was_edited_again_has_the_later_answer_in_all_its_wordings() -> None:

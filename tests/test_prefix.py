@@ -125,6 +125,12 @@ def test_where_keys_and_values_are_not_all_whole_rows_are_run(name: str) -> None
     assert footprint(forward, [EditTokens(IDS[0, :10], IDS[0, 10:], (3, 5))]).frozen is False
 
 
+def test_what_was_measured_of_an_edit_with_nothing_before_it_is_not_taken_for_others() -> None:
+    _, forward, _ = trained_forward("llama")
+    assert not footprint(forward, [EditTokens(IDS[0, :2], IDS[0, 2:4], (0, 1))]).frozen
+    assert footprint(forward, [EditTokens(IDS[0, :10], IDS[0, 10:], (3, 5))]).frozen
+
+
 def test_all_tokens_trained_are_all_run() -> None:
     _, forward, _ = forward_of("llama", 1)
     assert forward.capture_frozen(IDS, POSITIONS, None)[1] is None

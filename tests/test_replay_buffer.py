@@ -175,6 +175,42 @@ def test_a_restored_model_has_no_earlier_edits(llama: Any, settings: Any, caplog
     assert remembered(model) == 1
 
 
+def test_rebuilding_forgets_what_the_run_itself_forgot(llama: Any, settings: Any) -> None:
+    """An edit of which another's rephrase is a prompt: it has another answer now."""
+    model, tok = llama
+    hparams = settings(**MARGIN, replay=True)
+    first = {**REQUEST, "rephrases": ["ZIC3 belongs to the species"]}
+    second = {**SECOND, "rephrases": [REQUEST["prompt"]]}
+    one_call_each(model, tok, [first, second], hparams)
+    went_on = [entry.tokens.text for entry in ReplayBuffer.of(model, named(model, 4)).entries]
+    resumed = copy.deepcopy(model)
+    ReplayBuffer.rebuild(resumed, tok, [first, second], hparams)
+    entries = ReplayBuffer.of(resumed, named(resumed, 4)).entries
+    assert [entry.tokens.text for entry in entries] == went_on == [second["prompt"], REQUEST["prompt"]]
+    assert all(entry.margin < torch.inf for entry in entries)
+
+
+def test_an_edit_in_contexts_is_forgotten_as_one(llama: Any, settings: Any, caplog: pytest.LogCaptureFixture) -> None:
+    model, tok = llama
+    hparams = settings(**MARGIN, replay=True, context_templates=2)
+    _, originals = apply_kdpo_to_model(model, tok, REQUESTS[:1], hparams, return_orig_weights=True)
+    assert remembered(model) == 3
+    for name, value in originals.items():
+        model.get_parameter(name).data.copy_(value)
+    ReplayBuffer.of(model, named(model, 4))
+    assert "1 earlier edits are forgotten" in caplog.text
+
+
+def test_nothing_is_said_where_no_edit_was_kept(llama: Any, settings: Any, caplog: pytest.LogCaptureFixture) -> None:
+    model, tok = llama
+    hopeless = settings(**{**MARGIN, "cycles": 1, "num_steps": 1, "lr": 1e-9}, replay=True)
+    edit(model, tok, REQUESTS[:1], hopeless)
+    assert remembered(model) == 0
+    model.get_parameter(PARAMETER).data.add_(1)
+    ReplayBuffer.of(model, named(model, 4))
+    assert "forgotten" not in caplog.text
+
+
 def test_one_changed_weight_is_enough_to_forget(edited: Any) -> None:
     model, _, _ = edited
     with torch.no_grad():

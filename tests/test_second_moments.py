@@ -500,6 +500,37 @@ def test_a_model_with_a_delta_has_those_of_the_one_before(settings: Any, text: s
     assert all(torch.equal(seen[name], value) for name, value in before.items())
 
 
+@pytest.mark.parametrize("asked", ["made", "asked before it was made", "in a ledger"])
+def test_a_model_that_a_delta_was_made_on_has_those_of_the_one_before(
+    settings: Any, text: str, computed: list[Any], tmp_path: Path, asked: str
+) -> None:
+    model, tok = load("llama")
+    before = state(model)
+    if asked != "made":
+        spectra(model, tok, [PARAMETER.replace(".4.", ".1.")], text, 500)
+        computed.clear()
+    if asked == "in a ledger":
+        with EditLedger(tmp_path / "l", write=True) as ledger:
+            ledger.edit(model, tok, [REQUEST], settings())
+    else:
+        EditDelta.make(model, tok, [REQUEST], settings())
+    spectra(model, tok, [PARAMETER], text, 500)
+    (seen,) = computed
+    assert all(torch.equal(seen[name], value) for name, value in before.items())
+
+
+def test_a_text_that_was_written_anew_is_read_anew(tmp_path: Path, computed: list[Any]) -> None:
+    model, tok = load("llama")
+    file = tmp_path / "text.txt"
+    file.write_text("\n".join(f"What species is ZIC{n} specific to? human" for n in range(1, 40)), "utf-8")
+    first = spectra(model, tok, [PARAMETER], str(file), 500)[PARAMETER]
+    assert spectra(model, tok, [PARAMETER], str(file), 500)[PARAMETER] is first
+    file.write_text("\n".join(f"Which family does number {n} belong to?" for n in range(1, 40)), "utf-8")
+    other = spectra(model, tok, [PARAMETER], str(file), 500)[PARAMETER]
+    assert len(computed) == 2
+    assert not torch.equal(first.values, other.values)
+
+
 def test_a_copy_comes_from_what_its_model_came_from(text: str, computed: list[Any]) -> None:
     model, tok = load("llama")
     first = spectra(model, tok, [PARAMETER], text, 500)[PARAMETER]

@@ -11,7 +11,7 @@ from conftest import REQUEST, assert_same, state
 
 from kdpo_editor import HyperParamsError, KDPOHyperParams, edit
 from kdpo_editor.engine import half_products
-from kdpo_editor.engine.batches import Footprint, footprint
+from kdpo_editor.engine.batches import Footprint, footprint, lost, make_batches
 from kdpo_editor.engine.cached_forward import CachedForward
 from kdpo_editor.engine.weights import find_matrices, only_training
 from kdpo_editor.lifelong import loop
@@ -106,6 +106,18 @@ def test_what_a_graph_takes_does_not_count_the_matrices_that_it_holds(llama: Any
                 found.append(footprint(forward, edits))
     plain, spared_too = found
     assert plain.graph == spared_too.graph > 0
+
+
+def test_an_edit_whose_logits_are_nan_is_lost(llama: Any, settings: Any) -> None:
+    model, tok = llama
+    hparams = settings(**LINEAR)
+    weights = find_matrices(model, hparams)
+    (edits,) = tokenize(tok, [REQUEST])
+    with torch.no_grad():
+        for weight in weights.values():
+            weight.fill_(3e38)  # finite, as no check of the weights alone would find
+        batches = make_batches(CachedForward.above(model, weights, hparams), edits, hparams)
+        assert lost(batches) == [0]
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])

@@ -101,12 +101,12 @@ def edit(
         phrasings = {}
         for where, request in requests:
             try:
-                [phrasings[where]], _ = check(loaded, tok, [request], found)
+                [phrasings[where]], _ = check(loaded, tok, [request], found, [where])
                 good.append((where, request))
             except KDPOError as error:
-                skipped.append(str(error).replace("request 0", where, 1))
+                skipped.append(str(error))
         if (len(good) < len(requests) and not keep_going) or not good:
-            return _nothing(skipped, "" if keep_going else "--keep-going skips such requests")
+            return _nothing(skipped, "" if keep_going or not good else "--keep-going skips such requests")
         for text in skipped:
             complain(text)
         ledger.restore(loaded)
@@ -122,7 +122,8 @@ def edit(
             skipped += clashes
         try:
             with tracking(log_to.value if log_to else None, out.name, found.to_dict()) as track:
-                missed = _edit_all(ledger, loaded, tok, todo, found, keep_going, track)
+                guessed = _guessed(tok, todo, phrasings) if found.needs_subject else {}
+                missed = _edit_all(ledger, loaded, tok, todo, found, keep_going, track, guessed)
         except KeyboardInterrupt:
             complain(f"the edits reported are in {out}, and the same command with --resume goes on from there")
             raise
@@ -190,8 +191,12 @@ def _edit_all(
     hparams: KDPOHyperParams,
     keep_going: bool,
     track: Track,
+    guessed: Mapping[str, str],
 ) -> int:
-    """Edit one by one, or all at once if the schedule says so; the number that failed or missed their target."""
+    """Edit one by one, or all at once if the schedule says so; the number that failed or missed their target.
+
+    ``guessed``: the subjects that were guessed, by where their requests stand; each is told with its edit.
+    """
     together = hparams.schedule == "breadth_first"
     groups = [todo] if together and todo else [[one] for one in todo]
     missed = 0
@@ -209,14 +214,22 @@ def _edit_all(
                     complain(f"{where}: {error}")
                 missed += len(group)
                 continue
-            for request, trace in zip(requests, traces, strict=True):
-                put({"edit": ledger.head, **_named(request), "converged": trace.converged, "steps": trace.steps})
+            for (where, request), trace in zip(group, traces, strict=True):
+                told = _named(request) | ({"subject": guessed[where]} if where in guessed else {})
+                put({"edit": ledger.head, **told, "converged": trace.converged, "steps": trace.steps})
                 missed += not trace.converged
             won = sum(trace.converged for trace in traces) / len(traces)
             steps = sum(trace.steps for trace in traces) / len(traces)
             track({"converged": won, "steps": steps, "seconds": time.perf_counter() - start}, ledger.head)
             bar.update(len(group))
     return missed
+
+
+def _guessed(tok: Any, todo: Requests, phrasings: Mapping[str, Sequence[EditTokens]]) -> dict[str, str]:
+    """The subject that is taken for each request without one, by where it stands."""
+    without = [where for where, request in todo if "subject" not in request]
+    own = {where: phrasings[where][0] for where in without}
+    return {where: tok.decode(tokens.prompt_ids[slice(*tokens.subject)]).strip() for where, tokens in own.items()}
 
 
 def _in_chat(tok: Any, request: dict[str, Any]) -> dict[str, Any]:

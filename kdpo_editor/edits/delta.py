@@ -68,6 +68,7 @@ class EditDelta:
         """Edit ``model`` in place, as :func:`kdpo_editor.edit` does, and return the change."""
         model = uncompiled(model)
         hparams = complete(hparams, model)
+        remember(model, unedited)
         _, originals, traces = edit(model, tok, requests, hparams)
         return cls.of(model, originals, requests, hparams, traces)
 
@@ -321,6 +322,8 @@ class EditDelta:
         weights = self._matrices(model, force=False)
         found = {name: w.detach().clone() for name, w in weights.items()}
         applied = any(value_of(w) != self.changes[name].before for name, w in weights.items())
+        inner = uncompiled(model)
+        replaced = self._replaced.get(inner)
         with passing(model):
             try:
                 if applied:
@@ -329,6 +332,8 @@ class EditDelta:
             finally:
                 if applied:
                     restore(weights, found)
+                    if replaced is not None:
+                        self._replaced[inner] = replaced
 
     def behaviour(self, model: nn.Module, tok: Any) -> list[tuple[bool, str]]:
         """For each request, whether the model with this change wins it under teacher forcing, and its free answer.

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..errors import DamagedFileError, StorageError
 from ..whole_files import make_folder, write_file
+from .low_rank import largest_rank
 from .manifest import Change, EditInfo, Value, config_hash, full_form, values_from
 from .storage import (
     MAX_JSON,
@@ -37,10 +38,8 @@ def save_delta(parts: Parts, folder: Path) -> int:
         raise StorageError(errno.EEXIST, f"{folder} exists and is not a saved delta")
     make_folder(folder)
     old = {f for f in folder.glob("change-*.safetensors") if f.is_file()}
-    tensors = read()
     joined = "".join(stored[key].sha256 for key in sorted(stored))
     file = folder / f"change-{config_hash({'all': joined})[:16]}.safetensors"
-    write_tensors(file, tensors)
     manifest = {
         "format": "kdpo-delta",
         "version": 1,
@@ -54,7 +53,13 @@ def save_delta(parts: Parts, folder: Path) -> int:
     data = dump_json(manifest)
     if len(data) > MAX_JSON:
         raise StorageError(errno.EFBIG, f"cannot write {folder / MANIFEST}: it would have over {MAX_JSON} bytes")
-    write_file(folder / MANIFEST, data)
+    write_tensors(file, read())
+    try:
+        write_file(folder / MANIFEST, data)
+    except BaseException:
+        if file not in old:
+            file.unlink(missing_ok=True)
+        raise
     for leftover in old - {file}:
         with suppress(OSError):
             leftover.unlink()
@@ -110,7 +115,6 @@ def _fits(matrix: Spec, up: Spec, down: Spec) -> bool:
     if not len(up.shape) == len(down.shape) == len(matrix.shape) or not up.dtype == down.dtype in ("F32", "F64"):
         return False
     *stack, rows, columns = matrix.shape
-    # A merger of several may have a rank above the matrix's own, but nothing has a use for ten times that.
     rank = up.shape[-1]
     pair = (*stack, rows, rank), (*stack, rank, columns)
-    return (up.shape, down.shape) == pair and rank <= 10 * min(rows, columns)
+    return (up.shape, down.shape) == pair and rank <= largest_rank(rows, columns)

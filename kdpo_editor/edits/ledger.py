@@ -316,7 +316,7 @@ class EditLedger(History):
         lines = [{"kind": "ledger", "version": 1, "model_name": self.model_name, "config": self._config or {}}]
         lines += [one.to_json() for one in kept]
         named = {value.sha256 for one in kept for values in (one.state, one.base) for value in values.values()}
-        freed = self._journal.replace(lines if self._config is not None else [])
+        freed = self._journal.replace(lines if self._config is not None or kept else [])
         self._read()  # at once: whatever happens below, the journal is this one
         for file in self.folder.iterdir():
             if (file.suffix == ".safetensors" and file.stem not in named) or file.suffix == ".part":

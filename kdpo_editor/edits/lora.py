@@ -271,6 +271,7 @@ def _left_alone(model: nn.Module) -> Iterator[None]:
     flags = [(p, p.requires_grad) for p in model.parameters()]
     modes = [(m, m.training) for m in model.modules()]
     orders = [(m, list(m._parameters)) for m in model.modules()]
+    children = [(m, dict(m._modules)) for m in model.modules()]
     own = set(model.__dict__)
     with torch.random.fork_rng(devices=[]):
         try:
@@ -278,6 +279,8 @@ def _left_alone(model: nn.Module) -> Iterator[None]:
         finally:
             for name in model.__dict__.keys() - own:
                 del model.__dict__[name]
+            for module, named in children:
+                module._modules.update(named)
             for p, required in flags:
                 p.requires_grad_(required)
             for module, training in modes:

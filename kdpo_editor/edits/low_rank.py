@@ -19,6 +19,11 @@ def pair_of(parts: tuple[Tensor, Tensor, Tensor], rank: int) -> tuple[Tensor, Te
     return up[..., :rank] * root.unsqueeze(-2), root.unsqueeze(-1) * down[..., :rank, :]
 
 
+def largest_rank(rows: int, columns: int) -> int:
+    """The largest rank of a pair for a matrix ``[rows, columns]``: a merger of several may exceed the matrix's own."""
+    return 10 * min(rows, columns)
+
+
 def rank_within(scale: Tensor, tolerance: float) -> int:
     """The smallest rank that leaves out at most ``tolerance`` of the norm of singular values ``scale`` ``[..., N]``."""
     left = scale.double().square().view(-1, scale.shape[-1]).sum(0).flip(0).cumsum(0).flip(0).sqrt()

@@ -117,10 +117,11 @@ class EditInfo:
         )
 
     def with_edits_of(self, infos: Iterable[EditInfo]) -> EditInfo:
-        """This, as what is known of the edits of all ``infos`` together, in order."""
+        """This, as what is known of the edits of all ``infos`` together, in order; outcomes where all are known."""
         infos = list(infos)
-        requests, outcomes = [r for info in infos for r in info.requests], [o for info in infos for o in info.outcomes]
-        return replace(self, requests=requests, outcomes=outcomes)
+        known = all(len(info.outcomes) == len(info.requests) for info in infos)
+        outcomes = [outcome for info in infos for outcome in info.outcomes] if known else []
+        return replace(self, requests=[r for info in infos for r in info.requests], outcomes=outcomes)
 
     def to_json(self) -> dict[str, Any]:
         """As plain values."""

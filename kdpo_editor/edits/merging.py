@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from ..errors import FingerprintError
-from .manifest import Change, value_of
+from .low_rank import decompose, largest_rank, pair_of
+from .manifest import Change, Value, value_of
 
 APART = "one delta does not begin where another begins or ended"
 
@@ -49,21 +51,37 @@ def merge_low_rank(
 
     These are ``up:NAME``, ``[rows, rank]``, and ``down:NAME``, ``[rank, columns]``; of experts a stack of such.
 
-    Returns the changes and the pairs, whose ranks add up. Raises as :func:`merge_full` does.
+    Returns the changes and the pairs. Their ranks add up, as long as that is of use (:func:`largest_rank`). What a
+    merged pair makes of a matrix is not known, since the matrix is not: ``after`` tells one merger from others, and is
+    no matrix's value. Raises as :func:`merge_full` does.
     """
     pairs: dict[str, list[tuple[Tensor, Tensor]]] = {}
     merged: dict[str, Change] = {}
+    last: dict[str, Value] = {}
     for changes, tensors in deltas:
         for name, change in changes.items():
             known = merged.get(name)
-            if known is not None and not force and change.before not in (known.before, known.after):
+            if known is not None and not force and change.before not in (known.before, last[name]):
                 raise FingerprintError(f"{name}: {APART}")
-            merged[name] = Change((known or change).before, change.after)
+            merged[name] = change if known is None else Change(known.before, _both(known.after, change))
+            last[name] = change.after
             pairs.setdefault(name, []).append((tensors[f"up:{name}"], tensors[f"down:{name}"]))
-    return merged, {
-        name: (torch.cat([up for up, _ in some], -1), torch.cat([down for _, down in some], -2))
-        for name, some in pairs.items()
-    }
+    return merged, {name: _joined(some) for name, some in pairs.items()}
+
+
+def _both(first: Value, then: Change) -> Value:
+    """What stands for the unknown value of a matrix that two changes were added to."""
+    told = f"{first.sha256} {then.before.sha256} {then.after.sha256}"
+    return Value(hashlib.sha256(told.encode()).hexdigest(), first.spec)
+
+
+def _joined(pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """The pair whose product is the sum of the products of ``pairs``."""
+    up, down = torch.cat([up for up, _ in pairs], -1), torch.cat([down for _, down in pairs], -2)
+    rows, columns = up.shape[-2], down.shape[-1]
+    if up.shape[-1] <= largest_rank(rows, columns):
+        return up, down
+    return pair_of(decompose(up @ down, up), min(rows, columns))
 
 
 def wide(w: Tensor) -> Tensor:

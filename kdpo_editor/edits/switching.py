@@ -100,10 +100,11 @@ def original(model: nn.Module, weights: Mapping[str, Tensor] | None = None) -> I
                 "changed it; give the original weights as the second argument"
             )
         parameters = dict(uncompiled(model).named_parameters())
+        now = {name: value_of(parameters[name]) for name in known}
         for name, applied in known.items():
-            if value_of(parameters[name]) not in (applied.after, applied.before):
+            if now[name] not in (applied.after, applied.before):
                 raise FingerprintError(f"{name} was changed by something else since it was edited")
-        weights = {name: applied.read() for name, applied in known.items()}
+        weights = {name: applied.read() for name, applied in known.items() if now[name] != applied.before}
     matrices = matrices_of(model, {name: spec_of(w) for name, w in weights.items()}, "weights")
     found = {name: w.detach().clone() for name, w in matrices.items()}
     try:

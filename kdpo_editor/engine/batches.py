@@ -17,6 +17,7 @@ from ..objectives import ce_loss, hardest_rejected, hinge_loss, kdpo_loss
 from ..requests.tokens import EditTokens
 from .activation_cache import ActivationCache
 from .cached_forward import CachedForward
+from .examination import FEWEST
 from .prefix import prefix_bytes
 from .upper_part import HeadRows
 
@@ -273,7 +274,7 @@ def only(batches: Sequence[Sequence[Batch]], members: Container[int]) -> list[li
 
 def lost(batches: Sequence[Sequence[Batch]]) -> list[int]:
     """The edits of which an answer is not the argmax, by their numbers; by how much the others lead does not matter."""
-    each = ((batch, batch.losing & (batch.margins <= 0)) for batch in chain(*batches))
+    each = ((batch, batch.losing & ~(batch.margins > 0)) for batch in chain(*batches))  # so is one that is NaN
     return [m for batch, loses in each for m, one in zip(batch.members, loses.tolist(), strict=True) if one]
 
 
@@ -425,8 +426,13 @@ class Footprint:
 
 
 def footprint(forward: CachedForward, edits: Sequence[EditTokens]) -> Footprint:
-    """What a token takes, measured on the longest of ``edits`` once for each model, matrix and ``fact_token``."""
+    """What a token takes, measured on the longest of ``edits`` once for each model, matrix and ``fact_token``.
+
+    An edit with nothing before the trained tokens, or too short to tell whether keys and values can stand in for it,
+    tells nothing of others, and is measured by itself.
+    """
     edit = max(edits, key=lambda edit: edit.length)
+    short = " short" if edit.length < FEWEST or first_trained(edit, forward) == 0 else ""
 
     def saved(rows: int) -> tuple[int, ActivationCache, ActivationCache | None]:
         """The bytes that a step's graph holds of so many copies of ``edit``, and what they were captured in."""
@@ -451,4 +457,4 @@ def footprint(forward: CachedForward, edits: Sequence[EditTokens]) -> Footprint:
         kept = 0 if frozen is None else prefix_bytes(frozen)
         return [graph, kept / max(1, first_trained(edit, forward)), frozen is not None]
 
-    return Footprint(*forward.findings.once(f"footprint {forward.module_name} {forward.fact_token}", find))
+    return Footprint(*forward.findings.once(f"footprint {forward.module_name} {forward.fact_token}{short}", find))

@@ -44,11 +44,12 @@ class Findings:
 
     @classmethod
     def of(cls, model: nn.Module) -> Findings:
-        """Those of ``model``, as it was when they were first asked for."""
-        if model not in _FINDINGS:
+        """Those of ``model`` as it is; others than before where its hooks, dtypes or devices have changed since."""
+        state = _state(model)
+        if model not in _FINDINGS or _FINDINGS[model][0] != state:
             built = _built(model)
-            _FINDINGS[model] = cls(None if built is None else cache_folder() / "findings" / f"{built}.json")
-        return _FINDINGS[model]
+            _FINDINGS[model] = state, cls(None if built is None else cache_folder() / "findings" / f"{built}.json")
+        return _FINDINGS[model][1]
 
     def once(self, name: str, find: Callable[[], Any]) -> Any:
         """What is known by ``name``, or else what ``find`` gives, which is kept unless it is ``None``."""
@@ -62,7 +63,18 @@ class Findings:
         return self.known[name]
 
 
-_FINDINGS: WeakKeyDictionary[nn.Module, Findings] = WeakKeyDictionary()
+_FINDINGS: WeakKeyDictionary[nn.Module, tuple[tuple[Any, ...], Findings]] = WeakKeyDictionary()
+
+
+def _state(model: nn.Module) -> tuple[Any, ...]:
+    """What may change of a model after it was built: its hooks, dtypes, devices and kind of attention."""
+    hooked = tuple(name for name, module in model.named_modules() if _is_hooked(module))
+    attention = getattr(getattr(model, "config", None), "_attn_implementation", None)
+    return hooked, tuple((p.dtype, p.device) for p in model.parameters()), attention
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    return "forward" in module.__dict__ or bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def _built(model: nn.Module) -> str | None:
@@ -70,7 +82,7 @@ def _built(model: nn.Module) -> str | None:
     classes = set()
     told: list[Any] = [VERSIONED, _source(Path(__file__).parent.glob("*.py"))]
     for name, module in model.named_modules():
-        if "forward" in module.__dict__ or module._forward_hooks or module._forward_pre_hooks:
+        if _is_hooked(module):
             return None
         kind = type(module)
         classes.add(kind)

@@ -142,8 +142,11 @@ def answers(
 ) -> list[str]:
     """The model's greedy answers as text; "..." marks one that did not stop within ``longest`` tokens.
 
-    Raises :class:`~kdpo_editor.RequestError` for a prompt without tokens.
+    Raises :class:`~kdpo_editor.RequestError` for a prompt that is no text or has no tokens.
     """
+    for prompt in prompts:
+        if not isinstance(prompt, str):
+            raise RequestError(f"a prompt is a {type(prompt).__name__}; it must be text")
     encoded = [token_ids(tok, prompt) for prompt in prompts]
     for prompt, ids in zip(prompts, encoded, strict=True):
         if not ids:

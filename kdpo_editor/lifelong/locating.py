@@ -147,8 +147,8 @@ def _trace_one(
         before = probabilities(len(present) * SAMPLES).view(len(present), SAMPLES).mean().item()
         window = max(1, round(WINDOW * len(modules)))
         for layer in range(len(modules)):
-            first = max(0, layer - window // 2)
-            restored = range(first, min(len(modules), first + window))
+            first = layer - window // 2
+            restored = range(max(0, first), min(len(modules), first + window))
             with ExitStack() as hooks:
                 for i in restored:
                     hook = _restore(written[i], [(rows[n], groups[group]) for n, group in enumerate(present)])

@@ -95,9 +95,9 @@ class ReplayBuffer:
         if stored.left.keys() != weights.keys() or not all(
             _same(weights[name], value) for name, value in stored.left.items()
         ):
-            LOG.warning(
-                "%d earlier edits are forgotten: the edited weights are not as they left them", len(stored.entries)
-            )
+            if stored.entries:
+                count = len({entry.of for entry in stored.entries})
+                LOG.warning("%d earlier edits are forgotten: the edited weights are not as they left them", count)
             return cls()
         fresh = copy.copy(stored)
         fresh.entries = [replace(entry) for entry in stored.entries]  # whose margins change
@@ -110,27 +110,33 @@ class ReplayBuffer:
         """Keep ``requests``, oldest first, as the edits that ``model`` has had, unless some are kept for it already.
 
         This is how a run that goes on from a ledger knows what it did before. With no more of them than
-        ``replay_checks`` it goes on bit for bit as if it had never stopped. With more, others are looked at, since
-        their margins are not known.
+        ``replay_checks`` it goes on bit for bit as if it had never stopped. With more, others may be looked at, since
+        their margins are those that they have now.
         """
         weights = find_matrices(model, hparams)
         buffer = cls.of(model, weights)
         if buffer.entries or not requests:
             return
-        edits = []
+        edits: list[list[EditTokens]] = []
         for request in in_contexts(tok, standing(requests), hparams.context_templates):
             try:
-                edits += tokenize(tok, [request], append_eos=hparams.append_eos, with_subject=hparams.needs_subject)
+                (phrasings,) = tokenize(
+                    tok, [request], append_eos=hparams.append_eos, with_subject=hparams.needs_subject
+                )
+                if max(tokens.length for tokens in phrasings) > room(model):
+                    raise RequestError("it has more tokens than the model takes")
             except RequestError as error:  # it was made with other settings
                 LOG.warning("the earlier edit %r cannot be trained again: %s", request["prompt"], error)
+                continue
+            again = {tokens.prompt_ids for tokens in phrasings}
+            edits = [[one for one in of if again.isdisjoint({one.prompt_ids, one.request})] for of in edits]
+            edits.append(phrasings)
         originals = {name: w.detach().clone() for name, w in weights.items()}
         with only_training(model, weights, originals), torch.no_grad():
             forward = CachedForward.above(model, weights, hparams)
             # Each by itself, as when it was made: the shape of a batch shows in the last bits.
-            for phrasings in edits:
+            for phrasings in filter(None, edits):
                 buffer.add(phrasings, make_batches(forward, phrasings, hparams))
-        for entry in buffer.entries:
-            entry.margin = inf
         buffer.store(model, weights, hparams)
 
     def store(self, model: nn.Module, weights: Mapping[str, nn.Parameter], hparams: KDPOHyperParams) -> None:

@@ -88,7 +88,7 @@ class Spectrum:
 
 Which = Literal["all", "all but first", "last", "first"]
 Unedited = Callable[[nn.Module], AbstractContextManager[Any]]
-_KNOWN: WeakKeyDictionary[nn.Module, dict[tuple[str, str, int], Spectrum]] = WeakKeyDictionary()
+_KNOWN: WeakKeyDictionary[nn.Module, dict[tuple[str, tuple[Any, ...], int], Spectrum]] = WeakKeyDictionary()
 _BASE: WeakKeyDictionary[nn.Module, tuple[str, Unedited]] = WeakKeyDictionary()
 
 
@@ -108,7 +108,8 @@ def spectra(model: nn.Module, tok: Any, names: Sequence[str], text: str | None, 
     """
     file = GENERAL_TEXT if text is None else Path(text)
     found = _KNOWN.setdefault(model, {})
-    missing = [name for name in names if (name, str(file), tokens) not in found]
+    read = str(file), *_version(file)
+    missing = [name for name in names if (name, read, tokens) not in found]
     if missing:
         lines = _lines(file)
         base, unedited = remember(model)
@@ -131,24 +132,38 @@ def spectra(model: nn.Module, tok: Any, names: Sequence[str], text: str | None, 
                 for name, spectrum in found_now.items():
                     kept_tensors.save(places[name], {key: getattr(spectrum, key) for key in Spectrum.TENSORS})
                     loaded[name] = replace(spectrum, file=places[name])
-        found.update({(name, str(file), tokens): spectrum for name, spectrum in loaded.items()})
-    return {name: found[name, str(file), tokens] for name in names}
+        found.update({(name, read, tokens): spectrum for name, spectrum in loaded.items()})
+    return {name: found[name, read, tokens] for name in names}
+
+
+def _version(file: Path) -> tuple[int, ...]:
+    """What tells a file from what was written in its place."""
+    with suppress(OSError):  # said when it is read
+        stat = file.stat()
+        return stat.st_mtime_ns, stat.st_size
+    return ()
 
 
 def remember(model: nn.Module, unedited: Unedited | None = None) -> tuple[str, Unedited]:
     """Note what ``model`` is now, before something changes its weights, unless that was noted already.
 
-    ``unedited``: inside the context that it makes of the model, the model is as it is now. Returns what was noted: a
-    fingerprint, and such a function.
+    ``unedited``: inside the context that it makes of the model, the model is as it is now. Where none was noted before,
+    and the model is still what it was then, this one is. Returns what was noted: a fingerprint, and such a function.
     """
     if model not in _BASE:
-        _BASE[model] = fingerprint(model), unedited or (lambda _: nullcontext())
+        _BASE[model] = fingerprint(model), unedited or _as_it_is
+    elif unedited is not None and not remembered(model) and fingerprint(model) == _BASE[model][0]:
+        _BASE[model] = _BASE[model][0], unedited
     return _BASE[model]
 
 
 def remembered(model: nn.Module) -> bool:
-    """Say whether it was noted what ``model`` was."""
-    return model in _BASE
+    """Say whether it was noted what ``model`` was, and how it becomes that again."""
+    return model in _BASE and _BASE[model][1] is not _as_it_is
+
+
+def _as_it_is(model: nn.Module) -> AbstractContextManager[Any]:
+    return nullcontext()
 
 
 def remember_copy(copied: nn.Module, model: nn.Module) -> None:

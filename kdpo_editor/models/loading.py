@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
 import sys
@@ -15,6 +16,7 @@ from ..errors import ModelError
 from .gguf_files import converted, gguf_file
 from .packaged import FOLDERS, PACKAGED
 
+CONFIGS = ("config.json", "adapter_config.json")  # of a model, or of an adapter that names one
 DTYPES = ("float32", "bfloat16", "float16", "float64", "auto")
 
 
@@ -51,7 +53,11 @@ def load(
         raise ModelError(f"dtype: {dtype!r} is not one of {', '.join(DTYPES)}")
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    if not isinstance(name, (str, Path)):
+        raise ModelError(f"a model's name is text, not {type(name).__name__}")
     folder = folder_of(name)
+    if Path(folder).is_dir() and not any((Path(folder) / config).is_file() for config in CONFIGS):
+        raise ModelError(f"cannot load the model {name}: the folder {folder} has no {CONFIGS[0]}")
     try:
         tok = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
         model = AutoModelForCausalLM.from_pretrained(
@@ -98,7 +104,10 @@ def is_known_here(name: str) -> bool:
 
 def _hint(name: str) -> str:
     """Said of a name that looks like one of this package's and is not known."""
-    return ", a name that `import kdpo_editor.testbed` may make known" if name.startswith("kdpo-") else ""
+    if name.startswith("kdpo-"):
+        return ", a name that `import kdpo_editor.testbed` may make known"
+    near = difflib.get_close_matches(name, [*PACKAGED, *FOLDERS], n=1)
+    return f" (did you mean {near[0]}?)" if near else ""
 
 
 def whole_name(name: str) -> str:

@@ -6,6 +6,7 @@ with others beside it. Nothing of this needs a tokenizer.
 
 from __future__ import annotations
 
+import difflib
 import logging
 import numbers
 import re
@@ -18,6 +19,10 @@ from ..errors import RequestError
 
 LOG = logging.getLogger(__name__)
 NEEDED = ("prompt", "target_new")
+# What an edit reads of a request.
+READ = (*NEEDED, "rephrases", "subject", "separator", "accepted")
+# From this share of letters in common on, a key is taken for a slip.
+ALIKE = 0.8
 # What was said. An edit is tokenised more than once; it is said once.
 _SAID: set[str] = set()
 
@@ -32,6 +37,8 @@ def plain_request(request: Any, name: str) -> dict[str, Any]:
       too wherever answers are judged. A field ``accepted`` is joined to them.
     - An array becomes a list.
 
+    A key that is nearly one of those that are read, and is not, is warned of once.
+
     Args:
         request: a mapping; whatever is wrong with its texts is left for :func:`~kdpo_editor.requests.tokens.tokenize`.
         name: of the request, for messages, such as ``"request 0"``.
@@ -43,6 +50,11 @@ def plain_request(request: Any, name: str) -> dict[str, Any]:
     if not isinstance(request, Mapping):
         raise RequestError(f"{name} is a {type(request).__name__}; it must be a dict")
     plain = {str(key): listed(value) for key, value in request.items()}
+    missing = [key for key in READ if key not in plain]
+    for key in plain:
+        near = difflib.get_close_matches(key, missing, n=1, cutoff=ALIKE)
+        if near and key not in READ:
+            say_once(f"the key {key!r} is not read; did you mean {near[0]!r}?", name)
     plain = {key: value for key, value in plain.items() if not _is_absent(value) or (key in NEEDED and value is None)}
     answers: list[Any] = []
     for key in ("target_new", "accepted"):
@@ -71,15 +83,23 @@ def plain_request(request: Any, name: str) -> dict[str, Any]:
     return plain
 
 
-def plain_requests(requests: Any) -> list[dict[str, Any]]:
+def plain_requests(requests: Any, names: Sequence[str] = ()) -> list[dict[str, Any]]:
     """Bring every request into the form that is edited; see :func:`plain_request`.
+
+    ``names``: of each, for messages; none: "request 0" and so on.
 
     Raises :class:`~kdpo_editor.RequestError` where ``requests`` is no list, or is empty.
     """
     if isinstance(requests, (str, Mapping)) or not isinstance(requests, Sequence) or not requests:
         hint = "; a table's are its .to_dict('records')" if hasattr(requests, "to_dict") else ""
         raise RequestError("requests must be a list of at least one {'prompt': ..., 'target_new': ...}" + hint)
-    return [plain_request(request, f"request {i}") for i, request in enumerate(requests)]
+    named = zip(requests, names or numbered(requests), strict=True)
+    return [plain_request(request, name) for request, name in named]
+
+
+def numbered(requests: Sequence[Any]) -> list[str]:
+    """The names of ``requests`` in messages, where they have no others."""
+    return [f"request {i}" for i in range(len(requests))]
 
 
 def right_answers(request: Mapping[str, Any]) -> tuple[str, ...]:

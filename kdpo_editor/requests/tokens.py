@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..errors import RequestError
 from .chat import chat_of
-from .forms import NEEDED, check_texts, plain_requests, say_first, say_once
+from .forms import NEEDED, check_texts, numbered, plain_requests, say_first, say_once
 from .joint import joint
 from .subjects import places_of, subject_of
 
@@ -58,7 +58,12 @@ class EditTokens:
 
 
 def tokenize(
-    tok: Any, requests: Sequence[Mapping[str, Any]], *, append_eos: bool = False, with_subject: bool = False
+    tok: Any,
+    requests: Sequence[Mapping[str, Any]],
+    *,
+    append_eos: bool = False,
+    with_subject: bool = False,
+    names: Sequence[str] = (),
 ) -> list[list[EditTokens]]:
     """Tokenise each request's prompt and answer, and those of its ``rephrases``: other prompts for the same target.
 
@@ -76,11 +81,12 @@ def tokenize(
     is taken is logged. What else a request may look like says :func:`~kdpo_editor.requests.forms.plain_request`. All
     requests are checked before any is returned.
 
-    Raises :class:`~kdpo_editor.RequestError`, naming the request's position and what is wrong with it; so also where
-    the tokenizer cannot write the target.
+    Raises :class:`~kdpo_editor.RequestError`, naming the request, by ``names`` or its position, and what is wrong with
+    it; so also where the tokenizer cannot write the target.
     """
-    plain = plain_requests(requests)
-    return [_tokenize_all(tok, r, f"request {i}", append_eos, with_subject) for i, r in enumerate(plain)]
+    names = names or numbered(requests)
+    plain = plain_requests(requests, names)
+    return [_tokenize_all(tok, r, name, append_eos, with_subject) for r, name in zip(plain, names, strict=True)]
 
 
 def token_ids(tok: Any, text: str) -> list[int]:
@@ -198,9 +204,9 @@ def _find_subject(tok: Any, request: Mapping[str, Any], name: str, prompt: list[
         raise RequestError(f"{name}: 'subject' {subject!r} does not stand in the prompt {text!r}")
     start, stop = places[-1]
     if text[start:stop] != subject:
-        say_once(f"the subject {subject!r} is taken for {text[start:stop]!r} in {text!r}", name)
+        say_once(f"the subject {subject!r} is taken for {text[start:stop]!r} in {text!r:.200}", name)
     if len(places) > 1:
-        say_once(f"the subject {subject!r} stands more than once in {text!r}; the last one is taken", name)
+        say_once(f"the subject {subject!r} stands more than once in {text!r:.200}; the last one is taken", name)
     # Characters are counted in what tokens say, so that whatever the tokenizer changes or loses counts on both sides.
     # Where a character has tokens of its bytes, only those ends of tokens are looked at that end a character too.
     preceding = token_ids(tok, text[:start].rstrip(" "))
@@ -233,7 +239,7 @@ def _guessed(tok: Any, text: str, name: str) -> str:
     subject = subject_of(inside) or inside.strip()
     if not subject:
         raise RequestError(f"{name} has no 'subject', and none can be found in {text!r}")
-    say_first("a subject", f"no 'subject' is given for {text!r}; {subject!r} is taken", name)
+    say_first("a subject", f"no 'subject' is given for {text!r:.200}; {subject!r} is taken", name)
     return subject
 
 

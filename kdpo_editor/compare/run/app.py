@@ -102,7 +102,7 @@ def main() -> int:
         return status
     computed = _manifests(_OUT["folder"], started)
     failed = [cell["error"] for cell in computed if cell.get("status") == "failed"]
-    if _OUT["report"]:
+    if _OUT["report"] and (computed or not status):  # not where all was refused before it began
         from ..report.report import main as report
 
         shown = report([str(_OUT["folder"])])

@@ -343,10 +343,12 @@ def _settings(config: Compare) -> tuple[dict[str, Any] | None, list[str]]:
     files = (settings_folder() / without / f"{name}.yaml" for name in (config.model.settings, TEMPLATE))
     other = next((file for file in files if file.exists()), None) if without else None
     if without == "ce":
+        easyedit.settings(settings)  # raises for a key that neither form knows
         own = {k: settings[k] for k in ("model_name", "layers", "rewrite_module_tmp", "num_steps", "lr")}
         # One cycle of as many steps; FT-M stops below this loss as well.
         own |= {"alg_name": "KDPO", "objective": "ce", "cycles": 1, "stop_loss": 1e-2}
-        return own, [f"EasyEdit's {form} form lacks FT-M: this package's cross-entropy over the whole target stands in"]
+        stand_in = "this package's cross-entropy over the whole target stands in, with its layers, num_steps and lr"
+        return own, [f"EasyEdit's {form} form lacks FT-M: {stand_in}"]
     if other is not None:
         taken = _filled(config, _scaled(config, yaml.safe_load(other.read_text("utf-8"))))
         return taken, [f"EasyEdit's {form} form knows {without} instead; settings are those of hparams/{without}"]
