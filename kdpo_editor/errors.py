@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
 from typing import ClassVar
 
 PAGE = "docs/how-to/troubleshooting.md"
 """The page that has cause and remedy of each message."""
+
+SLIP = 0.8
+"""From this share of letters in common on, a name is taken for a slip and not for another name."""
 
 
 class KDPOError(Exception):
@@ -91,6 +96,11 @@ class HubError(KDPOError, RuntimeError):
     """A repository of the hub that cannot be written to or read: not there, not yours, public, or of something else."""
 
     section = "The hub"
+
+
+def nearest(word: str, known: Iterable[str], alike: float = 0.6) -> str | None:
+    """Find the one of ``known`` that ``word`` was meant to be; ``None`` where none shares ``alike`` of its letters."""
+    return next(iter(difflib.get_close_matches(word, list(known), n=1, cutoff=alike)), None)
 
 
 def explained(error: BaseException) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import types
 import typing
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from .errors import HyperParamsError
+from .errors import SLIP, HyperParamsError, nearest
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -23,8 +22,6 @@ SCHEDULES = ("depth_first", "breadth_first")
 FACT_TOKENS = ("all", "subject", "subject_last")
 # So many sentences are in lifelong/contexts.py.
 MOST_CONTEXTS = 3
-# From this share of letters in common on, a name is taken for a slip.
-ALIKE = 0.8
 # What the paper does not have, switched off.
 OFF = {
     "optimizer": "adam",
@@ -136,8 +133,8 @@ class KDPOHyperParams:
     def __setattr__(self, name: str, value: Any) -> None:
         """Set a setting; a name that is nearly one's is refused, any other is the framework's own affair."""
         known = self.__dataclass_fields__
-        if name not in known and (near := difflib.get_close_matches(name, known, n=1, cutoff=ALIKE)):
-            raise HyperParamsError(f"unknown key {name!r}; did you mean {near[0]}?")
+        if name not in known and (near := nearest(name, known, SLIP)):
+            raise HyperParamsError(f"unknown key {name!r}; did you mean {near}?")
         super().__setattr__(name, value)
 
     def __post_init__(self) -> None:
@@ -242,8 +239,8 @@ class KDPOHyperParams:
         known = {f.name: f for f in fields(cls)}
         for key in config:
             if key not in known:
-                near = difflib.get_close_matches(str(key), known, n=1)
-                hint = f"; did you mean {near[0]}?" if near else ""
+                near = nearest(str(key), known)
+                hint = f"; did you mean {near}?" if near else ""
                 raise HyperParamsError(f"unknown key {key!r}{hint or '.'} Known keys: {', '.join(known)}")
         missing = [n for n, f in known.items() if f.default is MISSING and n not in config]
         if missing:

@@ -120,9 +120,9 @@ def edit(
             for text in clashes:
                 complain(text)
             skipped += clashes
+        guessed = _guessed(tok, todo, phrasings) if found.needs_subject else {}
         try:
             with tracking(log_to.value if log_to else None, out.name, found.to_dict()) as track:
-                guessed = _guessed(tok, todo, phrasings) if found.needs_subject else {}
                 missed = _edit_all(ledger, loaded, tok, todo, found, keep_going, track, guessed)
         except KeyboardInterrupt:
             complain(f"the edits reported are in {out}, and the same command with --resume goes on from there")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 import sys
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..errors import ModelError
+from ..errors import ModelError, nearest
 from .gguf_files import converted, gguf_file
 from .packaged import FOLDERS, PACKAGED
 
@@ -106,8 +105,8 @@ def _hint(name: str) -> str:
     """Said of a name that looks like one of this package's and is not known."""
     if name.startswith("kdpo-"):
         return ", a name that `import kdpo_editor.testbed` may make known"
-    near = difflib.get_close_matches(name, [*PACKAGED, *FOLDERS], n=1)
-    return f" (did you mean {near[0]}?)" if near else ""
+    near = nearest(name, [*PACKAGED, *FOLDERS])
+    return f" (did you mean {near}?)" if near else ""
 
 
 def whole_name(name: str) -> str:

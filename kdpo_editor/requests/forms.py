@@ -6,7 +6,6 @@ with others beside it. Nothing of this needs a tokenizer.
 
 from __future__ import annotations
 
-import difflib
 import logging
 import numbers
 import re
@@ -15,14 +14,12 @@ from decimal import Decimal
 from math import inf
 from typing import Any
 
-from ..errors import RequestError
+from ..errors import SLIP, RequestError, nearest
 
 LOG = logging.getLogger(__name__)
 NEEDED = ("prompt", "target_new")
 # What an edit reads of a request.
 READ = (*NEEDED, "rephrases", "subject", "separator", "accepted")
-# From this share of letters in common on, a key is taken for a slip.
-ALIKE = 0.8
 # What was said. An edit is tokenised more than once; it is said once.
 _SAID: set[str] = set()
 
@@ -52,9 +49,8 @@ def plain_request(request: Any, name: str) -> dict[str, Any]:
     plain = {str(key): listed(value) for key, value in request.items()}
     missing = [key for key in READ if key not in plain]
     for key in plain:
-        near = difflib.get_close_matches(key, missing, n=1, cutoff=ALIKE)
-        if near and key not in READ:
-            say_once(f"the key {key!r} is not read; did you mean {near[0]!r}?", name)
+        if key not in READ and (near := nearest(key, missing, SLIP)):
+            say_once(f"the key {key!r} is not read; did you mean {near!r}?", name)
     plain = {key: value for key, value in plain.items() if not _is_absent(value) or (key in NEEDED and value is None)}
     answers: list[Any] = []
     for key in ("target_new", "accepted"):

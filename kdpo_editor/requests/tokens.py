@@ -84,8 +84,8 @@ def tokenize(
     Raises :class:`~kdpo_editor.RequestError`, naming the request, by ``names`` or its position, and what is wrong with
     it; so also where the tokenizer cannot write the target.
     """
-    names = names or numbered(requests)
     plain = plain_requests(requests, names)
+    names = names or numbered(plain)
     return [_tokenize_all(tok, r, name, append_eos, with_subject) for r, name in zip(plain, names, strict=True)]
 
 
