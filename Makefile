@@ -1,4 +1,4 @@
-# make demo     edit real facts in SmolLM2-135M, KDPO beside FT
+# make demo     edit ten real facts in SmolLM2-135M, KDPO beside FT; EDITS=3 for fewer
 # make test     lint, types, tests
 # make compare  eleven methods on SmolLM2-135M, ten edits in a row, ending with table and picture
 # make docs     the documentation, into site/
@@ -19,10 +19,12 @@ BIN := $(VENV)/bin
 # An experiment of kdpo_editor/compare/conf/experiment for make compare.
 EXPERIMENT ?= smollm2
 RESULTS ?= results/$(EXPERIMENT)
+# Facts of make demo.
+EDITS ?= 10
 METHODS ?= kdpo kdpo_l ft_m ft_bf lora rome memit alphaedit ultraedit
 
 demo: $(VENV)/.installed
-	$(BIN)/kdpo demo
+	$(BIN)/kdpo demo --edits $(EDITS)
 
 test: $(VENV)/.installed
 	$(BIN)/ruff check .

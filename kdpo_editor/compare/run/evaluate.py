@@ -87,7 +87,7 @@ class Evaluator:
         """For each prompt and answer, the mean negative log-likelihood of the answer's tokens, in nats."""
 
         def loss(logits: Tensor, wanted: Tensor) -> Tensor:
-            return nn.functional.cross_entropy(logits.float().transpose(1, 2), wanted, reduction="none")
+            return _negative_log_likelihood(logits, wanted)
 
         return [float(tokens.double().mean()) for tokens, _ in self._forced(pairs, loss)]
 
@@ -171,8 +171,8 @@ class Evaluator:
                 labels = ids.where(mask.bool().to(device), -100)[:, 1:]
                 if self.at is not None:
                     self.at(ids.shape[1] - 1)
-                logits = self.model(input_ids=ids, attention_mask=mask.to(device)).logits[:, :-1].float()
-                total += float(nn.functional.cross_entropy(logits.transpose(1, 2), labels, reduction="sum"))
+                logits = self.model(input_ids=ids, attention_mask=mask.to(device)).logits[:, :-1]
+                total += float(_negative_log_likelihood(logits, labels).sum())
                 best = logits.argmax(-1).cpu()
                 for row, i in enumerate(group):
                     choices[i] = best[row, : len(pieces[i]) - 1]
@@ -195,6 +195,13 @@ def _logits_at(model: nn.Module, positions: Tensor) -> Iterator[None]:
 
     with forward_is(head, lambda hidden: whole(Places(positions, hidden.shape[1]).read(hidden))):
         yield
+
+
+def _negative_log_likelihood(logits: Tensor, wanted: Tensor) -> Tensor:
+    """Of the tokens ``wanted``, ``[B, T]``, under ``logits``, ``[B, T, V]``, in nats; 0 where a token is -100."""
+    # Flat, since over a vocabulary that is not the last dimension this takes four times as long.
+    flat = nn.functional.cross_entropy(logits.flatten(0, 1).float(), wanted.flatten(), reduction="none")
+    return flat.view(wanted.shape)
 
 
 def accuracy(predicted: list[int], wanted: list[int]) -> float:
