@@ -168,11 +168,12 @@ class Evaluator:
             for group in self._batches([len(p) for p in pieces], [0] * len(pieces)):
                 ids = nn.utils.rnn.pad_sequence([pieces[i] for i in group], batch_first=True).to(device)
                 mask = nn.utils.rnn.pad_sequence([torch.ones_like(pieces[i]) for i in group], batch_first=True)
-                labels = ids.where(mask.bool().to(device), -100)[:, 1:]
+                labels = ids.where(mask.bool().to(device), -100)
+                following = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
                 if self.at is not None:
                     self.at(ids.shape[1] - 1)
-                logits = self.model(input_ids=ids, attention_mask=mask.to(device)).logits[:, :-1]
-                total += float(_negative_log_likelihood(logits, labels).sum())
+                logits = self.model(input_ids=ids, attention_mask=mask.to(device)).logits
+                total += float(_negative_log_likelihood(logits, following).sum())
                 best = logits.argmax(-1).cpu()
                 for row, i in enumerate(group):
                     choices[i] = best[row, : len(pieces[i]) - 1]
