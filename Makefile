@@ -16,11 +16,12 @@ BIN := $(VENV)/bin
 
 .PHONY: demo test compare docs examples bench tune model clean
 
+# Facts of make demo.
+EDITS ?= 10
 # An experiment of kdpo_editor/compare/conf/experiment for make compare.
 EXPERIMENT ?= smollm2
 RESULTS ?= results/$(EXPERIMENT)
-# Facts of make demo.
-EDITS ?= 10
+# What make tune tunes.
 METHODS ?= kdpo kdpo_l ft_m ft_bf lora rome memit alphaedit ultraedit
 
 demo: $(VENV)/.installed

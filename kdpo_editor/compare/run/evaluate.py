@@ -85,11 +85,8 @@ class Evaluator:
 
     def losses(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
         """For each prompt and answer, the mean negative log-likelihood of the answer's tokens, in nats."""
-
-        def loss(logits: Tensor, wanted: Tensor) -> Tensor:
-            return _negative_log_likelihood(logits, wanted)
-
-        return [float(tokens.double().mean()) for tokens, _ in self._forced(pairs, loss)]
+        found = self._forced(pairs, _negative_log_likelihood)
+        return [float(tokens.double().mean()) for tokens, _ in found]
 
     @torch.no_grad()
     def _forced(
