@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import GOLDEN, load, no_file_longer_than, state
+from test_cached_forward import ARCHITECTURES, IDS, tiny
 
 from kdpo_editor import SHIPPED_MODEL, KDPOHyperParams, ModelError, RequestError, StorageError
 from kdpo_editor.cli.main import main
@@ -18,7 +19,7 @@ from kdpo_editor.derived import complete
 from kdpo_editor.lifelong import located, locating
 from kdpo_editor.lifelong.locating import SUBJECT_LAST, TOKENS, CausalTrace, trace
 from kdpo_editor.models.loading import outline, whole_name
-from kdpo_editor.requests.tokens import tokenize
+from kdpo_editor.requests.tokens import EditTokens, tokenize
 
 FACTS = [
     {"prompt": "What species is ZIC3 specific to?", "subject": "ZIC3", "target_new": "male"},
@@ -42,14 +43,11 @@ def test_only_a_layer_that_writes_has_an_effect(llama: tuple[Any, Any]) -> None:
     assert (effects[:, far].nan_to_num() == 0).all()
 
 
-def test_an_effect_is_the_probability_that_an_output_brings_back(llama: tuple[Any, Any]) -> None:
-    """Asked once more with hooks of its own. Of six layers the outputs of one are restored at a time."""
-    model, tok = llama
-    fact = {**FACTS[1], "target_new": "Aspidoceratidae"}
-    ((tokens,),) = tokenize(tok, [fact], with_subject=True)
+def by_hand(model: Any, matrix: torch.nn.Module, tokens: EditTokens) -> tuple[float, float, float]:
+    """The answer's probability as it is, with noise, and with what ``matrix`` gave at the subject's end put back."""
     begin, end = tokens.subject
-    table, matrix = model.get_input_embeddings(), model.model.layers[3].mlp.down_proj
-    drawn = torch.randn(1, end - begin, table.embedding_dim, generator=torch.Generator().manual_seed(0))
+    table = model.get_input_embeddings()
+    drawn = torch.randn(1, end - begin, table.weight.shape[1], generator=torch.Generator().manual_seed(0))
     written: list[torch.Tensor] = []
 
     def probability(*hooks: tuple[torch.nn.Module, Any]) -> float:
@@ -67,16 +65,59 @@ def test_an_effect_is_the_probability_that_an_output_brings_back(llama: tuple[An
 
     def restored(_: Any, __: Any, output: torch.Tensor) -> torch.Tensor:
         output = output.clone()
-        output[0, end - 1] = written[0][0, end - 1]
+        output[..., end - 1, :] = written[0][..., end - 1, :]
         return output
 
     clean = probability((matrix, lambda _, __, output: written.append(output)))
-    corrupted, brought_back = probability((table, noisy)), probability((table, noisy), (matrix, restored))
+    return clean, probability((table, noisy)), probability((table, noisy), (matrix, restored))
+
+
+def test_an_effect_is_the_probability_that_an_output_brings_back(llama: tuple[Any, Any]) -> None:
+    """Asked once more with hooks of its own. Of six layers the outputs of one are restored at a time."""
+    model, tok = llama
+    fact = {**FACTS[1], "target_new": "Aspidoceratidae"}
+    ((tokens,),) = tokenize(tok, [fact], with_subject=True)
+    clean, corrupted, brought_back = by_hand(model, model.model.layers[3].mlp.down_proj, tokens)
     found = trace(model, tok, [fact], SETTINGS)
     assert (found.clean, found.corrupted) == pytest.approx((clean, corrupted), abs=1e-6)
     effect = brought_back - corrupted
     assert effect != 0
     assert found.effects[SUBJECT_LAST, 3].item() == pytest.approx(effect, rel=1e-2)
+
+
+@pytest.mark.parametrize("name", [name for name in ARCHITECTURES if ".experts." not in ARCHITECTURES[name][2]])
+def test_blocks_below_those_restored_need_not_run_again(name: str, monkeypatch: Any) -> None:
+    """The layer's effect is that of the whole model, by hand, on every architecture."""
+    model, blocks, matrix = tiny(name, torch.float64)
+    model.config._experts_implementation = "eager"  # the others know no fp64
+    matrices = [model.get_submodule(f"{blocks}.{i}.{matrix}") for i in range(4)]
+    with torch.no_grad():
+        for module in matrices:
+            module.weight.mul_(20)  # so that what is restored shows
+        best = model(IDS[:1]).logits[0, -1].argmax()
+    tokens = EditTokens(IDS[0], best[None], (7, 10))
+    monkeypatch.setattr(locating, "tokenize", lambda *_, **__: [[tokens]])
+    settings = replace(SETTINGS, rewrite_module_tmp=f"{blocks}.{{}}.{matrix}", layers=[0])
+    runs = [0] * 4
+    for i, block in enumerate(model.get_submodule(blocks)):
+        monkeypatch.setattr(block, "forward", counted(block.forward, runs, i))
+    found = trace(model, None, [{}], settings)
+    assert runs == [2 + i for i in range(1, 5)]  # once as it is, once with noise, and for each layer from its own down
+    effects = []
+    for layer, module in enumerate(matrices):
+        clean, corrupted, brought_back = by_hand(model, module, tokens)
+        assert (found.clean, found.corrupted) == pytest.approx((clean, corrupted), abs=1e-6)
+        effects.append(brought_back - corrupted)
+        assert found.effects[SUBJECT_LAST, layer].item() == pytest.approx(effects[-1], abs=2e-8)
+    assert max(map(abs, effects)) > 4e-7
+
+
+def counted(forward: Any, runs: list[int], place: int) -> Any:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        runs[place] += 1
+        return forward(*args, **kwargs)
+
+    return run
 
 
 def test_the_window_is_around_its_layer_at_the_first_layers_too(llama: tuple[Any, Any], monkeypatch: Any) -> None:

@@ -8,9 +8,10 @@ are those to edit.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from inspect import signature
 from statistics import fmean
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..derived import FOR_SUBJECT, complete
+from ..engine.patches import forward_is
 from ..engine.weights import as_found, find_blocks
 from ..errors import ModelError, RequestError
 from ..hparams import KDPOHyperParams
@@ -88,6 +90,7 @@ def trace(model: nn.Module, tok: Any, facts: Sequence[dict[str, str]], hparams: 
         raise RequestError("there are no facts to trace")
     hparams = complete(hparams, model)
     modules = traced_modules(model, hparams)
+    blocks = list(find_blocks(model, hparams))
     tokens = [phrasings[0] for phrasings in tokenize(tok, facts, with_subject=True)]
     embeddings = model.get_input_embeddings()  # type: ignore[operator]
     noise = NOISE * embeddings.weight.float().std().item()
@@ -95,7 +98,7 @@ def trace(model: nn.Module, tok: Any, facts: Sequence[dict[str, str]], hparams: 
     found, clean, corrupted = [], [], []
     with torch.no_grad(), as_found(model):
         for fact in tqdm(tokens, desc="causal tracing", unit="fact", delay=1, disable=None, leave=False):
-            effects, before, after = _trace_one(model, modules, embeddings, fact, noise, generator)
+            effects, before, after = _trace_one(model, blocks, modules, embeddings, fact, noise, generator)
             found.append(effects)
             clean.append(before)
             corrupted.append(after)
@@ -118,6 +121,7 @@ def traced_modules(model: nn.Module, hparams: KDPOHyperParams) -> list[nn.Module
 
 def _trace_one(
     model: nn.Module,
+    blocks: Sequence[nn.Module],
     modules: Sequence[nn.Module],
     embeddings: nn.Module,
     fact: EditTokens,
@@ -133,8 +137,11 @@ def _trace_one(
     width = model.get_input_embeddings().weight.shape[1]  # type: ignore[operator]
     drawn = noise * torch.randn(SAMPLES, end - begin, width, generator=generator)
 
+    # Most models can be told that the head is needed for the last token alone.
+    last = {"logits_to_keep": 1} if "logits_to_keep" in signature(model.forward).parameters else {}
+
     def probabilities(rows: int) -> Tensor:
-        logits = model(input_ids=prompt.expand(rows, -1), use_cache=False).logits[:, -1]
+        logits = model(input_ids=prompt.expand(rows, -1), use_cache=False, **last).logits[:, -1]
         found: Tensor = logits.float().softmax(-1)[:, answer].cpu()
         return found
 
@@ -144,12 +151,15 @@ def _trace_one(
     rows = torch.arange(len(present) * SAMPLES).view(len(present), SAMPLES)
     effects = torch.full((len(TOKENS), len(modules)), torch.nan)
     with _corrupted(embeddings, begin, drawn, len(present)):
-        before = probabilities(len(present) * SAMPLES).view(len(present), SAMPLES).mean().item()
+        with _outputs(blocks) as given:
+            before = probabilities(rows.numel()).mean().item()
         window = max(1, round(WINDOW * len(modules)))
         for layer in range(len(modules)):
             first = layer - window // 2
             restored = range(max(0, first), min(len(modules), first + window))
             with ExitStack() as hooks:
+                for i in range(restored.start):  # as without anything restored
+                    hooks.enter_context(forward_is(blocks[i], _always(given[i])))
                 for i in restored:
                     hook = _restore(written[i], [(rows[n], groups[group]) for n, group in enumerate(present)])
                     hooks.callback(modules[i].register_forward_hook(hook).remove)
@@ -176,15 +186,18 @@ def _groups(fact: EditTokens) -> list[list[int]]:
 
 
 @contextmanager
-def _outputs(modules: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
-    """Inside, what ``modules`` give of one row is noted, ``[L, D]`` each."""
-    written: list[Tensor] = []
+def _outputs(modules: Sequence[nn.Module]) -> Iterator[list[Any]]:
+    """Inside, what ``modules`` give is noted, in the order in which they are run."""
+    noted: list[Any] = []
     with ExitStack() as hooks:
         for module in modules:
-            hooks.callback(
-                module.register_forward_hook(lambda _, __, out: written.append(out.view(-1, out.shape[-1]))).remove
-            )
-        yield written
+            hooks.callback(module.register_forward_hook(lambda _, __, output: noted.append(output)).remove)
+        yield noted
+
+
+def _always(output: Any) -> Callable[..., Any]:
+    """A forward that gives ``output``, whatever it is asked."""
+    return lambda *_, **__: output
 
 
 @contextmanager
@@ -204,7 +217,8 @@ def _corrupted(embeddings: nn.Module, begin: int, drawn: Tensor, repeats: int) -
 
 
 def _restore(clean: Tensor, places: Sequence[tuple[Tensor, list[int]]]) -> Any:
-    """A hook that puts ``clean`` ``[L, D]`` into some rows at some tokens."""
+    """A hook that puts what a module gave of one row, ``clean``, into some rows at some tokens."""
+    clean = clean.view(-1, clean.shape[-1])
 
     def put(_: nn.Module, __: Any, output: Tensor) -> Tensor:
         length = clean.shape[0]
