@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from .edits.delta import EditDelta
     from .edits.ledger import EditLedger
     from .edits.switching import edited, original
-    from .engine.batches import EditTrace
+    from .engine.traces import EditTrace
     from .lifelong.replay import ReplayBuffer
     from .models.loading import load
     from .testbed import SHIPPED_MODEL
@@ -63,7 +63,7 @@ _LATER = {
     "SHIPPED_MODEL": "testbed",
     "EditDelta": "edits.delta",
     "EditLedger": "edits.ledger",
-    "EditTrace": "engine.batches",
+    "EditTrace": "engine.traces",
     "ReplayBuffer": "lifelong.replay",
     "apply_kdpo_to_model": "easyedit.applying",
     "edit": "editing",

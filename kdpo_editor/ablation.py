@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from .engine.activation_cache import ActivationCache
-from .engine.batches import Batch, EditTrace, cycles_of, make_batches
+from .engine.batches import Batch, make_batches
 from .engine.cached_forward import CachedForward
 from .engine.generation import greedy
 from .engine.optimizers import Stepper
 from .engine.steps import run_cycle
+from .engine.traces import EditTrace, cycles_of
 from .engine.weights import restore
 from .hparams import KDPOHyperParams
 from .objectives import answer_logps, dpo_loss

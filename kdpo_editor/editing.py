@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from .ablation import dpo
 from .derived import complete
-from .engine.batches import EditTrace, lost, make_batches
+from .engine.batches import lost, make_batches
 from .engine.cached_forward import CachedForward
 from .engine.steps import recording
 from .engine.structure import room
+from .engine.traces import EditTrace
 from .engine.weights import find_blocks, find_matrices, only_training, uncompiled
 from .errors import EditDiverged, ModelError, RequestError
 from .hparams import KDPOHyperParams

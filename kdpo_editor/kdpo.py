@@ -19,10 +19,11 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from .engine.batches import EditTrace, PreferenceBatch, make_batches
+from .engine.batches import PreferenceBatch, make_batches
 from .engine.cached_forward import CachedForward
 from .engine.optimizers import Stepper
 from .engine.steps import run_cycle
+from .engine.traces import EditTrace
 from .hparams import KDPOHyperParams
 from .requests.tokens import EditTokens
 

@@ -19,9 +19,9 @@ from kdpo_editor import KDPOHyperParams
 from kdpo_editor.derived import complete
 from kdpo_editor.editing import check
 from kdpo_editor.engine.activation_cache import ActivationCache
-from kdpo_editor.engine.batches import EditTrace
 from kdpo_editor.engine.cached_forward import CachedForward
 from kdpo_editor.engine.findings import Findings
+from kdpo_editor.engine.traces import EditTrace
 from kdpo_editor.engine.weights import only_training
 from kdpo_editor.lifelong.loop import kdpo_l
 from kdpo_editor.lifelong.preconditioning import preconditioners

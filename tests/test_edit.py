@@ -16,10 +16,12 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from kdpo_editor import EditDiverged, apply_kdpo_to_model, edit
 from kdpo_editor.editing import check
-from kdpo_editor.engine.batches import Batch, EditTrace, group, make_batches, refresh, unfinished
+from kdpo_editor.engine.batches import Batch, make_batches, refresh, unfinished
 from kdpo_editor.engine.cached_forward import CachedForward
+from kdpo_editor.engine.grouping import group
 from kdpo_editor.engine.optimizers import Stepper
 from kdpo_editor.engine.steps import run_cycle
+from kdpo_editor.engine.traces import EditTrace
 from kdpo_editor.engine.weights import find_matrices, only_training
 from kdpo_editor.lifelong.contexts import TEMPLATES, in_contexts
 from kdpo_editor.lifelong.loop import kdpo_l
@@ -474,7 +476,7 @@ def test_first_losses_of_a_batch_equal_those_of_single_edits(llama: Any, setting
 def test_a_mini_batch_divided_by_length_takes_the_same_steps(settings: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     found = []
     for smallest, sizes in ((16, [3]), (1, [1, 1, 1])):
-        monkeypatch.setattr("kdpo_editor.engine.batches.SMALLEST_PART", smallest)
+        monkeypatch.setattr("kdpo_editor.engine.grouping.SMALLEST_PART", smallest)
         model, tok = load("llama")
         hparams = settings(schedule="breadth_first")
         weights = find_matrices(model, hparams)

@@ -18,7 +18,7 @@ from kdpo_editor.compare.report.edit_figures import Answer, Question, example, o
 from kdpo_editor.compare.report.frontier import points
 from kdpo_editor.compare.report.paper_figures import _spelled, main
 from kdpo_editor.compare.report.reading import read_cells
-from kdpo_editor.engine.batches import Cycle
+from kdpo_editor.engine.traces import Cycle
 from kdpo_editor.testbed import load_records
 
 REPHRASED: list[Row] = [

@@ -13,8 +13,8 @@ from conftest import PARAMETER
 from live_bytes import peak_bytes
 
 from kdpo_editor import edit
-from kdpo_editor.engine.batches import group
 from kdpo_editor.engine.cached_forward import CachedForward
+from kdpo_editor.engine.grouping import group
 from kdpo_editor.engine.steps import run_cycle
 from kdpo_editor.lifelong import loop
 from kdpo_editor.requests.tokens import EditTokens

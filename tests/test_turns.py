@@ -11,8 +11,9 @@ from conftest import REQUEST, assert_same, state
 
 from kdpo_editor import HyperParamsError, KDPOHyperParams, edit
 from kdpo_editor.engine import half_products
-from kdpo_editor.engine.batches import Footprint, footprint, lost, make_batches
+from kdpo_editor.engine.batches import footprint, lost, make_batches
 from kdpo_editor.engine.cached_forward import CachedForward
+from kdpo_editor.engine.grouping import Footprint
 from kdpo_editor.engine.weights import find_matrices, only_training
 from kdpo_editor.lifelong import loop
 from kdpo_editor.lifelong.loop import kdpo_l

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from ..derived import complete
 from ..editing import edit
-from ..engine.batches import EditTrace
 from ..engine.generation import answers, generate, says_target
+from ..engine.traces import EditTrace
 from ..engine.weights import restore, uncompiled
 from ..errors import CompressionError, DamagedFileError, EditDiverged, FingerprintError
 from ..hparams import KDPOHyperParams

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from ..derived import complete
 from ..editing import edit
-from ..engine.batches import EditTrace
+from ..engine.traces import EditTrace
 from ..engine.weights import find_matrices, restore, uncompiled
 from ..errors import DamagedFileError, EditDiverged, FingerprintError, LedgerError, StorageError
 from ..hparams import KDPOHyperParams

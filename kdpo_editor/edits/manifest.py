@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..engine.batches import EditTrace
+from ..engine.traces import EditTrace
 from ..engine.weights import uncompiled
 from ..errors import DamagedFileError, FingerprintError
 from ..hparams import KDPOHyperParams

@@ -18,22 +18,13 @@ from math import ceil, inf
 import torch
 from torch import Tensor, nn
 
-from ..engine.batches import (
-    SMALLEST_PART,
-    Batch,
-    Cycle,
-    EditTrace,
-    PreferenceBatch,
-    lost,
-    make_batches,
-    only,
-    refresh,
-    unfinished,
-)
+from ..engine.batches import Batch, PreferenceBatch, lost, make_batches, only, refresh, unfinished
 from ..engine.cached_forward import CachedForward
+from ..engine.grouping import SMALLEST_PART
 from ..engine.half_products import copied_bytes, half_products, halved
 from ..engine.optimizers import Stepper
 from ..engine.steps import run_cycle
+from ..engine.traces import Cycle, EditTrace
 from ..hparams import KDPOHyperParams
 from ..requests.tokens import EditTokens
 from .preconditioning import Preconditioner, preconditioned

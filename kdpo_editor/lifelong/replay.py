@@ -22,8 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from ..engine.activation_cache import ActivationCache
-from ..engine.batches import Batch, footprint, group, lost, make_batch, make_batches, padded, trained_tokens
+from ..engine.batches import Batch, footprint, lost, make_batch, make_batches
 from ..engine.cached_forward import CachedForward
+from ..engine.grouping import group, padded, trained_tokens
 from ..engine.structure import room
 from ..engine.weights import find_matrices, only_training
 from ..errors import RequestError

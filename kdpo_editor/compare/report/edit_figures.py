@@ -11,7 +11,7 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from ...engine.batches import Cycle
+from ...engine.traces import Cycle
 from .figures import COLOURS, MARKERS, wrapped_title
 
 WIDTH, MARGIN = 7.0, 0.15  # inches

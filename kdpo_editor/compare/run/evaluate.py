@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...engine.batches import padded
 from ...engine.generation import Continuation, bar, batches, greedy, inner
+from ...engine.grouping import padded
 from ...engine.patches import Places, forward_is
 from ...engine.weights import as_found
 from ...requests.answers import begins_with_one, is_answer
