@@ -42,7 +42,7 @@ BLUE, RED, GREY = *COLOURS[:2], "#777777"
 # %%
 MODEL = "smollm2-135m"
 FACTS = 8  # traced
-EDITS = 4  # made at each place
+EDITS = 3  # made at each place
 OTHERS = 12  # facts that are asked again after each edit
 
 # %%
