@@ -360,6 +360,19 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, torch.Tensor]]:
     return states
 
 
+@pytest.mark.parametrize("enough", [True, False])
+def test_too_little_text_for_a_matrix_is_said(
+    text: str, enough: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, tok = load("llama")
+    _, inputs = model.get_parameter(PARAMETER).shape
+    monkeypatch.setattr(second_moments, "ENOUGH", 400 / inputs if enough else 600 / inputs)
+    with caplog.at_level(logging.WARNING, "kdpo_editor"):
+        spectra(model, tok, [PARAMETER], text, 500)
+    said = f"tokens for a matrix of {inputs} inputs, so edits spare too little"
+    assert (said in caplog.text) is not enough
+
+
 def test_they_are_computed_once_for_each_content_of_a_model(text: str, computed: list[Any]) -> None:
     model, tok = load("llama")
     first = spectra(model, tok, [PARAMETER], text, 500)[PARAMETER]

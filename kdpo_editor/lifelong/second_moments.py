@@ -39,6 +39,7 @@ GENERAL_TEXT = Path(__file__).parent / "text" / "simple_wikipedia.txt"
 LONGEST = 256  # tokens that are read of a line
 TOGETHER = 4096  # tokens that are read at a time, padding among them
 SENSED = 2000  # tokens on which it is found what predictions depend on
+ENOUGH = 5  # tokens for each input of a matrix; with fewer, many directions that the text lacks pass for rare
 # The first token of a text counts by itself: many models answer to whatever comes first with inputs of another size
 # altogether (Sun et al. 2024, "Massive Activations"), which would make all other inputs look rare.
 FIRST = 1
@@ -295,6 +296,14 @@ def _compute(
     modules = {name: name.rpartition(".")[0] for name in names}
     matrices = list(modules.values())
     moments, of_names = second_moments(model, matrices, windows), second_moments(model, matrices, mentioned, "last")
+    inputs, read = max(len(sums) for sums, _ in moments.values()), min(count for _, count in moments.values())
+    if read < ENOUGH * inputs:
+        LOG.warning(
+            "second moments are of %d tokens for a matrix of %d inputs, so edits spare too little: raise "
+            "mom2_n_samples, or name a longer text in mom2_dataset",
+            read,
+            inputs,
+        )
     of_first = second_moments(model, matrices, [ids[:1] for ids in (*windows, *mentioned)], "first")
     sensitive = sensitivities(model, matrices, sensed)
     found = {}
