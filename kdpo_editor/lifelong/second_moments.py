@@ -295,8 +295,8 @@ def _compute(
     """
     modules = {name: name.rpartition(".")[0] for name in names}
     matrices = list(modules.values())
-    moments, of_names = second_moments(model, matrices, windows), second_moments(model, matrices, mentioned, "last")
-    inputs, read = max(len(sums) for sums, _ in moments.values()), min(count for _, count in moments.values())
+    moments = second_moments(model, matrices, windows)
+    inputs, read = max((len(sums), count) for sums, count in moments.values())
     if read < ENOUGH * inputs:
         LOG.warning(
             "second moments are of %d tokens for a matrix of %d inputs, so edits spare too little: raise "
@@ -304,6 +304,7 @@ def _compute(
             read,
             inputs,
         )
+    of_names = second_moments(model, matrices, mentioned, "last")
     of_first = second_moments(model, matrices, [ids[:1] for ids in (*windows, *mentioned)], "first")
     sensitive = sensitivities(model, matrices, sensed)
     found = {}
